@@ -1,0 +1,397 @@
+"""Every Ray call of the system but Serve's: actors, tasks, submitted jobs. Turns Ray's errors into ours."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import tempfile
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+
+from actors.faiss_index import use_threads
+from actors.faiss_library import check_faiss_installation
+from actors.shard import ReplicaStatus, Shard
+from actors.shard_client import ServingTable, ShardClient
+from actors.supervisor import Supervisor
+from cluster.config import Settings
+from cluster.errors import EaglerayError, NotFound, Unavailable
+from cluster.manifest import ManifestLog
+from cluster.object_store import open_store
+from cluster.placement import ReplicaKey, WantedReplica, search_threads
+from cluster.query import Hits, ShardSearch
+
+SUPERVISOR = "supervisor"
+REPLICA_PREFIX = "replica:"
+TASK_RETRIES = 3  # of a task whose process or node died; errors of ours are not retried
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def connect(address: str | None) -> None:
+    """Join a running Ray cluster (`None`: the one this process was started for, else the one on this machine)."""
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise Unavailable(f"no Ray cluster to join: {error}") from error
+
+
+def cluster_cpus() -> int:
+    """CPUs of the whole cluster."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def node_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+async def answer(reference: Awaitable[T], who: str) -> T:
+    """Await an actor call; its own errors as they are, a dead actor as NotFound, one that restarts as Unavailable."""
+    try:
+        return await reference
+    except RayTaskError as error:
+        raise _own_error(error) from None
+    except ActorDiedError as error:
+        raise NotFound(f"{who} is gone: {error}") from error
+    except (RayActorError, RayError) as error:
+        raise Unavailable(f"{who} does not answer: {type(error).__name__}") from error
+
+
+def _own_error(error: RayTaskError) -> BaseException:
+    """What the remote function raised."""
+    cause = error.cause
+    return cause if isinstance(cause, EaglerayError) else error
+
+
+# --- replicas ---------------------------------------------------------------------------------------------------
+
+
+class ShardActor:
+    """A `Shard` in a process of its own. FAISS runs in one thread, so that the event loop stays free."""
+
+    def __init__(self, settings: Settings, collection: str, shard: int) -> None:
+        check_faiss_installation()
+        store = open_store(settings.data)
+        cache_dir = Path(settings.cache_dir or Path(tempfile.gettempdir()) / "eagleray-cache")
+        self._shard = Shard(store, collection, shard, cache_dir)
+        self._error = ""
+        self._loader = ThreadPoolExecutor(1, "load")
+        try:
+            config = ManifestLog(store, collection, str).newest_live().config
+            self._threads = search_threads(config, settings, node_cores())
+            self._searcher = ThreadPoolExecutor(1, "search", initializer=use_threads, initargs=(self._threads,))
+            self._searcher.submit(self._shard.load).result()
+        except EaglerayError as error:  # the process stays and says why; the supervisor asks it to load again
+            self._error = f"{type(error).__name__}: {error}"
+            logger.error("%s/%d: %s", collection, shard, self._error)
+
+    async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
+        return await asyncio.get_running_loop().run_in_executor(self._searcher, self._shard.search, request)
+
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str]) -> tuple[Any, Any]:
+        return await asyncio.to_thread(self._shard.fetch, generation, ids, columns)
+
+    async def load(self, version: int) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._loader, self._shard.load, version)
+        except EaglerayError as error:
+            self._error = f"{type(error).__name__}: {error}"
+            raise
+        self._error = ""
+
+    async def retire(self, generation: int) -> None:
+        await asyncio.to_thread(self._shard.retire, generation)
+
+    async def status(self) -> ReplicaStatus:
+        status = self._shard.status()
+        node, error = socket.gethostname(), self._error or status.error
+        return replace(status, threads=self._threads, pid=os.getpid(), node=node, error=error)
+
+
+class ActorShardClient:
+    """`ShardClient` by plain actor call."""
+
+    def __init__(self, handle: Any, key: ReplicaKey) -> None:
+        self._handle = handle
+        self._who = f"replica {key}"
+
+    async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
+        return await self._call(self._handle.search.remote(request))
+
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str]) -> tuple[Any, Any]:
+        return await self._call(self._handle.fetch.remote(generation, ids, columns))
+
+    async def _call(self, reference: Awaitable[T]) -> T:
+        try:
+            return await answer(reference, self._who)
+        except NotFound as error:  # for a query a dead replica is one that another may replace
+            raise Unavailable(str(error)) from error
+
+
+class RayRuntime:
+    """Replicas as detached named actors (`supervisor.Runtime`)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.handles: dict[ReplicaKey, Any] = {}
+
+    def existing(self) -> list[ReplicaKey]:
+        for name in _named_actors(self._settings.namespace):
+            if name.startswith(REPLICA_PREFIX):
+                key = ReplicaKey.parse(name.removeprefix(REPLICA_PREFIX))
+                self.handles[key] = ray.get_actor(name, namespace=self._settings.namespace)
+        return list(self.handles)
+
+    def start(self, key: ReplicaKey, wanted: WantedReplica) -> None:
+        options = {
+            **_detached(f"{REPLICA_PREFIX}{key}", self._settings.namespace),
+            "num_cpus": wanted.num_cpus,
+            "num_gpus": wanted.num_gpus,
+        }
+        actor = ray.remote(ShardActor).options(**options)
+        self.handles[key] = actor.remote(self._settings, key.collection, key.shard)
+
+    def stop(self, key: ReplicaKey) -> None:
+        handle = self.handles.pop(key, None)
+        if handle is not None:
+            ray.kill(handle)
+
+    async def status(self, key: ReplicaKey) -> ReplicaStatus:
+        return await answer(self._handle(key).status.remote(), f"replica {key}")
+
+    async def load(self, key: ReplicaKey, version: int) -> None:
+        await answer(self._handle(key).load.remote(version), f"replica {key}")
+
+    async def retire(self, key: ReplicaKey, generation: int) -> None:
+        await answer(self._handle(key).retire.remote(generation), f"replica {key}")
+
+    def _handle(self, key: ReplicaKey) -> Any:
+        if key not in self.handles:
+            raise NotFound(f"no process for replica {key}")
+        return self.handles[key]
+
+
+def _detached(name: str, namespace: str) -> dict[str, Any]:
+    """Options of an actor that outlives its creator, is restarted for ever, and whose calls are not repeated."""
+    return {
+        "name": name,
+        "namespace": namespace,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "max_task_retries": 0,
+    }
+
+
+def _named_actors(namespace: str) -> list[str]:
+    found = ray.util.list_named_actors(all_namespaces=True)
+    return [entry["name"] for entry in found if entry["namespace"] == namespace]
+
+
+# --- supervisor -------------------------------------------------------------------------------------------------
+
+
+class SupervisorActor:
+    """The `Supervisor` in a process of its own."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
+        self._runtime = RayRuntime(settings)
+        store = await asyncio.to_thread(open_store, settings.data)
+        self._supervisor = Supervisor(store, self._runtime, settings)
+        self._metrics: dict[str, Any] = {}
+        self._settings = settings
+        self._rounds = asyncio.get_running_loop().create_task(self._supervisor.run())
+        self._rounds.add_done_callback(_die_with)
+
+    async def next_table(self, known_stamp: str | None) -> tuple[ServingTable, dict[ReplicaKey, Any]]:
+        table = await self._supervisor.next_table(known_stamp)
+        return table, dict(self._runtime.handles)
+
+    async def refresh(self, collection: str) -> None:
+        await self._supervisor.refresh(collection)
+
+    async def describe(self, collection: str) -> dict[str, Any]:
+        return self._supervisor.describe(collection)
+
+    async def settings(self) -> Settings:
+        return self._settings
+
+    async def exchange_metrics(self, coordinator: str, samples: Any) -> dict[str, Any]:
+        """Keep one coordinator's metrics, return those of all."""
+        self._metrics[coordinator] = samples
+        return self._metrics
+
+
+def _die_with(rounds: asyncio.Task[None]) -> None:
+    """A supervisor without its rounds is worse than none: end the process, Ray starts it afresh."""
+    if not rounds.cancelled():
+        logger.error("the supervisor's rounds ended", exc_info=rounds.exception())
+        os._exit(1)
+
+
+def start_supervisor(settings: Settings) -> Any:
+    """The supervisor's handle; started if there is none. Conflict-free: Ray lets one name exist once."""
+    options = _detached(SUPERVISOR, settings.namespace) | {"num_cpus": 0}
+    return ray.remote(SupervisorActor).options(**options).remote(settings)
+
+
+def find_supervisor(namespace: str) -> Any | None:
+    """The handle of a running supervisor, or None."""
+    try:
+        return ray.get_actor(SUPERVISOR, namespace=namespace)
+    except ValueError:
+        return None
+
+
+def stop_actors(namespace: str) -> int:
+    """Kill the supervisor and then every replica of a namespace; returns how many there were."""
+    names = sorted(_named_actors(namespace), key=lambda name: name != SUPERVISOR)
+    for name in names:
+        ray.kill(ray.get_actor(name, namespace=namespace))
+    return len(names)
+
+
+class RayDirectory:
+    """`Directory` over the supervisor actor."""
+
+    def __init__(self, supervisor: Any) -> None:
+        self._supervisor = supervisor
+        self._handles: dict[ReplicaKey, Any] = {}
+
+    async def next_table(self, known_stamp: str | None) -> ServingTable:
+        table: ServingTable
+        table, self._handles = await self._call(self._supervisor.next_table.remote(known_stamp))
+        return table
+
+    async def refresh(self, collection: str) -> None:
+        await self._call(self._supervisor.refresh.remote(collection))
+
+    async def describe(self, collection: str) -> dict[str, Any]:
+        facts: dict[str, Any] = await self._call(self._supervisor.describe.remote(collection))
+        return facts
+
+    async def exchange_metrics(self, coordinator: str, samples: Any) -> dict[str, Any]:
+        everyone: dict[str, Any] = await self._call(self._supervisor.exchange_metrics.remote(coordinator, samples))
+        return everyone
+
+    def client(self, key: ReplicaKey) -> ShardClient:
+        if key not in self._handles:
+            raise Unavailable(f"replica {key} is not known yet")
+        return ActorShardClient(self._handles[key], key)
+
+    async def _call(self, reference: Awaitable[Any]) -> Any:
+        return await answer(reference, "the supervisor")
+
+
+def wait_until_served(namespace: str, collection: str, generation: int, timeout_s: float) -> None:
+    """Tell the supervisor of a commit and wait until it is served; returns at once where none runs."""
+    supervisor = find_supervisor(namespace)
+    if supervisor is None:
+        return
+    asyncio.run(_wait_until_served(RayDirectory(supervisor), collection, generation, timeout_s))
+
+
+async def _wait_until_served(directory: RayDirectory, collection: str, generation: int, timeout_s: float) -> None:
+    stamp = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            await directory.refresh(collection)
+            while True:
+                table = await directory.next_table(stamp)
+                served = table.collections.get(collection)
+                if served is not None and served.generation >= generation and collection not in table.unready:
+                    return
+                stamp = table.stamp
+    except TimeoutError:
+        reason = f"generation {generation} of {collection!r} is committed, but not served after {timeout_s:g} s"
+        raise Unavailable(reason) from None
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------
+
+
+def run_tasks(
+    function: Callable[[T], Iterator[Any]], items: Sequence[T], num_cpus: float, in_flight: int
+) -> Iterator[tuple[int, Any]]:
+    """Run a generator function on every item in Ray tasks, `in_flight` at a time; yields (item number, what it yields).
+
+    The first error ends everything: it is raised here, and the other tasks are cancelled.
+    """
+    options = {"num_returns": "streaming", "num_cpus": num_cpus, "max_retries": TASK_RETRIES}
+    task = ray.remote(function).options(**options)
+    waiting = deque(enumerate(items))
+    running: dict[Any, int] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < in_flight:
+                number, item = waiting.popleft()
+                running[task.remote(item)] = number
+            for stream in ray.wait(list(running), num_returns=1)[0]:
+                try:
+                    yield running[stream], ray.get(next(stream))
+                except StopIteration:
+                    del running[stream]
+    except RayTaskError as error:
+        raise _own_error(error) from None
+    finally:
+        for stream in running:
+            ray.cancel(stream)
+
+
+# --- submitted jobs ---------------------------------------------------------------------------------------------
+
+
+def _jobs_client() -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(ray.get_runtime_context().gcs_address)
+
+
+def submit_job(job_id: str, entrypoint: str) -> None:
+    """Submit a Ray job that runs the same code as this process."""
+    environment = dict(ray.get_runtime_context().runtime_env)
+    kept = {name: environment[name] for name in ("working_dir", "py_modules", "env_vars") if environment.get(name)}
+    _jobs_client().submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=kept)
+
+
+def job_state(job_id: str) -> str | None:
+    """Ray's state of a job: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; None where Ray does not know it."""
+    try:
+        return str(_jobs_client().get_job_status(job_id).value)
+    except RuntimeError:
+        return None
+
+
+def job_log_tail(job_id: str, lines: int) -> list[str]:
+    try:
+        return str(_jobs_client().get_job_logs(job_id)).splitlines()[-lines:]
+    except RuntimeError:
+        return []
+
+
+def stop_job(job_id: str) -> bool:
+    """Ask a job to stop; NotFound where Ray does not know it."""
+    try:
+        return bool(_jobs_client().stop_job(job_id))
+    except RuntimeError as error:
+        raise NotFound(f"no job {job_id!r}: {error}") from error
+
+
+def settings_of_supervisor(namespace: str) -> Settings:
+    """The settings of the Eagleray that runs in this cluster; NotFound where none does."""
+    supervisor = find_supervisor(namespace)
+    if supervisor is None:
+        raise NotFound(f"no Eagleray runs in this cluster under the namespace {namespace!r}: give --data")
+    settings: Settings = ray.get(supervisor.settings.remote())
+    return settings

@@ -1,0 +1,134 @@
+"""Brings a segment of a manifest into this process: fetch or find its files, verify, map, self-test."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.faiss_index import FaissIndex, load_index
+from cluster import paths
+from cluster.config import Metric
+from cluster.errors import Corrupt
+from cluster.index_spec import IndexSpec
+from cluster.manifest import SegmentRef
+from cluster.object_store import ObjectStore
+from cluster.query import SearchParams
+from cluster.segment import FileEntry, OperatingPoint, Rows, SegmentDescription, checksum_bytes, verify_file
+from cluster.topk import recall_at_k
+
+SELF_TEST_SLACK = 0.02  # another instruction set may order near-equal distances differently
+FILES_AT_ONCE = 4
+
+
+class LoadedSegment:
+    """One searchable segment: memory-mapped rows and index, and the ids in memory."""
+
+    def __init__(self, description: SegmentDescription, rows: Rows, index: FaissIndex, metric: Metric) -> None:
+        self.description = description
+        self.rows = rows
+        self.metric = metric
+        self.spec = IndexSpec.from_dict(description.spec)
+        self.ids = rows.ids()
+        self._index = index
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, params: SearchParams
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(rows, scores), both (n, min(k, count)), rows -1 where fewer were found."""
+        return self._index.search(queries, k, self._knobs(k, params))
+
+    @property
+    def operating_point(self) -> OperatingPoint:
+        """The tuned point of the collection's own target."""
+        return self.description.operating_points[0]
+
+    def _knobs(self, k: int, params: SearchParams) -> dict[str, int]:
+        return params.given or widened(self.operating_point.params, k)
+
+
+def widened(params: dict[str, int], k: int) -> dict[str, int]:
+    """Tuned parameters, which hold for k = 10, for a larger k (docs/decisions/0002-index-policy.md)."""
+    if k <= 10:
+        return params
+    if "ef_search" in params:
+        return {"ef_search": max(params["ef_search"], k + params["ef_search"])}
+    return params
+
+
+def load_segment(
+    store: ObjectStore, collection: str, ref: SegmentRef, metric: Metric, cache_dir: Path
+) -> LoadedSegment:
+    """Load and verify; Corrupt, naming the object, unless every byte and the self-test are as at build time."""
+    description = _read_description(store, collection, ref)
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        found = pool.map(
+            lambda name: _verified_file(store, collection, description, name, cache_dir),
+            (paths.ROWS, paths.INDEX),
+        )
+        rows_path, index_path = found
+    name = paths.segment_file(collection, ref.segment_id, paths.INDEX)
+    spec = IndexSpec.from_dict(description.spec)
+    rows = Rows(rows_path, description.count, description.dimension, description.rows_per_batch)
+    index = load_index(index_path, spec, description.dimension, metric, description.count, name)
+    segment = LoadedSegment(description, rows, index, metric)
+    _run_self_test(segment, name)
+    return segment
+
+
+def _read_description(store: ObjectStore, collection: str, ref: SegmentRef) -> SegmentDescription:
+    key = paths.segment_file(collection, ref.segment_id, paths.DESCRIPTION)
+    data = store.get(key)
+    if checksum_bytes(data) != ref.checksum:
+        raise Corrupt(f"{key}: the checksum is not the one in the manifest")
+    return SegmentDescription.decode(data, key)
+
+
+def _verified_file(
+    store: ObjectStore, collection: str, description: SegmentDescription, name: str, cache_dir: Path
+) -> Path:
+    """A local path of the file: the store's own where it has one, else a copy in the cache named by checksum."""
+    key = paths.segment_file(collection, description.segment_id, name)
+    expected = description.files[name]
+    local = store.local_path(key)
+    if local is None:
+        local = cached_path(cache_dir, expected)
+        if not local.exists():
+            _download(store, key, local, expected)
+    verify_file(local, expected, key)
+    return local
+
+
+def cached_path(cache_dir: Path, entry: FileEntry) -> Path:
+    return cache_dir / entry.checksum.replace(":", "-")
+
+
+def _download(store: ObjectStore, key: str, target: Path, expected: FileEntry) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+    try:
+        store.download(key, aside)
+        verify_file(aside, expected, key)
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _run_self_test(segment: LoadedSegment, name: str) -> None:
+    """Stored vectors must find the neighbours they found when the segment was built."""
+    test = segment.description.self_test
+    if not test.rows:
+        return
+    width = max(len(line) for line in test.truth)
+    truth = np.full((len(test.rows), width), -1, dtype=np.int64)
+    for position, line in enumerate(test.truth):
+        truth[position, : len(line)] = line
+    queries = segment.rows.vectors(test.rows[0], test.rows[-1] + 1)
+    found, _ = segment.search(queries, width, SearchParams())
+    recall = float(recall_at_k(found, truth).mean())
+    if recall < test.recall - SELF_TEST_SLACK:
+        raise Corrupt(f"{name}: the self-test found {recall:.3f} of the neighbours, {test.recall:.3f} when built")

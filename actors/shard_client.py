@@ -1,0 +1,66 @@
+"""How a coordinator talks to a replica: the protocol, and what the coordinator knows of the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from cluster.config import CollectionConfig
+from cluster.errors import EaglerayError
+from cluster.placement import ReplicaKey
+from cluster.query import Hits, ShardSearch
+from cluster.routing import Routing
+
+
+class ShardClient(Protocol):
+    """Calls to one replica. Every method raises Unavailable when the replica cannot be reached."""
+
+    async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
+        """One outcome per group of the request (`Shard.search`)."""
+        ...
+
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str]) -> tuple[Any, Any]:
+        """(found, table) for an Arrow array of ids (`Shard.fetch`)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ServedCollection:
+    """What coordinators serve of one collection: one generation, and the ready replicas that hold it."""
+
+    config: CollectionConfig
+    routing: Routing
+    version: int
+    generation: int
+    shard_points: dict[int, int]
+    replicas: dict[int, tuple[ReplicaKey, ...]]
+
+
+@dataclass(frozen=True)
+class ServingTable:
+    """All collections as they are served now. `stamp` differs whenever anything else does."""
+
+    stamp: str
+    collections: dict[str, ServedCollection] = field(default_factory=dict)
+    unready: dict[str, str] = field(default_factory=dict)  # collection -> why it is not (fully) served
+
+
+class Directory(Protocol):
+    """Where coordinators learn the serving table and reach replicas."""
+
+    async def next_table(self, known_stamp: str | None) -> ServingTable:
+        """The table, as soon as its stamp differs from `known_stamp` (or unchanged after some seconds)."""
+        ...
+
+    async def refresh(self, collection: str) -> None:
+        """Have the supervisor look at a collection now, after something was committed."""
+        ...
+
+    async def describe(self, collection: str) -> dict[str, Any]:
+        """Manifest facts and every replica's status of a collection."""
+        ...
+
+    def client(self, key: ReplicaKey) -> ShardClient:
+        """A client for a replica of the last table."""
+        ...

@@ -1,0 +1,1 @@
+"""What an Eagleray cluster is: words, formats and decisions, without Ray, FAISS or HTTP."""

@@ -1,0 +1,89 @@
+"""S3, Google Cloud Storage and Azure through obstore."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.store import from_url
+
+from cluster.errors import NotFound, Unavailable
+from cluster.object_store import ObjectInfo, check_key
+
+DOWNLOAD_CHUNK_BYTES = 8 * 1024 * 1024
+
+
+class CloudStore:
+    """An object store in a bucket, under the URL's path as prefix."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        options: dict[str, Any] = {}
+        if urlsplit(url).scheme == "s3":
+            options["conditional_put"] = "etag"
+        with self._errors(url):
+            self._store = from_url(url, client_options={"allow_http": True}, **options)
+
+    def get(self, key: str) -> bytes:
+        with self._errors(key):
+            return bytes(obstore.get(self._store, check_key(key)).bytes())
+
+    def put(self, key: str, data: bytes) -> None:
+        with self._errors(key):
+            obstore.put(self._store, check_key(key), data)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        with self._errors(key):
+            try:
+                obstore.put(self._store, check_key(key), data, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                return False
+            return True
+
+    def upload(self, path: Path, key: str) -> None:
+        with self._errors(key), path.open("rb") as source:
+            obstore.put(self._store, check_key(key), source)
+
+    def download(self, key: str, path: Path) -> None:
+        with self._errors(key):
+            stream = obstore.get(self._store, check_key(key)).stream(min_chunk_size=DOWNLOAD_CHUNK_BYTES)
+            with path.open("wb") as target:
+                for chunk in stream:
+                    target.write(chunk)
+
+    def local_path(self, key: str) -> Path | None:
+        return None
+
+    def objects(self, prefix: str) -> Iterator[ObjectInfo]:
+        found = []
+        with self._errors(prefix):
+            for batch in obstore.list(self._store, prefix=prefix):
+                found += [ObjectInfo(meta["path"], meta["size"], meta["last_modified"].timestamp()) for meta in batch]
+        yield from sorted(found, key=lambda info: info.key)
+
+    def folders(self, prefix: str) -> list[str]:
+        with self._errors(prefix):
+            found = obstore.list_with_delimiter(self._store, prefix)["common_prefixes"]
+        return sorted(folder.rstrip("/").rsplit("/", 1)[-1] for folder in found)
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            try:
+                obstore.delete(self._store, check_key(key))
+            except (FileNotFoundError, NotFoundError):
+                return
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """Turn obstore's errors into ours; the message names the object and the store."""
+        try:
+            yield
+        except (FileNotFoundError, NotFoundError):
+            raise NotFound(f"no object {what}") from None
+        except (BaseError, OSError) as error:
+            raise Unavailable(f"{self._url}: {what}: {error}") from error

@@ -1,0 +1,153 @@
+"""What a user configures: a collection, and the process-wide settings. Frozen data, checked once at the edge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from cluster.errors import FieldError, Invalid
+
+Metric = Literal["cosine", "l2", "ip"]
+IdType = Literal["int64", "string"]
+VectorDtype = Literal["float32", "float16"]
+IndexKindChoice = Literal["auto", "flat", "ivf_flat", "hnsw"]
+Device = Literal["cpu", "gpu"]
+
+COLLECTION_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+DIMENSION_MAX = 65_536
+SHARDS_MAX = 1_024
+REPLICAS_MAX = 16
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """Which index the shards build.
+
+    `kind="auto"` lets `cluster.index_spec.choose` decide. `target_recall` is recall@10 against exact search;
+    1.0 asks for exact search. `memory_bytes` bounds the index of one shard (None: no bound).
+    """
+
+    kind: IndexKindChoice = "auto"
+    target_recall: float = 0.95
+    device: Device = "cpu"
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class CollectionConfig:
+    """A collection's fixed properties: one dimension, one metric, one id type."""
+
+    dimension: int
+    metric: Metric = "cosine"
+    id_type: IdType = "int64"
+    shards: int = 1
+    replicas: int = 1
+    vector_dtype: VectorDtype = "float32"
+    index: IndexConfig = field(default_factory=IndexConfig)
+
+    def __post_init__(self) -> None:
+        errors = tuple(_config_errors(self))
+        if errors:
+            raise Invalid("; ".join(f"{e.field}: {e.message}" for e in errors), errors)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CollectionConfig:
+        """Parse a decoded JSON object; unknown fields are Invalid."""
+        _refuse_unknown(data, cls, "")
+        index = data.get("index", {})
+        if not isinstance(index, Mapping):
+            raise Invalid.at("index", "must be an object")
+        _refuse_unknown(index, IndexConfig, "index.")
+        if "dimension" not in data:
+            raise Invalid.at("dimension", "is required")
+        return cls(**{**data, "index": IndexConfig(**index)})
+
+
+def _refuse_unknown(data: Mapping[str, Any], cls: type, prefix: str) -> None:
+    known = {f.name for f in fields(cls)}
+    unknown = tuple(FieldError(prefix + name, "unknown field") for name in data if name not in known)
+    if unknown:
+        raise Invalid(f"unknown field {', '.join(e.field for e in unknown)}", unknown)
+
+
+def _config_errors(config: CollectionConfig) -> list[FieldError]:
+    errors = []
+
+    def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+        if value not in choices:
+            errors.append(FieldError(name, f"must be one of {', '.join(choices)}, not {value!r}"))
+
+    def check_int(name: str, value: object, low: int, high: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            errors.append(FieldError(name, f"must be an integer from {low} to {high}, not {value!r}"))
+
+    check_int("dimension", config.dimension, 1, DIMENSION_MAX)
+    check_int("shards", config.shards, 1, SHARDS_MAX)
+    check_int("replicas", config.replicas, 1, REPLICAS_MAX)
+    check_choice("metric", config.metric, get_args(Metric))
+    check_choice("id_type", config.id_type, get_args(IdType))
+    check_choice("vector_dtype", config.vector_dtype, get_args(VectorDtype))
+    index = config.index
+    check_choice("index.kind", index.kind, get_args(IndexKindChoice))
+    check_choice("index.device", index.device, get_args(Device))
+    recall = index.target_recall
+    if not isinstance(recall, int | float) or isinstance(recall, bool) or not 0.0 < recall <= 1.0:
+        errors.append(FieldError("index.target_recall", f"must be over 0 and at most 1, not {recall!r}"))
+    if index.memory_bytes is not None:
+        check_int("index.memory_bytes", index.memory_bytes, 1, 2**63 - 1)
+    return errors
+
+
+def check_collection_name(name: str) -> str:
+    """Return `name`, or raise Invalid: lower-case letters, digits, `_` and `-`, at most 63 characters."""
+    if not COLLECTION_NAME.fullmatch(name):
+        raise Invalid.at("collection", f"{name!r} does not match {COLLECTION_NAME.pattern}")
+    return name
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Every bound of the endpoint and the coordinator, by name (docs/http-api.md, "Limits")."""
+
+    body_bytes: int = 64 * 1024 * 1024
+    vectors_per_search: int = 4_096
+    k: int = 2_048
+    ids_per_fetch: int = 10_000
+    timeout_ms: int = 60_000
+    queued_vectors_per_shard: int = 65_536
+    batch_vectors: int = 512
+    calls_in_flight_per_replica: int = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Process-wide settings, the same in every process of one Eagleray.
+
+    `data` is the storage URL. `shard_cpus` is what a replica asks of Ray (0: no admission control, for one
+    machine); `shard_threads` is what FAISS uses per replica (None: the node's cores divided by its collection's
+    shards). `cache_dir` keeps downloaded segments (None: a folder under the system's temporary directory).
+    """
+
+    data: str
+    namespace: str = "eagleray"
+    shard_cpus: float = 1.0
+    shard_threads: int | None = None
+    cache_dir: str | None = None
+    reconcile_period_s: float = 1.0
+    replica_timeout_s: float = 5.0
+    limits: Limits = field(default_factory=Limits)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Settings:
+        """Parse a decoded object such as the `args` of a Serve config file; unknown fields are Invalid."""
+        _refuse_unknown(data, cls, "")
+        if "data" not in data:
+            raise Invalid.at("data", "is required: the storage URL, such as file:///var/lib/eagleray")
+        limits = data.get("limits", {})
+        _refuse_unknown(limits, Limits, "limits.")
+        return cls(**{**data, "limits": Limits(**limits)})

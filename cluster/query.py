@@ -1,0 +1,101 @@
+"""A search and its answer, as data that travels between routes, coordinator and shard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class SearchParams:
+    """Raw knobs of one search; None takes the tuned operating point. Which apply depends on the index kind."""
+
+    nprobe: int | None = None
+    ef_search: int | None = None
+
+    @property
+    def given(self) -> dict[str, int]:
+        """The knobs that were set, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Query:
+    """One search request. `vectors` is float32, shape (n, dimension), finite, normalised under cosine."""
+
+    vectors: NDArray[np.float32]
+    k: int = 10
+    params: SearchParams = field(default_factory=SearchParams)
+    timeout_ms: float = 1_000.0
+    min_coverage: float = 1.0
+    with_attributes: tuple[str, ...] = ()
+    with_vectors: bool = False
+
+
+@dataclass(frozen=True)
+class SearchGroup:
+    """Rows `start` to `stop` of a batch that share everything but their vectors."""
+
+    start: int
+    stop: int
+    k: int
+    params: SearchParams
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardSearch:
+    """One call to one shard: many requests' vectors, shape (n, dimension) float32, and how to search them."""
+
+    generation: int
+    vectors: NDArray[np.float32]
+    groups: tuple[SearchGroup, ...]
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Hits of consecutive queries, flattened: no padding.
+
+    `counts` int64 (queries,) says how many of the flat rows belong to each query; `ids` is an Arrow array and
+    `scores` float32, both (sum of counts,), best first within a query, ties by id. `columns` holds attributes
+    and vectors of the same rows where they were asked for.
+    """
+
+    counts: NDArray[np.int64]
+    ids: Any
+    scores: NDArray[np.float32]
+    columns: Any = None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The fraction of shards, and of points, that answered; the shards that did not."""
+
+    shards: float
+    points: float
+    missing: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"shards": self.shards, "points": self.points, "missing": list(self.missing)}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The merged answer to one `Query`."""
+
+    hits: Hits
+    coverage: Coverage
+    generation: int
+
+
+def coverage_of(shard_points: dict[int, int], answered: set[int]) -> Coverage:
+    """Coverage when the shards in `answered` replied, of all in `shard_points` (shard -> points)."""
+    missing = tuple(sorted(set(shard_points) - answered))
+    total = sum(shard_points.values())
+    lost = sum(shard_points[shard] for shard in missing)
+    shards = 1.0 - len(missing) / len(shard_points) if shard_points else 1.0
+    points = 1.0 - lost / total if total else shards
+    return Coverage(shards, points, missing)

@@ -1,0 +1,213 @@
+"""A segment: an immutable, row-aligned set of files, described and checksummed by `segment.json`.
+
+Row i of `rows.arrow` is label i of `index.faiss`. Rows are ordered by (hash of id, id): an id is found by binary
+search in the memory-mapped `id_hash` column, and any run of rows is a uniform random sample of the segment.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from cluster.arrow_rows import gather, vector_type, vectors_view
+from cluster.config import CollectionConfig
+from cluster.errors import Corrupt
+from cluster.ids import ID_ARROW_TYPE, hash_ids
+
+FORMAT = 1
+BATCH_BYTES = 16 * 1024 * 1024  # of vectors in one record batch of rows.arrow
+CHECKSUM_CHUNK_BYTES = 8 * 1024 * 1024
+ROW_COLUMNS = ("id", "vector", "id_hash")
+RESERVED_COLUMNS = frozenset({*ROW_COLUMNS, "score", "query"})
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and checksum (`xxh3_128:<hex>`) of one file of a segment."""
+
+    size_bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """Search parameters with what was measured for them on this segment (recall@10, milliseconds at batch 1)."""
+
+    target_recall: float
+    params: dict[str, int]
+    recall: float
+    recall_low: float
+    latency_ms: float
+    met: bool
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Rows searched as queries after every load, their exact nearest rows, and the recall seen at build time."""
+
+    rows: tuple[int, ...] = ()
+    truth: tuple[tuple[int, ...], ...] = ()
+    recall: float = 1.0
+
+
+@dataclass(frozen=True)
+class SegmentDescription:
+    """What `segment.json` holds: enough to verify, load, search and explain the segment."""
+
+    segment_id: str
+    count: int
+    dimension: int
+    metric: str
+    id_type: str
+    vector_dtype: str
+    rows_per_batch: int
+    attributes: dict[str, str]
+    spec: dict[str, Any]
+    operating_points: tuple[OperatingPoint, ...]
+    self_test: SelfTest
+    files: dict[str, FileEntry]
+    built: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, name: str) -> SegmentDescription:
+        """Parse `segment.json`; Corrupt, naming the object, where it is not one of a known format."""
+        try:
+            raw = json.loads(data)
+            if raw["format"] != FORMAT:
+                raise Corrupt(f"{name}: format {raw['format']}, this version reads {FORMAT}")
+            raw["operating_points"] = tuple(OperatingPoint(**point) for point in raw["operating_points"])
+            test = raw["self_test"]
+            raw["self_test"] = SelfTest(tuple(test["rows"]), tuple(tuple(row) for row in test["truth"]), test["recall"])
+            raw["files"] = {key: FileEntry(**entry) for key, entry in raw["files"].items()}
+            return cls(**raw)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Corrupt(f"{name}: not a segment description: {error!r}") from error
+
+
+def checksum_bytes(data: bytes) -> str:
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}"
+
+
+def checksum_file(path: Path) -> FileEntry:
+    """Size and checksum of a local file, read in chunks."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHECKSUM_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileEntry(size, f"xxh3_128:{digest.hexdigest()}")
+
+
+def verify_file(path: Path, expected: FileEntry, name: str) -> None:
+    """Raise Corrupt, naming the object, unless the file has the recorded size and checksum."""
+    actual = checksum_file(path)
+    if actual != expected:
+        raise Corrupt(
+            f"{name}: {actual.size_bytes} bytes with checksum {actual.checksum}; "
+            f"written were {expected.size_bytes} bytes with {expected.checksum}"
+        )
+
+
+def rows_per_batch(config: CollectionConfig) -> int:
+    """Rows of one record batch, so that its vectors take about `BATCH_BYTES`."""
+    return max(1, BATCH_BYTES // (config.dimension * (4 if config.vector_dtype == "float32" else 2)))
+
+
+def rows_schema(config: CollectionConfig, attributes: dict[str, pa.DataType]) -> pa.Schema:
+    """The columns of `rows.arrow`."""
+    return pa.schema(
+        [
+            pa.field("id", ID_ARROW_TYPE[config.id_type], nullable=False),
+            pa.field("vector", vector_type(config.dimension, config.vector_dtype), nullable=False),
+            pa.field("id_hash", pa.uint64(), nullable=False),
+            *(pa.field(name, dtype) for name, dtype in attributes.items()),
+        ]
+    )
+
+
+def write_rows(path: Path, schema: pa.Schema, batches: Iterator[Any]) -> None:
+    """Write `rows.arrow`: uncompressed, so that it can be memory-mapped. All batches but the last of equal size."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+class Rows:
+    """The memory-mapped rows of one segment."""
+
+    def __init__(self, path: Path, count: int, dimension: int, rows_per_batch: int) -> None:
+        self.count = count
+        self.dimension = dimension
+        self._per_batch = rows_per_batch
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        except pa.ArrowInvalid as error:
+            raise Corrupt(f"{path}: not an Arrow file: {error}") from error
+        self.schema = reader.schema
+        self._check_shape(path)
+        self._first_hashes = np.array([batch.column("id_hash")[0].as_py() for batch in self._batches], dtype=np.uint64)
+
+    def _check_shape(self, path: Path) -> None:
+        sizes = [batch.num_rows for batch in self._batches]
+        if sum(sizes) != self.count or any(size != self._per_batch for size in sizes[:-1]):
+            raise Corrupt(f"{path}: batches of {sizes[:3]}... rows do not make up {self.count} rows")
+
+    def vectors(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows start..stop as float32, shape (stop - start, dimension). A view where possible: do not write."""
+        parts = []
+        while start < stop:
+            batch, first = divmod(start, self._per_batch)
+            last = min(first + stop - start, self._per_batch)
+            view = vectors_view(self._batches[batch].column("vector").slice(first, last - first))
+            parts.append(view.astype(np.float32, copy=False))
+            start += last - first
+        if not parts:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(first row, vectors) of every record batch, in order."""
+        for start in range(0, self.count, self._per_batch):
+            yield start, self.vectors(start, min(start + self._per_batch, self.count))
+
+    def take(self, rows: NDArray[np.int64], columns: Sequence[str]) -> Any:
+        """A record batch of the given columns and rows, in the order asked; `rows` (n,), n >= 1."""
+        return gather(self._batches, rows // self._per_batch, rows % self._per_batch, columns)
+
+    def ids(self) -> Any:
+        """Every row's id as one Arrow array, copied into memory."""
+        return pa.concat_arrays([batch.column("id") for batch in self._batches])
+
+    def rows_of_ids(self, ids: Any) -> NDArray[np.int64]:
+        """The row of each id of an Arrow array, -1 where this segment does not hold it; shape (n,)."""
+        rows = np.full(len(ids), -1, dtype=np.int64)
+        for position, (value, digest) in enumerate(zip(ids.to_pylist(), hash_ids(ids), strict=True)):
+            rows[position] = self._row_of_id(value, digest)
+        return rows
+
+    def _row_of_id(self, value: int | str, digest: np.uint64) -> int:
+        batch = max(0, int(np.searchsorted(self._first_hashes, digest, side="left")) - 1)
+        while batch < len(self._batches) and self._first_hashes[batch] <= digest:
+            hashes = self._batches[batch].column("id_hash").to_numpy()
+            row = int(np.searchsorted(hashes, digest, side="left"))
+            while row < len(hashes) and hashes[row] == digest:
+                if self._batches[batch].column("id")[row].as_py() == value:
+                    return batch * self._per_batch + row
+                row += 1
+            if row < len(hashes):
+                return -1
+            batch += 1
+        return -1

@@ -1,0 +1,95 @@
+"""Merging hits: best first by the metric, ties by id; and recall@k."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from cluster.config import Metric
+from cluster.query import Hits
+
+
+def smaller_is_better(metric: Metric) -> bool:
+    """True for squared L2 distance; False for inner product and cosine similarity."""
+    return metric == "l2"
+
+
+def merge_hits(parts: Sequence[Hits], k: int, metric: Metric) -> Hits:
+    """Merge several answers to the same queries into the best `k` of each query.
+
+    Every part must hold the same number of queries, and the parts' points must be disjoint.
+    """
+    if len(parts) == 1 and parts[0].counts.max(initial=0) <= k and not _has_ties(parts[0]):
+        return parts[0]
+    queries = len(parts[0].counts)
+    query = np.concatenate([np.repeat(np.arange(queries), part.counts) for part in parts])
+    scores = np.concatenate([part.scores for part in parts])
+    ids = pa.concat_arrays([part.ids for part in parts])
+    order = _best_first(query, scores if smaller_is_better(metric) else -scores, ids)
+    counts = np.bincount(query, minlength=queries)
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    order = order[rank < k]
+    tables = [part.columns for part in parts if part.columns is not None]  # a part without hits has none
+    columns = pa.concat_tables(tables).take(pa.array(order)) if tables else None
+    return Hits(np.minimum(counts, k), ids.take(pa.array(order)), scores[order], columns)
+
+
+def _has_ties(hits: Hits) -> bool:
+    """True if two neighbouring hits have equal scores (of one query, or by chance across two)."""
+    return bool((hits.scores[1:] == hits.scores[:-1]).any())
+
+
+def _best_first(query: NDArray[np.int64], cost: NDArray[np.float32], ids: Any) -> NDArray[np.int64]:
+    """Order by query, then cost, then id."""
+    if pa.types.is_integer(ids.type):
+        return np.lexsort((ids.to_numpy(zero_copy_only=False), cost, query))
+    table = pa.table({"query": query, "cost": cost, "id": ids})
+    keys = [("query", "ascending"), ("cost", "ascending"), ("id", "ascending")]
+    return np.asarray(pc.sort_indices(table, sort_keys=keys).to_numpy(), dtype=np.int64)
+
+
+def split_hits(hits: Hits, sizes: Sequence[int]) -> list[Hits]:
+    """Cut the answers of consecutive queries into runs of `sizes` queries each."""
+    bounds = np.concatenate([[0], np.cumsum(hits.counts)])
+    parts, first = [], 0
+    for size in sizes:
+        start, stop = int(bounds[first]), int(bounds[first + size])
+        columns = None if hits.columns is None else hits.columns.slice(start, stop - start)
+        parts.append(
+            Hits(
+                hits.counts[first : first + size],
+                hits.ids.slice(start, stop - start),
+                hits.scores[start:stop],
+                columns,
+            )
+        )
+        first += size
+    return parts
+
+
+def join_queries(parts: Sequence[Hits]) -> Hits:
+    """The inverse of `split_hits`: answers to consecutive runs of queries as one."""
+    if len(parts) == 1:
+        return parts[0]
+    tables = [part.columns for part in parts if part.columns is not None]
+    return Hits(
+        np.concatenate([part.counts for part in parts]),
+        pa.concat_arrays([part.ids for part in parts]),
+        np.concatenate([part.scores for part in parts]),
+        pa.concat_tables(tables) if tables else None,
+    )
+
+
+def recall_at_k(found: NDArray[np.int64], truth: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Per-query recall: the share of each row of `truth` (queries, k) that the same row of `found` holds.
+
+    Negative entries of `truth` (fewer than k points exist) do not count; a query with no truth has recall 1.
+    """
+    hits = (truth[:, :, None] == found[:, None, :]).any(axis=2) & (truth >= 0)
+    wanted = (truth >= 0).sum(axis=1)
+    return np.where(wanted == 0, 1.0, hits.sum(axis=1) / np.maximum(wanted, 1))

@@ -1,0 +1,1 @@
+"""What is submitted: `python -m jobs import ...`."""

@@ -1,0 +1,122 @@
+"""`python -m jobs import ...`: what `ray job submit` runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import uuid
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from actors import ray_runtime
+from cluster.config import Settings
+from cluster.errors import EaglerayError, Invalid
+from cluster.manifest import ManifestLog
+from cluster.object_store import open_store
+from jobs.import_source import Columns
+from jobs.importer import DEFAULT_MEMORY_BYTES, Importer, ImportOptions, Workers
+from jobs.report import JobReporter, JobStatus
+
+SERVED_TIMEOUT_S = 600.0
+app = typer.Typer(help="Eagleray's jobs.", no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def jobs() -> None:
+    """Jobs run on a Ray cluster, and report their progress to object storage."""
+
+
+@app.command("import")
+def import_command(
+    collection: Annotated[str, typer.Option(help="The collection to fill; created if it does not exist.")],
+    source: Annotated[str, typer.Option(help="Parquet file, folder or object-storage URL.")],
+    data: Annotated[str | None, typer.Option(help="Storage URL; taken from the running Eagleray if absent.")] = None,
+    id_column: Annotated[str, typer.Option(help="Column of ids.")] = "id",
+    vector_column: Annotated[str, typer.Option(help="Column of vectors.")] = "vector",
+    attribute_columns: Annotated[str, typer.Option(help="Comma-separated columns to keep, or 'all'.")] = "",
+    create: Annotated[str, typer.Option(help="JSON config for a collection that does not exist yet.")] = "{}",
+    memory_bytes: Annotated[int, typer.Option(help="Most bytes of one index build.", min=1)] = DEFAULT_MEMORY_BYTES,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
+    namespace: Annotated[str, typer.Option(help="Ray namespace of the Eagleray.")] = "eagleray",
+    job_id: Annotated[str | None, typer.Option(help="Name of this run; made up if absent.")] = None,
+) -> None:
+    """Import a Parquet file, folder or URL: all of it becomes the collection's points, or nothing does."""
+    columns = Columns(id_column, vector_column, parse_attributes(attribute_columns))
+    options = ImportOptions(collection, source, columns, _json_object(create), memory_bytes, seed)
+    ray_runtime.connect(address)
+    settings = Settings(data=data, namespace=namespace) if data else ray_runtime.settings_of_supervisor(namespace)
+    run_import(settings, options, job_id or os.environ.get("RAY_JOB_SUBMISSION_ID") or new_job_id("import"))
+
+
+def new_job_id(kind: str) -> str:
+    return f"{kind}-{uuid.uuid4().hex[:16]}"
+
+
+def parse_attributes(text: str) -> tuple[str, ...] | str:
+    return "all" if text == "all" else tuple(name for name in text.split(",") if name)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise Invalid.at("create", f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Invalid.at("create", "must be a JSON object")
+    return value
+
+
+def run_import(settings: Settings, options: ImportOptions, job_id: str) -> None:
+    """Run an import, show and report its progress, wait until the result is served."""
+    store = open_store(settings.data)
+    log = ManifestLog(store, options.collection, lambda: uuid.uuid4().hex)
+    with _progress_bar() as listener:
+        reporter = JobReporter(store, JobStatus(job_id, "import", options.collection), listener)
+        try:
+            workers = Workers(ray_runtime.run_tasks, ray_runtime.cluster_cpus())
+            manifest = Importer(settings.data, store, log, options, workers).run(job_id, reporter)
+            reporter.phase("serve")
+            ray_runtime.wait_until_served(settings.namespace, options.collection, manifest.generation, SERVED_TIMEOUT_S)
+        except EaglerayError as error:
+            reporter.finish("failed", {"error": type(error).__name__, "message": str(error)})
+            raise
+        report = {"points": manifest.points, "version": manifest.version, "generation": manifest.generation}
+        reporter.finish("succeeded", report)
+
+
+class _progress_bar:
+    """A progress bar on standard error, with the job's phase, share and rate."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, TextColumn("{task.fields[rate]}"), console=Console(stderr=True))
+
+    def __enter__(self) -> Any:
+        self._progress.start()
+        self._task = self._progress.add_task("starting", total=1.0, rate="")
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _show(self, status: JobStatus) -> None:
+        rate = f"{status.rate:,.0f} rows/s" if status.rate else ""
+        self._progress.update(self._task, completed=status.progress, description=status.phase, rate=rate)
+
+
+def main() -> None:
+    """Run; an error of ours ends with its message and exit code 1."""
+    try:
+        app()
+    except EaglerayError as error:
+        print(f"eagleray: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Shared fixtures: unit, contract and recall tests may not start Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def refuse_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `ray.init` raise outside tests/ray/."""
+    if Path(str(request.path)).parent.name == "ray":
+        return
+
+    import ray
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("this test may not start Ray; move it to tests/ray/")
+
+    monkeypatch.setattr(ray, "init", refuse)
