@@ -24,7 +24,6 @@ from actors.shard_client import ServingTable, ShardClient
 from actors.supervisor import Supervisor
 from cluster.config import Settings
 from cluster.errors import EaglerayError, NotFound, Unavailable
-from cluster.manifest import ManifestLog
 from cluster.object_store import open_store
 from cluster.placement import ReplicaKey, WantedReplica, search_threads
 from cluster.query import Hits, ShardSearch
@@ -79,21 +78,19 @@ def _own_error(error: RayTaskError) -> BaseException:
 class ShardActor:
     """A `Shard` in a process of its own. FAISS runs in one thread, so that the event loop stays free."""
 
-    def __init__(self, settings: Settings, collection: str, shard: int) -> None:
+    def __init__(self, settings: Settings, key: ReplicaKey, shards: int) -> None:
         check_faiss_installation()
-        store = open_store(settings.data)
         cache_dir = Path(settings.cache_dir or Path(tempfile.gettempdir()) / "eagleray-cache")
-        self._shard = Shard(store, collection, shard, cache_dir)
+        self._shard = Shard(open_store(settings.data), key.collection, key.shard, cache_dir)
+        self._threads = search_threads(shards, settings, node_cores())
+        self._searcher = ThreadPoolExecutor(1, "search", initializer=use_threads, initargs=(self._threads,))
+        self._loader = ThreadPoolExecutor(1, "load", initializer=use_threads, initargs=(self._threads,))
         self._error = ""
-        self._loader = ThreadPoolExecutor(1, "load")
         try:
-            config = ManifestLog(store, collection, str).newest_live().config
-            self._threads = search_threads(config, settings, node_cores())
-            self._searcher = ThreadPoolExecutor(1, "search", initializer=use_threads, initargs=(self._threads,))
-            self._searcher.submit(self._shard.load).result()
+            self._loader.submit(self._shard.load).result()
         except EaglerayError as error:  # the process stays and says why; the supervisor asks it to load again
             self._error = f"{type(error).__name__}: {error}"
-            logger.error("%s/%d: %s", collection, shard, self._error)
+            logger.error("%s: %s", key, self._error)
 
     async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
         return await asyncio.get_running_loop().run_in_executor(self._searcher, self._shard.search, request)
@@ -160,7 +157,7 @@ class RayRuntime:
             "num_gpus": wanted.num_gpus,
         }
         actor = ray.remote(ShardActor).options(**options)
-        self.handles[key] = actor.remote(self._settings, key.collection, key.shard)
+        self.handles[key] = actor.remote(self._settings, key, wanted.shards)
 
     def stop(self, key: ReplicaKey) -> None:
         handle = self.handles.pop(key, None)

@@ -167,10 +167,10 @@ class Supervisor:
             self._manifests[name] = manifest
 
     def _wanted_of(self, manifest: Manifest) -> dict[ReplicaKey, WantedReplica]:
-        wanted = WantedReplica(
-            manifest.version, manifest.generation, *replica_resources(manifest.config, self._settings)
-        )
-        return dict.fromkeys(replicas_of(manifest.collection, manifest.config, len(manifest.shards)), wanted)
+        shards = len(manifest.shards)
+        resources = replica_resources(manifest.config, self._settings)
+        wanted = WantedReplica(manifest.version, manifest.generation, shards, *resources)
+        return dict.fromkeys(replicas_of(manifest.collection, manifest.config, shards), wanted)
 
     def _round(self) -> None:
         for key in self._replicas - self._watchers.keys():

@@ -115,7 +115,8 @@ class FileStore:
         for attempts_left in (2, 1, 0):
             self._make_folders(path.parent)
             try:
-                return os.replace(aside, path) if overwrite else os.link(aside, path)
+                (os.replace if overwrite else os.link)(aside, path)
+                return
             except FileNotFoundError:  # a concurrent delete removed the folder while it was empty
                 if not attempts_left:
                     raise
