@@ -34,6 +34,7 @@ class ServedCollection:
     version: int
     generation: int
     shard_points: dict[int, int]
+    attributes: tuple[str, ...]
     replicas: dict[int, tuple[ReplicaKey, ...]]
 
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -271,6 +271,7 @@ class Supervisor:
             manifest.version,
             manifest.generation,
             {entry.shard: entry.points for entry in manifest.shards},
+            _attributes([self._status(key) for key in wanted]),
             {},
         )
         return self._with_ready_replicas(served, wanted)
@@ -306,3 +307,8 @@ class Supervisor:
                     await self._runtime.retire(key, retirement.generation)
                 except (Unavailable, NotFound) as error:
                     logger.warning("%s: retiring old generations: %s", key, error)
+
+
+def _attributes(statuses: Sequence[ReplicaStatus]) -> tuple[str, ...]:
+    """Names of the attributes that any segment holds."""
+    return tuple(sorted({name for s in statuses for segment in s.segments for name in segment["attributes"]}))

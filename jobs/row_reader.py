@@ -26,6 +26,7 @@ from cluster.ids import ID_ARROW_TYPE, hash_ids
 from cluster.object_store import open_store
 from cluster.routing import slots_of_hashes
 from cluster.segment import rows_schema
+from cluster.vectors import as_searched, vector_problem
 from jobs.import_source import Columns, Unit, open_file
 
 READ_BYTES = 8 * 1024 * 1024  # of vectors decoded at a time
@@ -144,15 +145,10 @@ def checked_vectors(column: Any, config: CollectionConfig, name: str, place: Row
         row = _first(values.is_null()) // config.dimension
         raise place.bad(name, row, "the vector holds a null")
     vectors = values.to_numpy().reshape(-1, config.dimension).astype(np.float32)
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        raise place.bad(name, int(np.argmin(finite)), "the vector holds NaN or infinity")
-    if config.metric == "cosine":
-        norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-        if not norms.all():
-            raise place.bad(name, int(np.argmin(norms)), "a zero vector has no direction: cosine is undefined")
-        vectors = (vectors / norms).astype(np.float32)
-    return _as_stored(vectors, config, name, place)
+    problem = vector_problem(vectors, config.metric)
+    if problem is not None:
+        raise place.bad(name, problem[0], f"the vector {problem[1]}")
+    return _as_stored(as_searched(vectors, config.metric), config, name, place)
 
 
 def _check_lengths(column: Any, dimension: int, name: str, place: RowPlace) -> None:

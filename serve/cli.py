@@ -1,0 +1,264 @@
+"""The command line: `eagleray up`, `down`, `create`, `import`, `search`, `status`, `delete`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from cluster.config import Settings
+from cluster.errors import EaglerayError, Invalid
+from serve.client import Client
+
+app = typer.Typer(help="Eagleray: a sharded vector index on Ray.", no_args_is_help=True, add_completion=False)
+out = Console()
+err = Console(stderr=True)
+
+TargetOption = Annotated[
+    str, typer.Option("--target", envvar="EAGLERAY_TARGET", help="The HTTP endpoint of a running Eagleray.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+DEFAULT_TARGET = "http://127.0.0.1:8000"
+
+
+@app.command()
+def up(
+    data: Annotated[str, typer.Option(help="Storage URL or folder; made if it does not exist.")],
+    host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; none: start Ray here.")] = None,
+    shard_threads: Annotated[int | None, typer.Option(help="FAISS threads of each shard.", min=1)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start Eagleray and serve until Ctrl-C."""
+    from cluster.object_store import path_of_url
+    from serve.local_cluster import UpOptions
+    from serve.local_cluster import up as serve_until_stopped
+
+    if "://" not in data:
+        data = path_of_url(data).as_uri()
+    shard_cpus = 0.0 if address is None else 1.0  # one machine: every collection may start, cores are shared
+    settings = Settings(data=data, shard_cpus=shard_cpus, shard_threads=shard_threads)
+
+    def announce(message: str) -> None:
+        print(json.dumps({"event": message}) if as_json else f"eagleray: {message}", flush=True)
+
+    serve_until_stopped(UpOptions(settings, host, port, address), announce)
+
+
+@app.command()
+def down(
+    port: Annotated[int, typer.Option(help="Port of the `up` to stop.")] = 8000, as_json: JsonOption = False
+) -> None:
+    """Stop the `eagleray up` that listens on this machine's port."""
+    from serve.local_cluster import down as stop_server
+
+    stopped = stop_server(port)
+    _show(as_json, {"stopped": stopped}, "stopped" if stopped else f"nothing runs on port {port}")
+    if not stopped:
+        raise typer.Exit(1)
+
+
+@app.command()
+def create(
+    collection: str,
+    dimension: Annotated[int, typer.Option(help="Numbers in each vector.", min=1)],
+    metric: Annotated[str, typer.Option(help="cosine, l2 or ip.")] = "cosine",
+    id_type: Annotated[str, typer.Option(help="int64 or string.")] = "int64",
+    shards: Annotated[int, typer.Option(min=1)] = 1,
+    replicas: Annotated[int, typer.Option(min=1)] = 1,
+    vector_dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    index: Annotated[str, typer.Option(help="Index kind: auto, flat, ivf_flat or hnsw.")] = "auto",
+    target_recall: Annotated[float, typer.Option(help="Recall@10 to tune for.")] = 0.95,
+    target: TargetOption = DEFAULT_TARGET,
+    as_json: JsonOption = False,
+) -> None:
+    """Create an empty collection."""
+    config = {
+        "dimension": dimension,
+        "metric": metric,
+        "id_type": id_type,
+        "shards": shards,
+        "replicas": replicas,
+        "vector_dtype": vector_dtype,
+        "index": {"kind": index, "target_recall": target_recall},
+    }
+    answer = Client(target).create(collection, config)
+    _show(as_json, answer, f"collection {collection}: {'ready' if answer['ready'] else answer['reason']}")
+
+
+@app.command()
+def delete(collection: str, target: TargetOption = DEFAULT_TARGET, as_json: JsonOption = False) -> None:
+    """Delete a collection and its points."""
+    Client(target).delete(collection)
+    _show(as_json, {"deleted": collection}, f"collection {collection} is deleted")
+
+
+@app.command("import")
+def import_command(
+    source: Annotated[str, typer.Argument(help="Parquet file, folder or object-storage URL, as the server sees it.")],
+    collection: Annotated[str, typer.Option(help="The collection to fill; created if it does not exist.")],
+    id_column: Annotated[str, typer.Option(help="Column of ids.")] = "id",
+    vector_column: Annotated[str, typer.Option(help="Column of vectors.")] = "vector",
+    attribute_columns: Annotated[str, typer.Option(help="Comma-separated columns to keep, or 'all'.")] = "",
+    metric: Annotated[str | None, typer.Option(help="Of a new collection: cosine, l2 or ip.")] = None,
+    shards: Annotated[int | None, typer.Option(help="Of a new collection.", min=1)] = None,
+    replicas: Annotated[int | None, typer.Option(help="Of a new collection.", min=1)] = None,
+    vector_dtype: Annotated[str | None, typer.Option(help="Of a new collection: float32 or float16.")] = None,
+    index: Annotated[str | None, typer.Option(help="Of a new collection: auto, flat, ivf_flat or hnsw.")] = None,
+    target_recall: Annotated[float | None, typer.Option(help="Of a new collection: recall@10 to tune for.")] = None,
+    memory_bytes: Annotated[int | None, typer.Option(help="Most bytes of one index build.", min=1)] = None,
+    target: TargetOption = DEFAULT_TARGET,
+    as_json: JsonOption = False,
+) -> None:
+    """Import vectors: all rows of the source become the collection's points, or nothing changes."""
+    create = _given(metric=metric, shards=shards, replicas=replicas, vector_dtype=vector_dtype)
+    index_config = _given(kind=index, target_recall=target_recall)
+    body = {
+        "kind": "import",
+        "source": source if "://" in source else str(Path(source).expanduser().absolute()),
+        "id_column": id_column,
+        "vector_column": vector_column,
+        "attribute_columns": "all" if attribute_columns == "all" else [a for a in attribute_columns.split(",") if a],
+        "create": create | ({"index": index_config} if index_config else {}),
+        **_given(memory_bytes=memory_bytes),
+    }
+    columns = (TextColumn("{task.description:>9}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=err, disable=as_json) as progress:
+        bar = progress.add_task("submitted", total=1.0, rate="")
+
+        def show(status: dict[str, Any]) -> None:
+            rate = f"{status['rate']:,.0f} rows/s" if status["rate"] else ""
+            progress.update(bar, completed=status["progress"], description=status["phase"], rate=rate)
+
+        status = Client(target).run_job(collection, body, show)
+    report = status["report"]
+    _show(as_json, status, f"collection {collection}: {report['points']:,} points, generation {report['generation']}")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@app.command()
+def search(
+    collection: str,
+    point_id: Annotated[str | None, typer.Option("--id", help="Search with the vector of this point.")] = None,
+    vector_file: Annotated[Path | None, typer.Option(help="A .npy file of shape (d,) or (n, d).")] = None,
+    k: Annotated[int, typer.Option("-k", "--k", min=1)] = 10,
+    with_attributes: Annotated[str, typer.Option(help="Comma-separated attributes to show.")] = "",
+    target: TargetOption = DEFAULT_TARGET,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the nearest points of a stored point or of vectors in a file."""
+    client = Client(target)
+    if (point_id is None) == (vector_file is None):
+        raise Invalid("give either --id or --vector-file")
+    if point_id is not None:
+        vectors = client.vector_of(collection, _typed_id(client, collection, point_id))
+    else:
+        vectors = _read_vectors(vector_file)
+    attributes = [name for name in with_attributes.split(",") if name]
+    answer = client.search(collection, vectors, k=k, with_attributes=attributes)
+    if as_json:
+        print(json.dumps(answer))
+        return
+    for number, hits in enumerate(answer["results"]):
+        _print_hits(hits, attributes, f"query {number}" if len(answer["results"]) > 1 else "")
+
+
+def _typed_id(client: Client, collection: str, text: str) -> int | str:
+    if client.collection(collection)["config"]["id_type"] == "string":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise Invalid.at("id", f"{text!r} is not an integer, and {collection!r} has int64 ids") from None
+
+
+def _read_vectors(path: Path | None) -> Any:
+    try:
+        vectors = np.load(str(path), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise Invalid.at("vector_file", f"{path} is not a .npy file: {error}") from error
+    if vectors.ndim not in (1, 2):
+        raise Invalid.at("vector_file", f"{path} has shape {vectors.shape}; (d,) or (n, d) are needed")
+    return np.atleast_2d(vectors)
+
+
+def _print_hits(hits: list[dict[str, Any]], attributes: list[str], title: str) -> None:
+    table = Table("id", "score", *attributes, title=title or None)
+    for hit in hits:
+        values = hit.get("attributes", {})
+        table.add_row(str(hit["id"]), f"{hit['score']:.4f}", *(str(values.get(name)) for name in attributes))
+    out.print(table)
+
+
+@app.command()
+def status(
+    collection: Annotated[str | None, typer.Argument(help="One collection; all without it.")] = None,
+    target: TargetOption = DEFAULT_TARGET,
+    as_json: JsonOption = False,
+) -> None:
+    """Show collections, their shards, replicas and indexes."""
+    client = Client(target)
+    found = [client.collection(collection)] if collection else client.collections()
+    if as_json:
+        print(json.dumps(found[0] if collection else {"collections": found}))
+        return
+    if not found:
+        out.print("no collections")
+    for each in found:
+        _print_collection(each)
+
+
+def _print_collection(description: dict[str, Any]) -> None:
+    config = description["config"]
+    state = "ready" if description["ready"] else f"not ready: {description['reason']}"
+    out.print(
+        f"[bold]{description['name']}[/bold]  {description['points']:,} points, {config['dimension']} dimensions, "
+        f"{config['metric']}, generation {description['generation']}, {state}"
+    )
+    table = Table("shard", "points", "replicas", "index", "bytes", "recall@10", "at", "ms")
+    for shard in description["shards"]:
+        replicas = ", ".join(replica["state"] for replica in shard["replicas"])
+        for segment in shard["segments"] or [None]:
+            table.add_row(str(shard["shard"]), f"{shard['points']:,}", replicas, *_segment_cells(segment))
+    out.print(table)
+
+
+def _segment_cells(segment: dict[str, Any] | None) -> list[str]:
+    if segment is None:
+        return ["-"] * 5
+    point = segment["operating_points"][0]
+    params = ", ".join(f"{name} {value}" for name, value in point["params"].items()) or "exact"
+    size = f"{segment['index_bytes'] / 2**20:,.1f} MiB"
+    return [segment["index_kind"], size, f"{point['recall']:.3f}", params, f"{point['latency_ms']:.2f}"]
+
+
+def _show(as_json: bool, content: Any, text: str) -> None:
+    print(json.dumps(content) if as_json else text)
+
+
+def main() -> None:
+    """Run; an error of ours ends with its message and exit code 1."""
+    try:
+        app()
+    except EaglerayError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        else:
+            print(f"eagleray: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

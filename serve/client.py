@@ -1,0 +1,86 @@
+"""The command line's side of the HTTP API."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.errors import Conflict, EaglerayError, Exhausted, Invalid, NotFound, Unavailable
+
+JOB_POLL_S = 0.3
+ENDED = ("succeeded", "failed", "stopped")
+_KINDS: dict[int, type[EaglerayError]] = {400: Invalid, 404: NotFound, 409: Conflict, 413: Exhausted, 429: Exhausted}
+
+
+class Client:
+    """Calls to one endpoint; problems come back as our errors."""
+
+    def __init__(self, target: str, timeout_s: float = 60.0) -> None:
+        self._target = target
+        self._http = httpx.Client(base_url=target, timeout=timeout_s)
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """The decoded JSON answer (None without one)."""
+        try:
+            response = self._http.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise Unavailable(f"{self._target} does not answer: {error}; is `eagleray up` running?") from error
+        if response.is_success:
+            return response.json() if response.content else None
+        raise _error_of(response)
+
+    def collections(self) -> list[dict[str, Any]]:
+        return list(self.call("GET", "/v1/collections")["collections"])
+
+    def collection(self, name: str) -> dict[str, Any]:
+        return dict(self.call("GET", f"/v1/collections/{name}"))
+
+    def create(self, name: str, config: dict[str, Any]) -> dict[str, Any]:
+        return dict(self.call("PUT", f"/v1/collections/{name}", config))
+
+    def delete(self, name: str) -> None:
+        self.call("DELETE", f"/v1/collections/{name}")
+
+    def search(self, name: str, vectors: NDArray[Any], **options: Any) -> dict[str, Any]:
+        body = {"vectors": vectors.tolist(), **options}
+        return dict(self.call("POST", f"/v1/collections/{name}/points:search", body))
+
+    def fetch(self, name: str, ids: Sequence[int | str], with_vectors: bool = False) -> dict[str, Any]:
+        body = {"ids": list(ids), "with_vectors": with_vectors}
+        return dict(self.call("POST", f"/v1/collections/{name}/points:fetch", body))
+
+    def vector_of(self, name: str, point_id: int | str) -> NDArray[np.float32]:
+        """The stored vector of a point, shape (1, dimension); NotFound."""
+        points = self.fetch(name, [point_id], with_vectors=True)["points"]
+        if not points:
+            raise NotFound(f"no point {point_id!r} in {name!r}")
+        return np.array([points[0]["vector"]], dtype=np.float32)
+
+    def run_job(
+        self, collection: str, body: dict[str, Any], listener: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Submit a job and follow it to its end; raises Invalid with its message unless it succeeded."""
+        job_id = self.call("POST", f"/v1/collections/{collection}/jobs", body)["job_id"]
+        while True:
+            status: dict[str, Any] = self.call("GET", f"/v1/jobs/{job_id}")
+            listener(status)
+            if status["state"] in ENDED:
+                break
+            time.sleep(JOB_POLL_S)
+        if status["state"] != "succeeded":
+            raise Invalid(f"job {job_id} {status['state']}: {status['report'].get('message', '')}")
+        return status
+
+
+def _error_of(response: httpx.Response) -> EaglerayError:
+    try:
+        detail = str(response.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        detail = response.text[:500]
+    kind = _KINDS.get(response.status_code, Unavailable)
+    return kind(detail or f"status {response.status_code}")

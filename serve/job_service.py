@@ -1,0 +1,97 @@
+"""Submitting, following and stopping jobs, for the endpoint."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import msgspec
+
+from cluster.errors import Invalid, NotFound
+from cluster.object_store import ObjectStore
+from jobs.report import JobStatus, read_status
+from serve.schemas import ImportBody
+
+JOB_ID = re.compile(r"[a-zA-Z0-9_-]{1,128}")
+LOG_LINES = 50
+ENDED_STATES = {"FAILED": "failed", "STOPPED": "stopped"}
+
+
+class JobRunner(Protocol):
+    """Where jobs run (`ray_runtime`: Ray's job server). All methods block."""
+
+    def submit_job(self, job_id: str, entrypoint: str) -> None: ...
+
+    def job_state(self, job_id: str) -> str | None: ...
+
+    def job_log_tail(self, job_id: str, lines: int) -> list[str]: ...
+
+    def stop_job(self, job_id: str) -> bool: ...
+
+
+class JobService:
+    """Jobs of one Eagleray; their progress is what they wrote to object storage. All methods block."""
+
+    def __init__(self, store: ObjectStore, runner: JobRunner, namespace: str) -> None:
+        self._store = store
+        self._runner = runner
+        self._namespace = namespace
+
+    def submit_import(self, job_id: str, collection: str, body: ImportBody) -> None:
+        self._runner.submit_job(job_id, shlex.join(import_command(job_id, collection, body, self._namespace)))
+
+    def status(self, job_id: str) -> dict[str, Any]:
+        """What the job wrote, what Ray says of it, and the end of its log; NotFound."""
+        _check_job_id(job_id)
+        state = self._runner.job_state(job_id)
+        try:
+            written = read_status(self._store, job_id)
+        except NotFound:
+            if state is None:
+                raise NotFound(f"no job {job_id!r}") from None
+            written = JobStatus(job_id, job_id.split("-", 1)[0], "", state="pending")
+        answer = asdict(written)
+        if written.state in ("running", "pending"):
+            answer["state"] = _state_of_unfinished(written.state, state)
+        log = self._runner.job_log_tail(job_id, LOG_LINES) if state is not None else []
+        if answer["state"] == "failed" and not answer["report"]:
+            answer["report"] = {"error": "Crashed", "message": "the job ended without a report; its log may tell"}
+        return answer | {"log": log}
+
+    def stop(self, job_id: str) -> None:
+        _check_job_id(job_id)
+        self._runner.stop_job(job_id)
+
+
+def _check_job_id(job_id: str) -> None:
+    if not JOB_ID.fullmatch(job_id):
+        raise Invalid.at("job_id", f"{job_id!r} does not match {JOB_ID.pattern}")
+
+
+def _state_of_unfinished(written: str, state: str | None) -> str:
+    """A job that wrote no end: as Ray says; failed where Ray does not know it any more, or says it is over."""
+    if state is None or state == "SUCCEEDED":
+        return "failed"
+    return ENDED_STATES.get(state, written)
+
+
+def import_command(job_id: str, collection: str, body: ImportBody, namespace: str) -> list[str]:
+    """The command line of an import job."""
+    attributes = "all" if body.attribute_columns == "all" else ",".join(body.attribute_columns)
+    options: dict[str, str | int | None] = {
+        "--job-id": job_id,
+        "--collection": collection,
+        "--source": body.source,
+        "--id-column": body.id_column,
+        "--vector-column": body.vector_column,
+        "--attribute-columns": attributes or None,
+        "--create": msgspec.json.encode(body.create).decode() if body.create else None,
+        "--memory-bytes": body.memory_bytes,
+        "--seed": body.seed,
+        "--namespace": namespace,
+    }
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    return [sys.executable, "-m", "jobs", "import", *given]

@@ -1,0 +1,258 @@
+"""`eagleray up` and `down`: start Ray and Serve on this machine, or join a cluster, and serve until told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from actors.faiss_library import check_faiss_installation
+from cluster.config import Settings
+from cluster.errors import Conflict, Invalid, Unavailable
+
+APPLICATION = "eagleray"
+READY_TIMEOUT_S = 300.0
+DOWN_TIMEOUT_S = 60.0
+OBJECT_STORE_BYTES = 512 * 1024 * 1024  # requests pass through it, nothing stays: Ray's default is 30% of memory
+# Serve reads these when it is imported, in every process: HAProxy straight to the endpoint process instead of
+# Serve's Python proxy, and no thread hops inside it (docs/decisions/0003-ingress.md has the figures).
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True)
+class UpOptions:
+    """Where to listen, and the Ray cluster to join (None: start one on this machine)."""
+
+    settings: Settings
+    host: str = "127.0.0.1"
+    port: int = 8000
+    address: str | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+def check_host(host: str) -> None:
+    """There are no API keys in this version: only loopback may be listened on."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise Invalid.at("host", f"{host!r} is not a loopback address; without API keys nothing else is listened on")
+
+
+def up(options: UpOptions, announce: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM; then leave nothing running that was started here."""
+    check_host(options.host)
+    check_faiss_installation()
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with _run_file(options.port), contextlib.ExitStack() as undo:
+        _check_port_free(options)
+        announce("starting Ray and Serve")
+        undo.enter_context(_ray_cluster(options))
+        undo.enter_context(_application(options))
+        _wait_until_ready(options, stop, announce)
+        if not stop.is_set():
+            announce(f"Eagleray serves {options.url} with data in {options.settings.data}; Ctrl-C stops it")
+        while not stop.wait(timeout=1.0):  # with a timeout, so that signals are handled on every platform
+            continue
+        announce("stopping")
+    announce("stopped")
+
+
+def down(port: int) -> bool:
+    """Stop the `up` on this machine's port; False when there is none."""
+    path = _run_file_path(port)
+    if not path.exists():
+        return False
+    deadline = time.monotonic() + DOWN_TIMEOUT_S
+    told = False
+    with path.open("r+") as file:
+        while not _lock(file):
+            if not told:
+                os.kill(int(json.load(file)["pid"]), signal.SIGTERM)
+                told = True
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the server on port {port} did not stop within {DOWN_TIMEOUT_S:g} s")
+            time.sleep(0.05)
+    return told
+
+
+def _run_file_path(port: int) -> Path:
+    folder = Path(tempfile.gettempdir()) / f"eagleray-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise Conflict(f"{folder} belongs to another user")
+    return folder / f"{port}.json"
+
+
+@contextlib.contextmanager
+def _run_file(port: int) -> Iterator[None]:
+    """Hold the lock that says "an `up` runs on this port"; `down` reads the pid in it."""
+    path = _run_file_path(port)
+    with path.open("a+") as file:
+        if not _lock(file):
+            raise Conflict(f"another eagleray up runs on port {port}; stop it with: eagleray down --port {port}")
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid()}))
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _check_port_free(options: UpOptions) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((options.host, options.port))
+        except OSError as error:
+            raise Conflict(f"port {options.port} of {options.host} is taken: {error}; choose another --port") from None
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that are free now."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+@contextlib.contextmanager
+def _ray_cluster(options: UpOptions) -> Iterator[None]:
+    """A Ray of our own in a temporary folder, ended with this; or the cluster of `--address`, left as it is."""
+    folder = tempfile.mkdtemp(prefix="er-", dir="/tmp")  # short: unix socket paths under it have a limit
+    if options.address is None:
+        os.environ.update(serve_environment(folder))
+    import ray
+
+    try:
+        if options.address is None:
+            _start_ray(folder)
+        else:
+            ray.init(address=options.address, logging_level=logging.WARNING, log_to_driver=False)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def serve_environment(folder: str) -> dict[str, str]:
+    """`SERVE_ENVIRONMENT` with HAProxy's files in `folder` and its ports free, so that two can run side by side."""
+    stats, prometheus, fallback = free_ports(3)
+    return SERVE_ENVIRONMENT | {
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(prometheus),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/haproxy.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/haproxy-state",
+    }
+
+
+def _start_ray(folder: str) -> None:
+    import ray
+
+    ray.init(
+        address="local",
+        include_dashboard=True,  # the job server lives in it
+        dashboard_host="127.0.0.1",
+        dashboard_port=free_ports(1)[0],
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+        _temp_dir=folder,
+    )
+
+
+@contextlib.contextmanager
+def _application(options: UpOptions) -> Iterator[None]:
+    """The Serve application and, with it, supervisor and shards."""
+    from ray import serve as ray_serve
+    from ray.serve.config import HTTPOptions
+    from ray.serve.schema import LoggingConfig
+
+    from actors import ray_runtime
+    from serve.app import application
+
+    quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
+    ray_serve.start(http_options=HTTPOptions(host=options.host, port=options.port), logging_config=quiet)
+    num_cpus = 0.0 if options.address is None else 1.0
+    try:
+        app = application(options.settings, num_cpus)
+        ray_serve.run(app, name=APPLICATION, route_prefix="/", logging_config=quiet)
+        yield
+    finally:
+        if options.address is None:
+            ray_serve.shutdown()
+        else:
+            ray_serve.delete(APPLICATION)
+        ray_runtime.stop_actors(options.settings.namespace)
+
+
+def _wait_until_ready(options: UpOptions, stop: threading.Event, announce: Callable[[str], None]) -> None:
+    """Until every collection is served; a collection that cannot be is told, and does not hold up the others."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    told = ""
+    while not stop.is_set():
+        reason = _not_ready(options.url)
+        if reason is None:
+            return
+        if reason != told:
+            announce(f"waiting: {reason}")
+            told = reason
+        if time.monotonic() > deadline:
+            announce(f"not everything is ready after {READY_TIMEOUT_S:g} s: {reason}")
+            return
+        stop.wait(0.1)
+
+
+def _not_ready(url: str) -> str | None:
+    try:
+        response = httpx.get(f"{url}/readyz", timeout=5.0)
+    except httpx.HTTPError:
+        return "the endpoint starts"
+    if response.status_code == 200:
+        return None
+    try:
+        return str(response.json()["detail"])
+    except (ValueError, KeyError):
+        return "the endpoint starts"

@@ -1,0 +1,102 @@
+"""Prometheus metrics of the endpoint: counted per coordinator, told for the whole cluster by whichever answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+LATENCY_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class EndpointMetrics:
+    """What one coordinator counts (`coordinator.CoordinatorObserver`)."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._queries = Counter(
+            "eagleray_queries", "Search requests by outcome.", ("collection", "outcome"), registry=self._registry
+        )
+        self._vectors = Counter(
+            "eagleray_query_vectors", "Query vectors searched.", ("collection",), registry=self._registry
+        )
+        self._latency = Histogram(
+            "eagleray_search_latency_seconds",
+            "Time from the decoded request to the merged answer.",
+            ("collection",),
+            buckets=LATENCY_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._batches = Histogram(
+            "eagleray_batch_vectors",
+            "Vectors in one call to a shard.",
+            ("collection", "shard"),
+            buckets=BATCH_BUCKETS,
+            registry=self._registry,
+        )
+
+    def batch(self, collection: str, shard: int, vectors: int) -> None:
+        self._batches.labels(collection, str(shard)).observe(vectors)
+
+    def search(self, collection: str, outcome: str, vectors: int, seconds: float) -> None:
+        self._queries.labels(collection, outcome).inc()
+        self._vectors.labels(collection).inc(vectors)
+        self._latency.labels(collection).observe(seconds)
+
+    def snapshot(self) -> list[Metric]:
+        """Everything counted so far, as plain data that travels."""
+        return list(self._registry.collect())
+
+
+class _Families:
+    """A registry of metrics that were collected already."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
+
+
+def render(snapshots: dict[str, list[Metric]], descriptions: list[dict[str, Any]]) -> bytes:
+    """Prometheus text: every coordinator's counts under its label, and the shards' gauges."""
+    families = [*_merged(snapshots), *_gauges(descriptions)]
+    return generate_latest(_Families(families))
+
+
+def _merged(snapshots: dict[str, list[Metric]]) -> list[Metric]:
+    merged: dict[str, Metric] = {}
+    for coordinator, families in sorted(snapshots.items()):
+        for family in families:
+            target = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            target.samples += [
+                sample._replace(labels={**sample.labels, "coordinator": coordinator}) for sample in family.samples
+            ]
+    return list(merged.values())
+
+
+def _gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
+    """Points, index kind and bytes, and ready replicas of every shard."""
+    points = GaugeMetricFamily("eagleray_points", "Points of a shard.", labels=("collection", "shard"))
+    index = GaugeMetricFamily(
+        "eagleray_index_bytes", "Bytes of a shard's indexes, by kind.", labels=("collection", "shard", "kind")
+    )
+    ready = GaugeMetricFamily(
+        "eagleray_replicas_ready", "Replicas that passed their self-test.", labels=("collection", "shard")
+    )
+    for description in descriptions:
+        for shard in description["shards"]:
+            place = (description["name"], str(shard["shard"]))
+            points.add_metric(place, shard["points"])
+            ready.add_metric(place, sum(replica["state"] == "ready" for replica in shard["replicas"]))
+            sizes: dict[str, int] = {}
+            for segment in shard["segments"]:
+                sizes[segment["index_kind"]] = sizes.get(segment["index_kind"], 0) + segment["index_bytes"]
+            for kind, size in sizes.items():
+                index.add_metric((*place, kind), size)
+    return [points, index, ready]

@@ -1,0 +1,188 @@
+"""openapi.json, made from the bodies that the routes decode. A committed copy is compared by the tests."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+
+from cluster.config import COLLECTION_NAME
+from serve.arrow_bodies import ARROW
+from serve.job_service import JOB_ID
+from serve.problems import PROBLEM
+from serve.schemas import CollectionBody, FetchBody, ImportBody, SearchBody, SearchOptions
+
+JSON = "application/json"
+Json = dict[str, Any]
+
+
+@cache
+def openapi_json() -> bytes:
+    """The document, with a stable order and layout."""
+    return msgspec.json.format(msgspec.json.encode(openapi_document(), order="sorted"), indent=2) + b"\n"
+
+
+def openapi_document() -> Json:
+    """OpenAPI 3.1 of everything the endpoint serves."""
+    bodies = (CollectionBody, SearchBody, FetchBody, ImportBody)
+    _, components = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
+    _describe_search(components["SearchBody"])
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Eagleray", "version": version("eagleray"), "description": "A sharded vector index."},
+        "paths": _paths(),
+        "components": {"schemas": {**components, **_answers()}},
+    }
+
+
+def _describe_search(body: Json) -> None:
+    """Exactly one of the two ways to give vectors."""
+    body["oneOf"] = [
+        {"required": ["vectors"], "properties": {"vectors": {"type": "array", "minItems": 1}, "vector": False}},
+        {"required": ["vector"], "properties": {"vector": {"type": "array", "minItems": 1}, "vectors": False}},
+    ]
+
+
+def _paths() -> Json:
+    collection = [_path_parameter("collection", COLLECTION_NAME.pattern)]
+    job = [_path_parameter("job_id", JOB_ID.pattern)]
+    one = "/v1/collections/{collection}"
+    return {
+        "/v1/collections": {"get": _operation("List collections", {200: _json("Collections")}, 503)},
+        one: {
+            "parameters": collection,
+            "put": _operation(
+                "Create a collection; the same config again is no change",
+                {200: _json("Collection"), 201: _json("Collection")},
+                400, 409, 413, 415, 503,
+                body=_json_body("CollectionBody"),
+            ),
+            "get": _operation("Config, points, shards, replicas, indexes", {200: _json("Collection")}, 400, 404, 503),
+            "delete": _operation("Delete a collection", {204: {"description": "Deleted"}}, 400, 404, 409, 503),
+        },
+        f"{one}/points:search": {"parameters": collection, "post": _search_operation()},
+        f"{one}/points:fetch": {
+            "parameters": collection,
+            "post": _operation(
+                "Points by id", {200: _json("Points")}, 400, 404, 413, 415, 503, body=_json_body("FetchBody")
+            ),
+        },
+        f"{one}/jobs": {
+            "parameters": collection,
+            "post": _operation(
+                "Start a job", {202: _json("JobId")}, 400, 404, 413, 415, 503, body=_json_body("ImportBody")
+            ),
+        },
+        "/v1/jobs/{job_id}": {
+            "parameters": job,
+            "get": _operation("A job's state, progress, report and log", {200: _json("Job")}, 400, 404, 503),
+            "delete": _operation("Stop a job", {204: {"description": "Told to stop"}}, 400, 404, 503),
+        },
+        "/healthz": {"get": _operation("Alive", {200: _json("Status")})},
+        "/readyz": {"get": _operation("Ready: every collection is served by self-tested replicas", {200: _json("Status")}, 503)},
+        "/metrics": {
+            "get": _operation("Prometheus text for the whole cluster", {200: _content("text/plain", {"type": "string"})}, 503)
+        },
+        "/openapi.json": {"get": _operation("This document", {200: _content(JSON, {"type": "object"})})},
+    }  # fmt: skip
+
+
+def _search_operation() -> Json:
+    operation = _operation(
+        "The nearest points of each query vector",
+        {200: _json("SearchAnswer")},
+        400, 404, 413, 415, 429, 503,
+        body=_json_body("SearchBody"),
+    )  # fmt: skip
+    binary = {"schema": {"type": "string", "contentMediaType": ARROW}}
+    operation["responses"]["200"]["content"][ARROW] = binary
+    operation["description"] = (
+        f"With Content-Type {ARROW} the body is a record batch stream with the column `vector` "
+        "(FixedSizeList of float32 or float16), one row per query, and the options are URL parameters: "
+        f"{', '.join(msgspec.structs.asdict(SearchOptions()))}. With Accept {ARROW} the answer is a stream with "
+        "the columns query, id, score and the attributes; coverage and generation are in its metadata."
+    )
+    return operation
+
+
+def _operation(summary: str, answers: dict[int, Json], *problems: int, body: Json | None = None) -> Json:
+    problem = _content(PROBLEM, {"$ref": "#/components/schemas/Problem"})
+    responses = {str(status): {"description": summary} | answer for status, answer in answers.items()}
+    responses |= {str(status): {"description": "Problem"} | problem for status in (*problems, 500)}
+    return {"summary": summary, "responses": responses} | ({"requestBody": body} if body else {})
+
+
+def _path_parameter(name: str, pattern: str) -> Json:
+    schema = {"type": "string", "pattern": f"^{pattern}$"}
+    return {"name": name, "in": "path", "required": True, "schema": schema}
+
+
+def _content(media_type: str, schema: Json) -> Json:
+    return {"content": {media_type: {"schema": schema}}}
+
+
+def _json(name: str) -> Json:
+    return _content(JSON, {"$ref": f"#/components/schemas/{name}"})
+
+
+def _json_body(name: str) -> Json:
+    return {"required": True} | _json(name)
+
+
+def _object(**properties: Json) -> Json:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _answers() -> Json:
+    string, integer, number, boolean = ({"type": t} for t in ("string", "integer", "number", "boolean"))
+    anything: Json = {"type": "object"}
+    identifier = {"anyOf": [integer, string]}
+    vector = {"type": "array", "items": number}
+    hit = _object(id=identifier, score=number)
+    hit["properties"] |= {"attributes": anything, "vector": vector}
+    point = _object(id=identifier)
+    point["properties"] |= {"attributes": anything, "vector": vector}
+    coverage = _object(shards=number, points=number, missing=_list(integer))
+    replica = _object(
+        replica=integer, state=string, node=string, pid=integer, threads=integer, generations=_list(integer), error=string
+    )  # fmt: skip
+    shard = _object(shard=integer, points=integer, replicas=_list(replica), segments=_list(anything))
+    problem = _object(type=string, title=string, status=integer, detail=string)
+    problem["properties"] |= {"errors": _list(_object(field=string, message=string)), "coverage": coverage}
+    return {
+        "Problem": problem,
+        "Status": _object(status=string),
+        "JobId": _object(job_id=string),
+        "Points": _object(points=_list(point), missing=_list(identifier)),
+        "SearchAnswer": _object(results=_list(_list(hit)), coverage=coverage, generation=integer, took_ms=number),
+        "Collections": _object(collections=_list({"$ref": "#/components/schemas/Collection"})),
+        "Collection": _object(
+            name=string,
+            config=anything,
+            points=integer,
+            version=integer,
+            generation=integer,
+            serving_generation={"anyOf": [integer, {"type": "null"}]},
+            ready=boolean,
+            reason=string,
+            shards=_list(shard),
+        ),
+        "Job": _object(
+            job_id=string,
+            kind=string,
+            collection=string,
+            state={"enum": ["pending", "running", "succeeded", "failed", "stopped"]},
+            phase=string,
+            progress=number,
+            rate=number,
+            remaining_s={"anyOf": [number, {"type": "null"}]},
+            report=anything,
+            log=_list(string),
+        ),
+    }
+
+
+def _list(items: Json) -> Json:
+    return {"type": "array", "items": items}

@@ -1,0 +1,200 @@
+"""The wire's JSON bodies, decoded strictly by msgspec: unknown fields and wrong types name the field."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+from numpy.typing import NDArray
+
+from cluster.config import DIMENSION_MAX, REPLICAS_MAX, SHARDS_MAX, CollectionConfig, Limits
+from cluster.errors import FieldError, Invalid
+from cluster.query import Query, SearchParams
+from cluster.vectors import as_searched, vector_problem
+
+T = TypeVar("T", bound=Struct)
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+
+
+class IndexBody(Struct, forbid_unknown_fields=True):
+    """Which index the shards build."""
+
+    kind: Literal["auto", "flat", "ivf_flat", "hnsw"] = "auto"
+    target_recall: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.95
+    device: Literal["cpu", "gpu"] = "cpu"
+    memory_bytes: Annotated[int, Meta(ge=1, le=2**63 - 1)] | None = None
+
+
+class CollectionBody(Struct, forbid_unknown_fields=True):
+    """A collection to create."""
+
+    dimension: Annotated[int, Meta(ge=1, le=DIMENSION_MAX)]
+    metric: Literal["cosine", "l2", "ip"] = "cosine"
+    id_type: Literal["int64", "string"] = "int64"
+    shards: Annotated[int, Meta(ge=1, le=SHARDS_MAX)] = 1
+    replicas: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] = 1
+    vector_dtype: Literal["float32", "float16"] = "float32"
+    index: IndexBody = msgspec.field(default_factory=IndexBody)
+
+    def to_config(self) -> CollectionConfig:
+        return CollectionConfig.from_dict(msgspec.to_builtins(self))
+
+
+class SearchParamsBody(Struct, forbid_unknown_fields=True):
+    """Raw knobs; the tuned operating point without them."""
+
+    nprobe: Positive | None = None
+    ef_search: Positive | None = None
+
+
+class SearchBody(Struct, forbid_unknown_fields=True):
+    """A search; one of `vectors` and `vector`."""
+
+    vectors: list[list[float]] | None = None
+    vector: list[float] | None = None
+    k: Annotated[int, Meta(ge=1)] = 10
+    timeout_ms: Annotated[float, Meta(gt=0.0)] = 1_000.0
+    min_coverage: Annotated[float, Meta(ge=0.0, le=1.0)] = 1.0
+    params: SearchParamsBody = msgspec.field(default_factory=SearchParamsBody)
+    with_attributes: list[str] = []
+    with_vectors: bool = False
+
+
+class SearchOptions(Struct, forbid_unknown_fields=True):
+    """A search's options as URL parameters, where the body is Arrow."""
+
+    k: Annotated[int, Meta(ge=1)] = 10
+    timeout_ms: Annotated[float, Meta(gt=0.0)] = 1_000.0
+    min_coverage: Annotated[float, Meta(ge=0.0, le=1.0)] = 1.0
+    nprobe: Positive | None = None
+    ef_search: Positive | None = None
+    with_attributes: str = ""
+    with_vectors: bool = False
+
+
+class FetchBody(Struct, forbid_unknown_fields=True):
+    """Points to fetch by id."""
+
+    ids: list[int | str]
+    with_vectors: bool = False
+
+
+class ImportBody(Struct, forbid_unknown_fields=True):
+    """An import job. `create` allows a new collection and holds its config as far as the file does not give it."""
+
+    kind: Literal["import"]
+    source: Annotated[str, Meta(min_length=1)]
+    id_column: str = "id"
+    vector_column: str = "vector"
+    attribute_columns: list[str] | Literal["all"] = []
+    mode: Literal["replace"] = "replace"
+    create: dict[str, Any] | None = None
+    memory_bytes: Positive | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+
+
+_DECODERS: dict[type[Struct], msgspec.json.Decoder[Any]] = {
+    body: msgspec.json.Decoder(body) for body in (CollectionBody, SearchBody, FetchBody, ImportBody)
+}
+_AT = re.compile(r" - at `\$\.?([^`]*)`")
+_NAMED = re.compile(r"field `([^`]*)`")
+
+
+def decode(data: bytes, body: type[T]) -> T:
+    """Decode and check a JSON body; Invalid names the field."""
+    try:
+        decoded: T = _DECODERS[body].decode(data)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Invalid.at("body", f"is not JSON: {error}") from None
+    return decoded
+
+
+def decode_options(parameters: dict[str, str]) -> SearchOptions:
+    """Check URL parameters; Invalid names the parameter."""
+    try:
+        return msgspec.convert(parameters, SearchOptions, strict=False)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _invalid(error: msgspec.ValidationError) -> Invalid:
+    """msgspec's message as one of ours: `Expected `int`, got `str` - at `$.k`` names the field k."""
+    text = str(error)
+    place = _AT.search(text)
+    field = place.group(1) if place else ""
+    named = _NAMED.search(text)
+    if named:
+        field = f"{field}.{named.group(1)}" if field else named.group(1)
+    return Invalid.at(field or "body", _AT.sub("", text))
+
+
+def json_query(body: SearchBody, config: CollectionConfig, limits: Limits) -> Query:
+    """The query of a JSON search; Invalid names the field and the position."""
+    if (body.vectors is None) == (body.vector is None):
+        raise Invalid.at("vectors", "give either vectors or vector")
+    rows = body.vectors if body.vectors is not None else [body.vector or []]
+    name = "vectors[{}]" if body.vectors is not None else "vector"
+    options = SearchOptions(body.k, body.timeout_ms, body.min_coverage, with_vectors=body.with_vectors)
+    params = SearchParams(body.params.nprobe, body.params.ef_search)
+    vectors = _rows_to_vectors(rows, config.dimension, name, limits)
+    return _query(vectors, name, options, params, tuple(body.with_attributes), config, limits)
+
+
+def arrow_query(vectors: NDArray[Any], options: SearchOptions, config: CollectionConfig, limits: Limits) -> Query:
+    """The query of an Arrow search, vectors of shape (n, dimension)."""
+    if vectors.shape[1] != config.dimension:
+        raise Invalid.at("vector", f"has {vectors.shape[1]} numbers, the collection's dimension is {config.dimension}")
+    _check_count(len(vectors), limits)
+    attributes = tuple(name for name in options.with_attributes.split(",") if name)
+    params = SearchParams(options.nprobe, options.ef_search)
+    return _query(vectors.astype(np.float32, copy=False), "vector[{}]", options, params, attributes, config, limits)
+
+
+def _query(
+    vectors: NDArray[np.float32],
+    name: str,
+    options: SearchOptions,
+    params: SearchParams,
+    attributes: tuple[str, ...],
+    config: CollectionConfig,
+    limits: Limits,
+) -> Query:
+    if options.k > limits.k:
+        raise Invalid.at("k", f"must be at most {limits.k}, not {options.k}")
+    if options.timeout_ms > limits.timeout_ms:
+        raise Invalid.at("timeout_ms", f"must be at most {limits.timeout_ms}, not {options.timeout_ms:g}")
+    problem = vector_problem(vectors, config.metric)
+    if problem is not None:
+        raise Invalid.at(name.format(problem[0]), problem[1])
+    return Query(
+        as_searched(vectors, config.metric),
+        options.k,
+        params,
+        options.timeout_ms,
+        options.min_coverage,
+        tuple(dict.fromkeys(attributes)),
+        options.with_vectors,
+    )
+
+
+def _rows_to_vectors(rows: list[list[float]], dimension: int, name: str, limits: Limits) -> NDArray[np.float32]:
+    _check_count(len(rows), limits)
+    errors = tuple(
+        FieldError(name.format(i), f"has {len(row)} numbers, the collection's dimension is {dimension}")
+        for i, row in enumerate(rows)
+        if len(row) != dimension
+    )
+    if errors:
+        raise Invalid(f"{errors[0].field} {errors[0].message}", errors[:10])
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinity, which is then refused by position
+        return np.array(rows, dtype=np.float64).reshape(len(rows), dimension).astype(np.float32)
+
+
+def _check_count(count: int, limits: Limits) -> None:
+    if not 1 <= count <= limits.vectors_per_search:
+        raise Invalid.at("vectors", f"must hold 1 to {limits.vectors_per_search} vectors, not {count}")

@@ -1,0 +1,189 @@
+"""Collection config, settings and names: what parses, what is refused, and that the field is named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from cluster.config import (
+    CollectionConfig,
+    IndexConfig,
+    Limits,
+    Settings,
+    check_collection_name,
+)
+from cluster.errors import Invalid
+
+
+def fields_refused(data: dict[str, Any]) -> list[str]:
+    with pytest.raises(Invalid) as caught:
+        CollectionConfig.from_dict(data)
+    for error in caught.value.errors:
+        assert error.field in str(caught.value)
+    return [error.field for error in caught.value.errors]
+
+
+def test_config_of_a_dimension_alone_has_the_defaults() -> None:
+    config = CollectionConfig.from_dict({"dimension": 8})
+    assert config == CollectionConfig(
+        dimension=8,
+        metric="cosine",
+        id_type="int64",
+        shards=1,
+        replicas=1,
+        vector_dtype="float32",
+        index=IndexConfig(kind="auto", target_recall=0.95, device="cpu", memory_bytes=None),
+    )
+
+
+def test_config_survives_json_with_every_field_set() -> None:
+    config = CollectionConfig(
+        dimension=65_536,
+        metric="ip",
+        id_type="string",
+        shards=1_024,
+        replicas=16,
+        vector_dtype="float16",
+        index=IndexConfig(kind="hnsw", target_recall=0.5, device="gpu", memory_bytes=2**63 - 1),
+    )
+    assert CollectionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_config_to_dict_is_plain_json_data() -> None:
+    assert CollectionConfig(dimension=3).to_dict() == {
+        "dimension": 3,
+        "metric": "cosine",
+        "id_type": "int64",
+        "shards": 1,
+        "replicas": 1,
+        "vector_dtype": "float32",
+        "index": {"kind": "auto", "target_recall": 0.95, "device": "cpu", "memory_bytes": None},
+    }
+
+
+def test_config_without_dimension_is_refused() -> None:
+    assert fields_refused({"metric": "l2"}) == ["dimension"]
+
+
+def test_config_names_every_unknown_field() -> None:
+    assert fields_refused({"dimension": 3, "colour": 1, "Metric": "l2"}) == ["colour", "Metric"]
+
+
+def test_config_names_unknown_fields_of_the_index() -> None:
+    assert fields_refused({"dimension": 3, "index": {"nlist": 4}}) == ["index.nlist"]
+
+
+@pytest.mark.parametrize("index", [None, [], "hnsw", 3])
+def test_config_refuses_an_index_that_is_no_object(index: object) -> None:
+    assert fields_refused({"dimension": 3, "index": index}) == ["index"]
+
+
+@pytest.mark.parametrize("name", ["dimension", "shards", "replicas"])
+@pytest.mark.parametrize("value", [0, -1, 1.0, "1", True, None, [1]])
+def test_config_refuses_numbers_that_are_not_positive_integers(name: str, value: object) -> None:
+    assert fields_refused({"dimension": 3} | {name: value}) == [name]
+
+
+@pytest.mark.parametrize(("name", "most"), [("dimension", 65_536), ("shards", 1_024), ("replicas", 16)])
+def test_config_bounds_every_number_from_above(name: str, most: int) -> None:
+    assert getattr(CollectionConfig.from_dict({"dimension": 3} | {name: most}), name) == most
+    assert fields_refused({"dimension": 3} | {name: most + 1}) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [("metric", ["cosine", "l2", "ip"]), ("id_type", ["int64", "string"]), ("vector_dtype", ["float32", "float16"])],
+)
+def test_config_takes_exactly_the_named_choices(name: str, choices: list[str]) -> None:
+    for choice in choices:
+        assert getattr(CollectionConfig.from_dict({"dimension": 3, name: choice}), name) == choice
+    for wrong in ("", "COSINE", "uuid", None, 1, ["l2"]):
+        assert fields_refused({"dimension": 3, name: wrong}) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"), [("kind", ["auto", "flat", "ivf_flat", "hnsw"]), ("device", ["cpu", "gpu"])]
+)
+def test_config_takes_exactly_the_named_choices_of_the_index(name: str, choices: list[str]) -> None:
+    for choice in choices:
+        assert getattr(CollectionConfig.from_dict({"dimension": 3, "index": {name: choice}}).index, name) == choice
+    for wrong in ("", "pq", None, 1):
+        assert fields_refused({"dimension": 3, "index": {name: wrong}}) == [f"index.{name}"]
+
+
+@pytest.mark.parametrize("recall", [1e-9, 0.5, 1, 1.0])
+def test_config_takes_target_recall_up_to_one(recall: float) -> None:
+    assert (
+        CollectionConfig.from_dict({"dimension": 3, "index": {"target_recall": recall}}).index.target_recall == recall
+    )
+
+
+@pytest.mark.parametrize("recall", [0, 0.0, -0.1, 1.0000001, float("nan"), float("inf"), "0.9", True, None])
+def test_config_refuses_target_recall_out_of_bounds(recall: object) -> None:
+    assert fields_refused({"dimension": 3, "index": {"target_recall": recall}}) == ["index.target_recall"]
+
+
+@pytest.mark.parametrize("memory", [0, -1, 2**63, 1.5, "1", True])
+def test_config_refuses_memory_out_of_bounds(memory: object) -> None:
+    assert fields_refused({"dimension": 3, "index": {"memory_bytes": memory}}) == ["index.memory_bytes"]
+
+
+def test_config_names_all_wrong_fields_at_once() -> None:
+    data = {"dimension": 0, "metric": "hamming", "shards": 9_999, "index": {"kind": "pq", "target_recall": 2}}
+    assert fields_refused(data) == ["dimension", "shards", "metric", "index.kind", "index.target_recall"]
+
+
+def test_config_message_gives_the_value_and_the_bound() -> None:
+    with pytest.raises(Invalid, match="^shards: must be an integer from 1 to 1024, not 2000$"):
+        CollectionConfig(dimension=3, shards=2_000)
+
+
+@pytest.mark.parametrize("name", ["a", "0", "word-net_2", "a" * 63])
+def test_collection_name_of_allowed_characters_is_returned(name: str) -> None:
+    assert check_collection_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", "a" * 64, "A", "-a", "_a", "a b", "a/b", "..", "ä", "a\n", "a."])
+def test_collection_name_of_other_characters_is_refused(name: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        check_collection_name(name)
+    assert [error.field for error in caught.value.errors] == ["collection"]
+
+
+def test_settings_of_data_alone_have_the_defaults() -> None:
+    assert Settings.from_dict({"data": "file:///d"}) == Settings(data="file:///d", limits=Limits())
+
+
+def test_settings_take_every_field() -> None:
+    data = {
+        "data": "memory://x",
+        "namespace": "n",
+        "shard_cpus": 0,
+        "shard_threads": 3,
+        "cache_dir": "c",
+        "reconcile_period_s": 0.5,
+        "replica_timeout_s": 2.0,
+        "limits": {"k": 5},
+    }
+    assert set(data) == {field.name for field in fields(Settings)}
+    settings = Settings.from_dict(data)
+    assert vars(settings) == data | {"limits": Limits(k=5)}
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        ({}, "data"),
+        ({"data": "x", "shard_cpu": 1}, "shard_cpu"),
+        ({"data": "x", "limits": {"K": 1}}, "limits.K"),
+        ({"data": "x", "limits": 3}, "limits"),
+        ({"data": "x", "limits": None}, "limits"),
+    ],
+)
+def test_settings_refuse_and_name_the_wrong_field(data: dict[str, Any], field: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        Settings.from_dict(data)
+    assert [error.field for error in caught.value.errors] == [field]

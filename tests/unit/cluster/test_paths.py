@@ -1,0 +1,50 @@
+"""Object keys, as stored data has them: none of these may change."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster import paths
+
+
+def test_keys_are_pinned() -> None:
+    assert paths.collections_prefix() == "collections/"
+    assert paths.collection_prefix("c") == "collections/c/"
+    assert paths.manifest_prefix("c") == "collections/c/manifest/"
+    assert paths.manifest("c", 7) == "collections/c/manifest/00000000000000000007.json"
+    assert paths.segment_file("c", "s1", paths.ROWS) == "collections/c/segments/s1/rows.arrow"
+    assert paths.staging_prefix("c") == "collections/c/staging/"
+    assert paths.staging_prefix("c", "job") == "collections/c/staging/job/"
+    assert paths.staging_piece("c", "job", 3, 12) == "collections/c/staging/job/000003/00000012.arrow"
+    assert paths.job_status("job") == "jobs/job/status.json"
+
+
+def test_segment_files_are_pinned() -> None:
+    assert paths.SEGMENT_FILES == ("rows.arrow", "index.faiss", "segment.json")
+
+
+@pytest.mark.parametrize("version", [0, 1, 42, 10**19, 10**20 - 1])
+def test_manifest_version_is_read_back(version: int) -> None:
+    assert paths.manifest_version(paths.manifest("c", version)) == version
+
+
+def test_manifest_keys_sort_by_version() -> None:
+    versions = [1, 2, 9, 10, 99, 100, 10**12]
+    keys = [paths.manifest("c", version) for version in versions]
+    assert sorted(reversed(keys)) == keys
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "collections/c/manifest/",
+        "collections/c/manifest/7.json",
+        "collections/c/manifest/00000000000000000007.json.tmp",
+        "collections/c/manifest/x00000000000000000007.json",
+        "collections/c/manifest/000000000000000000007.json",
+        "collections/c/manifest/0000000000000000000a.json",
+    ],
+)
+def test_manifest_version_of_another_key_is_none(key: str) -> None:
+    assert paths.manifest_version(key) is None
