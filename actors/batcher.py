@@ -102,15 +102,14 @@ class Batcher:
         self._observe_batch(len(request.vectors))
         try:
             outcomes = await self._send(request)
-        except EaglerayError as error:
-            _fail(batch, error)
+            for items, outcome in zip(grouped.values(), outcomes, strict=True):
+                _deliver(items, outcome)
         except asyncio.CancelledError:
             for item in batch:
                 item.answer.cancel()
             raise
-        else:
-            for items, outcome in zip(grouped.values(), outcomes, strict=True):
-                _deliver(items, outcome)
+        except Exception as error:  # noqa: BLE001  # raised to the searches, which must not wait for ever
+            _fail(batch, error)
 
 
 def _request(grouped: dict[GroupKey, list[_Waiting]]) -> ShardSearch:
@@ -133,7 +132,7 @@ def _deliver(items: list[_Waiting], outcome: Hits | EaglerayError) -> None:
             item.answer.set_result(hits)
 
 
-def _fail(items: list[_Waiting], error: EaglerayError) -> None:
+def _fail(items: list[_Waiting], error: Exception) -> None:
     for item in items:
         if not item.answer.done():
             item.answer.set_exception(error)

@@ -18,7 +18,15 @@ from cluster.index_spec import IndexSpec
 from cluster.manifest import SegmentRef
 from cluster.object_store import ObjectStore
 from cluster.query import SearchParams
-from cluster.segment import FileEntry, OperatingPoint, Rows, SegmentDescription, checksum_bytes, verify_file
+from cluster.segment import (
+    FileEntry,
+    OperatingPoint,
+    Rows,
+    SegmentDescription,
+    checksum_bytes,
+    checksum_file,
+    verify_file,
+)
 from cluster.topk import recall_at_k
 
 SELF_TEST_SLACK = 0.02  # another instruction set may order near-equal distances differently
@@ -95,12 +103,21 @@ def _verified_file(
     key = paths.segment_file(collection, description.segment_id, name)
     expected = description.files[name]
     local = store.local_path(key)
-    if local is None:
-        local = cached_path(cache_dir, expected)
-        if not local.exists():
-            _download(store, key, local, expected)
-    verify_file(local, expected, key)
-    return local
+    if local is not None:
+        verify_file(local, expected, key)
+        return local
+    cached = cached_path(cache_dir, expected)
+    if not _is_whole(cached, expected):
+        _download(store, key, cached, expected)
+    return cached
+
+
+def _is_whole(path: Path, expected: FileEntry) -> bool:
+    """False where a cached copy is missing, or damaged: the object itself may be sound."""
+    try:
+        return checksum_file(path) == expected
+    except FileNotFoundError:
+        return False
 
 
 def cached_path(cache_dir: Path, entry: FileEntry) -> Path:

@@ -149,5 +149,7 @@ class Settings:
         if "data" not in data:
             raise Invalid.at("data", "is required: the storage URL, such as file:///var/lib/eagleray")
         limits = data.get("limits", {})
+        if not isinstance(limits, Mapping):
+            raise Invalid.at("limits", "must be an object")
         _refuse_unknown(limits, Limits, "limits.")
         return cls(**{**data, "limits": Limits(**limits)})

@@ -77,10 +77,10 @@ class Manifest:
         try:
             body = json.loads(data)
             if body["format"] != FORMAT:
-                raise Corrupt(f"{key}: format {body['format']}, this version reads {FORMAT}")
+                raise Corrupt(f"format {body['format']}, this version reads {FORMAT}")
             checksum = body.pop("checksum")
             if checksum != checksum_bytes(_canonical(body)):
-                raise Corrupt(f"{key}: the checksum does not match the content")
+                raise Corrupt("the checksum does not match the content")
             body["config"] = CollectionConfig.from_dict(body["config"])
             body["routing"] = Routing.from_dict(body["routing"])
             body["shards"] = tuple(
@@ -88,9 +88,9 @@ class Manifest:
                 for entry in body["shards"]
             )
             manifest = cls(**body)
-        except Corrupt:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, EaglerayError) as error:
+        except Corrupt as error:
+            raise Corrupt(f"{key}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, EaglerayError) as error:
             raise Corrupt(f"{key}: not a manifest: {error!r}") from error
         _raise_broken(key, broken_invariants(manifest))
         return manifest

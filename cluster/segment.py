@@ -92,7 +92,7 @@ class SegmentDescription:
             raw["self_test"] = SelfTest(tuple(test["rows"]), tuple(tuple(row) for row in test["truth"]), test["recall"])
             raw["files"] = {key: FileEntry(**entry) for key, entry in raw["files"].items()}
             return cls(**raw)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Corrupt(f"{name}: not a segment description: {error!r}") from error
 
 

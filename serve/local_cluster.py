@@ -71,12 +71,12 @@ def up(options: UpOptions, announce: Callable[[str], None]) -> None:
     check_host(options.host)
     check_faiss_installation()
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    _stop_on_signals(stop)
     with _run_file(options.port), contextlib.ExitStack() as undo:
         _check_port_free(options)
         announce("starting Ray and Serve")
         undo.enter_context(_ray_cluster(options))
+        _stop_on_signals(stop)  # again: starting Ray puts its own handlers in place
         undo.enter_context(_application(options))
         _wait_until_ready(options, stop, announce)
         if not stop.is_set():
@@ -85,6 +85,11 @@ def up(options: UpOptions, announce: Callable[[str], None]) -> None:
             continue
         announce("stopping")
     announce("stopped")
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
 
 
 def down(port: int) -> bool:
@@ -213,6 +218,7 @@ def _application(options: UpOptions) -> Iterator[None]:
     from actors import ray_runtime
     from serve.app import application
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     ray_serve.start(http_options=HTTPOptions(host=options.host, port=options.port), logging_config=quiet)
     num_cpus = 0.0 if options.address is None else 1.0
@@ -221,11 +227,9 @@ def _application(options: UpOptions) -> Iterator[None]:
         ray_serve.run(app, name=APPLICATION, route_prefix="/", logging_config=quiet)
         yield
     finally:
-        if options.address is None:
-            ray_serve.shutdown()
-        else:
+        if options.address is not None:
             ray_serve.delete(APPLICATION)
-        ray_runtime.stop_actors(options.settings.namespace)
+            ray_runtime.stop_actors(options.settings.namespace)
 
 
 def _wait_until_ready(options: UpOptions, stop: threading.Event, announce: Callable[[str], None]) -> None:

@@ -81,9 +81,9 @@ def _paths() -> Json:
             "delete": _operation("Stop a job", {204: {"description": "Told to stop"}}, 400, 404, 503),
         },
         "/healthz": {"get": _operation("Alive", {200: _json("Status")})},
-        "/readyz": {"get": _operation("Ready: every collection is served by self-tested replicas", {200: _json("Status")}, 503)},
+        "/readyz": {"get": _operation("Every collection is served", {200: _json("Status")}, 503)},
         "/metrics": {
-            "get": _operation("Prometheus text for the whole cluster", {200: _content("text/plain", {"type": "string"})}, 503)
+            "get": _operation("Prometheus text", {200: _content("text/plain", {"type": "string"})}, 503)
         },
         "/openapi.json": {"get": _operation("This document", {200: _content(JSON, {"type": "object"})})},
     }  # fmt: skip
@@ -146,7 +146,8 @@ def _answers() -> Json:
     point["properties"] |= {"attributes": anything, "vector": vector}
     coverage = _object(shards=number, points=number, missing=_list(integer))
     replica = _object(
-        replica=integer, state=string, node=string, pid=integer, threads=integer, generations=_list(integer), error=string
+        replica=integer, state=string, node=string, pid=integer, threads=integer, error=string,
+        generations=_list(integer),
     )  # fmt: skip
     shard = _object(shard=integer, points=integer, replicas=_list(replica), segments=_list(anything))
     problem = _object(type=string, title=string, status=integer, detail=string)

@@ -6,6 +6,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def brute_force(points: Points, queries: Vectors, k: int, metric: Metric) -> lis
 def ids_per_query(hits: Hits) -> list[list[int | str]]:
     """The hits' ids, one list per query."""
     ids, bounds = hits.ids.to_pylist(), np.concatenate([[0], np.cumsum(hits.counts)])
-    return [ids[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [ids[start:stop] for start, stop in pairwise(bounds.tolist())]
 
 
 def assert_scores_are_true(hits: Hits, points: Points, queries: Vectors, metric: Metric, tolerance: float) -> None:

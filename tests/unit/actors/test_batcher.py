@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from numpy.typing import NDArray
+
+from actors.batcher import QUEUE_FULL_RETRY_S, Batcher, GroupKey
+from cluster.config import Limits
+from cluster.errors import EaglerayError, Exhausted, Invalid, Unavailable
+from cluster.query import Hits, SearchParams, ShardSearch
+
+TEN = GroupKey(10, SearchParams(), ())
+LIMITS = Limits(calls_in_flight_per_replica=2)
+Outcomes = tuple[Hits | EaglerayError, ...]
+
+
+class Shard:
+    """Keeps every call until told to answer; each vector's one hit is its own first number."""
+
+    def __init__(self) -> None:
+        self.calls: list[ShardSearch] = []
+        self._answers: list[asyncio.Future[Outcomes]] = []
+        self._came = asyncio.Condition()
+
+    async def send(self, request: ShardSearch) -> Outcomes:
+        async with self._came:
+            self.calls.append(request)
+            self._answers.append(asyncio.get_running_loop().create_future())
+            self._came.notify_all()
+        return await self._answers[len(self.calls) - 1]
+
+    async def came(self, calls: int) -> None:
+        """Wait until that many calls have come in all."""
+        async with asyncio.timeout(10), self._came:
+            await self._came.wait_for(lambda: len(self.calls) >= calls)
+
+    def answer(self, number: int, outcomes: Outcomes | Exception | None = None) -> None:
+        if isinstance(outcomes, Exception):
+            self._answers[number].set_exception(outcomes)
+        else:
+            self._answers[number].set_result(outcomes or echo(self.calls[number]))
+
+
+def echo(request: ShardSearch) -> tuple[Hits, ...]:
+    return tuple(echo_hits(request.vectors[group.start : group.stop]) for group in request.groups)
+
+
+def echo_hits(vectors: NDArray[np.float32]) -> Hits:
+    first = vectors[:, 0]
+    return Hits(np.ones(len(vectors), np.int64), pa.array(first.astype(np.int64)), first)
+
+
+def numbers(*values: int) -> NDArray[np.float32]:
+    return np.array([[value, 0.0] for value in values], np.float32)
+
+
+def with_batcher(scenario: Callable[[Batcher, Shard], Awaitable[None]], limits: Limits = LIMITS) -> list[int]:
+    """Run a scenario; returns the sizes of the batches, in vectors."""
+    sizes: list[int] = []
+
+    async def run() -> None:
+        shard = Shard()
+        async with asyncio.timeout(20):
+            await scenario(Batcher(shard.send, limits, sizes.append), shard)
+
+    asyncio.run(run())
+    return sizes
+
+
+def ask(batcher: Batcher, *values: int, generation: int = 1, key: GroupKey = TEN) -> asyncio.Task[Hits]:
+    return asyncio.ensure_future(batcher.search(numbers(*values), generation, key))
+
+
+async def fill_window(batcher: Batcher, shard: Shard) -> list[asyncio.Task[Hits]]:
+    """Occupy both slots."""
+    asked = [ask(batcher, -1), ask(batcher, -2)]
+    await shard.came(2)
+    return asked
+
+
+async def ids_of(*asked: asyncio.Task[Hits]) -> list[list[int]]:
+    return [(await task).ids.to_pylist() for task in asked]
+
+
+def test_search_leaves_at_once_while_the_window_has_room() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        first = ask(batcher, 1)
+        await asyncio.sleep(0)  # the search runs and pumps
+        await asyncio.sleep(0)  # the call runs: no timer was waited for
+        assert [call.vectors[:, 0].tolist() for call in shard.calls] == [[1.0]]
+        second = ask(batcher, 2)
+        await shard.came(2)
+        shard.answer(1)
+        shard.answer(0)
+        assert await ids_of(first, second) == [[1], [2]]
+
+    assert with_batcher(scenario) == [1, 1]
+
+
+def test_searches_gather_while_the_window_is_full_and_leave_together() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        early = await fill_window(batcher, shard)
+        late = [ask(batcher, 3), ask(batcher, 4, 5), ask(batcher, 6)]
+        await asyncio.sleep(0)
+        assert len(shard.calls) == 2
+        shard.answer(0)
+        await shard.came(3)
+        assert shard.calls[2].vectors[:, 0].tolist() == [3.0, 4.0, 5.0, 6.0]
+        assert len(shard.calls[2].groups) == 1
+        shard.answer(1)
+        shard.answer(2)
+        assert await ids_of(*early, *late) == [[-1], [-2], [3], [4, 5], [6]]
+        assert len(shard.calls) == 3
+
+    assert with_batcher(scenario) == [1, 1, 4]
+
+
+def test_searches_are_grouped_by_what_they_share() -> None:
+    five = replace(TEN, k=5)
+    wide = replace(TEN, params=SearchParams(ef_search=99))
+    named = replace(TEN, columns=("name",))
+
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        await fill_window(batcher, shard)
+        keys = [TEN, five, wide, TEN, named, five]
+        late = [ask(batcher, number, key=key) for number, key in enumerate(keys)]
+        await asyncio.sleep(0)
+        shard.answer(0)
+        await shard.came(3)
+        request = shard.calls[2]
+        assert request.vectors[:, 0].tolist() == [0.0, 3.0, 1.0, 5.0, 2.0, 4.0]
+        assert [(g.start, g.stop, GroupKey(g.k, g.params, g.columns)) for g in request.groups] == [
+            (0, 2, TEN),
+            (2, 4, five),
+            (4, 5, wide),
+            (5, 6, named),
+        ]
+        shard.answer(1)
+        shard.answer(2)
+        assert await ids_of(*late) == [[number] for number in range(6)]
+
+    with_batcher(scenario)
+
+
+def test_batch_is_cut_at_its_bound_but_one_larger_search_goes_alone() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        await fill_window(batcher, shard)
+        late = [ask(batcher, *range(size)) for size in (2, 2, 1, 9, 1)]
+        await asyncio.sleep(0)
+        for number in range(6):
+            await shard.came(number + 1)
+            shard.answer(number)
+        assert [len(hits) for hits in await ids_of(*late)] == [2, 2, 1, 9, 1]
+
+    assert with_batcher(scenario, replace(LIMITS, batch_vectors=4)) == [1, 1, 4, 1, 9, 1]
+
+
+def test_search_over_the_queue_bound_is_exhausted_and_the_others_are_not() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        early = await fill_window(batcher, shard)
+        late = [ask(batcher, 3, 4), ask(batcher, 5, 6)]
+        await asyncio.sleep(0)
+        with pytest.raises(Exhausted, match="queued_vectors_per_shard: 4 vectors wait already, 5 may") as caught:
+            await batcher.search(numbers(7, 8), 1, TEN)
+        assert caught.value.retry_after_s == QUEUE_FULL_RETRY_S
+        fits = ask(batcher, 9)
+        await asyncio.sleep(0)
+        shard.answer(0)
+        shard.answer(1)
+        await shard.came(3)
+        shard.answer(2)
+        assert await ids_of(*early, *late, fits) == [[-1], [-2], [3, 4], [5, 6], [9]]
+        again = ask(batcher, 1, 2, 3, 4, 5)  # the queue is empty again
+        await shard.came(4)
+        shard.answer(3)
+        assert await ids_of(again) == [[1, 2, 3, 4, 5]]
+
+    with_batcher(scenario, replace(LIMITS, queued_vectors_per_shard=5))
+
+
+def test_error_of_a_group_fails_only_its_searches() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        await fill_window(batcher, shard)
+        good, bad = ask(batcher, 3), [ask(batcher, n, key=replace(TEN, columns=("no",))) for n in (4, 5)]
+        await asyncio.sleep(0)
+        shard.answer(0)
+        await shard.came(3)
+        shard.answer(2, (echo(shard.calls[2])[0], Invalid("no attribute 'no'")))
+        assert await ids_of(good) == [[3]]
+        for task in bad:
+            with pytest.raises(Invalid, match="no attribute"):
+                await task
+        shard.answer(1)
+
+    with_batcher(scenario)
+
+
+@pytest.mark.parametrize("error", [Unavailable("away"), RuntimeError("a bug in the shard")], ids=["ours", "another"])
+def test_error_of_a_call_fails_its_searches_and_frees_its_slot(error: Exception) -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        early = await fill_window(batcher, shard)
+        late = ask(batcher, 3)
+        await asyncio.sleep(0)
+        shard.answer(0, error)
+        with pytest.raises(type(error), match=str(error)):
+            await early[0]
+        await shard.came(3)
+        shard.answer(1)
+        shard.answer(2)
+        assert await ids_of(early[1], late) == [[-2], [3]]
+
+    with_batcher(scenario)
+
+
+def test_answer_with_too_few_outcomes_fails_the_searches() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        await fill_window(batcher, shard)
+        late = [ask(batcher, 3), ask(batcher, 4, key=replace(TEN, k=5))]
+        await asyncio.sleep(0)
+        shard.answer(0)
+        await shard.came(3)
+        shard.answer(2, echo(shard.calls[2])[:1])
+        assert await ids_of(late[0]) == [[3]]
+        with pytest.raises(ValueError, match="shorter"):
+            await late[1]
+        shard.answer(1)
+
+    with_batcher(scenario)
+
+
+def test_cancelled_searches_are_dropped_from_the_queue() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        await fill_window(batcher, shard)
+        late = [ask(batcher, number) for number in (3, 4, 5)]
+        await asyncio.sleep(0)
+        late[0].cancel()
+        late[2].cancel()
+        await asyncio.wait({late[0], late[2]})
+        shard.answer(0)
+        await shard.came(3)
+        assert shard.calls[2].vectors[:, 0].tolist() == [4.0]
+        shard.answer(1)
+        shard.answer(2)
+        assert await ids_of(late[1]) == [[4]]
+
+    assert with_batcher(scenario) == [1, 1, 1]
+
+
+def test_queue_of_cancelled_searches_only_makes_no_call_and_holds_no_room() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        early = await fill_window(batcher, shard)
+        gone = ask(batcher, 3, 4, 5)
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.wait({gone})
+        shard.answer(0)
+        assert await ids_of(early[0]) == [[-1]]
+        await asyncio.sleep(0)
+        assert len(shard.calls) == 2
+        late = ask(batcher, 6, 7, 8)
+        await shard.came(3)
+        shard.answer(1)
+        shard.answer(2)
+        assert await ids_of(late) == [[6, 7, 8]]
+
+    with_batcher(scenario, replace(LIMITS, queued_vectors_per_shard=3))
+
+
+def test_search_cancelled_during_its_call_leaves_the_others_of_the_call_their_answers() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        await fill_window(batcher, shard)
+        late = [ask(batcher, number) for number in (3, 4)]
+        await asyncio.sleep(0)
+        shard.answer(0)
+        await shard.came(3)
+        late[0].cancel()
+        await asyncio.wait({late[0]})
+        shard.answer(1)
+        shard.answer(2)
+        assert await ids_of(late[1]) == [[4]]
+
+    with_batcher(scenario)
+
+
+def test_generations_are_never_mixed_in_one_call_and_keep_their_order() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        await fill_window(batcher, shard)
+        late = [ask(batcher, n, generation=g) for n, g in [(3, 1), (4, 1), (5, 2), (6, 2), (7, 1)]]
+        await asyncio.sleep(0)
+        for number in range(5):
+            await shard.came(number + 1)
+            shard.answer(number)
+        assert await ids_of(*late) == [[3], [4], [5], [6], [7]]
+        sent = [(call.generation, call.vectors[:, 0].tolist()) for call in shard.calls[2:]]
+        assert sent == [(1, [3.0, 4.0]), (2, [5.0, 6.0]), (1, [7.0])]
+
+    with_batcher(scenario)
+
+
+def test_wider_window_lets_more_calls_fly() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        batcher.window = 3
+        asked = [ask(batcher, number) for number in range(4)]
+        await shard.came(3)
+        await asyncio.sleep(0)
+        assert len(shard.calls) == 3
+        shard.answer(2)
+        await shard.came(4)
+        for number in (0, 1, 3):
+            shard.answer(number)
+        assert await ids_of(*asked) == [[0], [1], [2], [3]]
+
+    with_batcher(scenario)

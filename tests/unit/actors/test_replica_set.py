@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from actors.replica_set import SUSPECT_S, ReplicaSet
+from actors.shard_client import ShardClient
+from cluster.errors import Invalid, Unavailable
+from cluster.placement import ReplicaKey
+from tests.fakes import ManualClock
+
+A, B, C = (ReplicaKey("words", 0, number) for number in range(3))
+
+
+class Replicas:
+    """Replicas that answer with their own key, some of which fail; `asked` is who was asked, in order."""
+
+    def __init__(self) -> None:
+        self.failing: dict[ReplicaKey, Exception] = {}
+        self.asked: list[ReplicaKey] = []
+        self.gates: dict[ReplicaKey, asyncio.Event] = {}
+
+    def connect(self, key: ReplicaKey) -> ShardClient:
+        return key  # type: ignore[return-value]  # the key stands for its client
+
+    async def ask(self, client: ShardClient) -> ReplicaKey:
+        key: ReplicaKey = client  # type: ignore[assignment]
+        self.asked.append(key)
+        if key in self.gates:
+            await self.gates[key].wait()
+        if key in self.failing:
+            raise self.failing[key]
+        return key
+
+
+def with_replicas(scenario: Callable[[ReplicaSet, Replicas, ManualClock], Awaitable[None]], *keys: ReplicaKey) -> None:
+    async def run() -> None:
+        replicas, clock = Replicas(), ManualClock()
+        chosen = ReplicaSet(replicas.connect, clock)
+        chosen.update(keys)
+        await scenario(chosen, replicas, clock)
+
+    asyncio.run(run())
+
+
+def test_call_without_replicas_is_unavailable() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        assert len(chosen) == 0
+        with pytest.raises(Unavailable, match="no replica of the shard is ready"):
+            await chosen.call(replicas.ask)
+
+    with_replicas(scenario)
+
+
+def test_call_picks_the_least_busy_replica_and_the_lowest_key_among_equals() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.gates = {key: asyncio.Event() for key in (A, B, C)}
+        calls = []
+        for _ in range(5):
+            calls.append(asyncio.ensure_future(chosen.call(replicas.ask)))
+            await asyncio.sleep(0)
+        assert replicas.asked == [A, B, C, A, B]
+        replicas.gates[C].set()
+        assert await calls[2] == C
+        calls.append(asyncio.ensure_future(chosen.call(replicas.ask)))
+        await asyncio.sleep(0)
+        assert replicas.asked[-1] == C
+        for gate in replicas.gates.values():
+            gate.set()
+        await asyncio.gather(*calls)
+        assert await chosen.call(replicas.ask) == A  # none is busy any more
+
+    with_replicas(scenario, A, B, C)
+
+
+def test_call_fails_over_to_the_next_replica() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.failing = {A: Unavailable("a is away")}
+        assert await chosen.call(replicas.ask) == B
+        assert replicas.asked == [A, B]
+
+    with_replicas(scenario, A, B)
+
+
+def test_call_asks_each_replica_once_and_raises_the_last_failure() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.failing = {A: Unavailable("a is away"), B: Unavailable("b is away")}
+        with pytest.raises(Unavailable, match="b is away"):
+            await chosen.call(replicas.ask)
+        assert replicas.asked == [A, B]
+
+    with_replicas(scenario, A, B)
+
+
+def test_call_does_not_try_another_replica_after_an_error_that_is_the_callers() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.failing = {A: Invalid("wrong")}
+        with pytest.raises(Invalid, match="wrong"):
+            await chosen.call(replicas.ask)
+        assert replicas.asked == [A]
+
+    with_replicas(scenario, A, B)
+
+
+def test_suspect_replica_is_avoided_until_its_time_is_over() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.failing = {A: Unavailable("a is away")}
+        await chosen.call(replicas.ask)
+        replicas.failing = {}
+        clock.advance(SUSPECT_S - 0.01)
+        assert await chosen.call(replicas.ask) == B
+        clock.advance(0.01)
+        assert await chosen.call(replicas.ask) == A
+
+    with_replicas(scenario, A, B)
+
+
+def test_suspect_replica_is_asked_where_no_other_is_left() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.failing = {A: Unavailable("a is away")}
+        with pytest.raises(Unavailable):
+            await chosen.call(replicas.ask)
+        replicas.failing = {}
+        assert await chosen.call(replicas.ask) == A
+
+    with_replicas(scenario, A)
+
+
+def test_update_keeps_what_is_known_of_those_that_stay() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.gates = {A: asyncio.Event()}
+        busy = asyncio.ensure_future(chosen.call(replicas.ask))
+        await asyncio.sleep(0)
+        replicas.failing = {B: Unavailable("b is away")}
+        with pytest.raises(Unavailable):
+            await chosen.call(lambda client: replicas.ask(client) if client == B else _refuse())
+        replicas.failing = {}
+        chosen.update((A, B, C))
+        assert await chosen.call(replicas.ask) == C  # A is busy, B is suspect
+        replicas.gates[A].set()
+        assert await busy == A
+
+    async def _refuse() -> ReplicaKey:
+        raise Unavailable("not this one")
+
+    with_replicas(scenario, A, B)
+
+
+def test_update_during_a_call_drops_a_replica_without_losing_the_call() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.gates = {A: asyncio.Event()}
+        call = asyncio.ensure_future(chosen.call(replicas.ask))
+        await asyncio.sleep(0)
+        chosen.update((B,))
+        replicas.gates[A].set()
+        assert await call == A
+        assert len(chosen) == 1
+        assert await chosen.call(replicas.ask) == B
+
+    with_replicas(scenario, A)
+
+
+def test_cancelled_call_does_not_count_as_busy() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.gates = {A: asyncio.Event()}
+        call = asyncio.ensure_future(chosen.call(replicas.ask))
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait({call})
+        replicas.gates[A].set()
+        assert await chosen.call(replicas.ask) == A
+
+    with_replicas(scenario, A, B)
