@@ -90,13 +90,15 @@ class Shard:
 
     def retire(self, generation: int) -> None:
         """Drop every view older than `generation`, and their cached files that no later view uses."""
-        old = [view for view in self._views.values() if view.generation < generation]
+        before = self._cached_files()
         self._views = {g: view for g, view in self._views.items() if g >= generation}
-        kept = {s.description.segment_id for view in self._views.values() for s in view.segments}
-        for segment in (s for view in old for s in view.segments):
-            if segment.description.segment_id not in kept:
-                for entry in segment.description.files.values():
-                    cached_path(self._cache_dir, entry).unlink(missing_ok=True)
+        for path in before - self._cached_files():
+            path.unlink(missing_ok=True)
+
+    def _cached_files(self) -> set[Path]:
+        """Where the files of all views lie if they are cached; equal files are one."""
+        segments = (segment for view in self._views.values() for segment in view.segments)
+        return {cached_path(self._cache_dir, entry) for s in segments for entry in s.description.files.values()}
 
     def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
         """One `Hits`, or the error of that group alone, per group. Unavailable where the generation is not held."""

@@ -89,6 +89,7 @@ class Supervisor:
         self._retirements: dict[str, _Retirement] = {}
         self._watchers: dict[ReplicaKey, asyncio.Task[None]] = {}
         self._polled_at = clock() - STORE_POLL_S
+        self._reading = asyncio.Lock()
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
         self._table = ServingTable(new_nonce())
@@ -115,7 +116,7 @@ class Supervisor:
 
     async def refresh(self, collection: str) -> None:
         """Look at one collection now, because something was committed to it."""
-        await asyncio.to_thread(self._read_manifest, collection)
+        await self._read_manifest(collection)
         self._round()
 
     def close(self) -> None:
@@ -146,20 +147,30 @@ class Supervisor:
         }
 
     async def _read_manifests(self) -> None:
+        known = self._manifests.keys() | self._broken.keys()  # what `refresh` adds meanwhile is not in the list
         names = await asyncio.to_thread(collection_names, self._store)
         for name in names:
-            await asyncio.to_thread(self._read_manifest, name)
-        for name in self._manifests.keys() - set(names):
-            del self._manifests[name]
+            await self._read_manifest(name)
+        for name in known - set(names):
+            self._manifests.pop(name, None)
+            self._broken.pop(name, None)
         self._polled_at = self._clock()
 
-    def _read_manifest(self, name: str) -> None:
-        """A corrupt manifest stops its own collection from changing, not the others."""
-        try:
-            manifest = ManifestLog(self._store, name, self._new_nonce).newest()
-        except (Corrupt, NotFound) as error:
-            self._broken[name] = str(error)
-            return
+    async def _read_manifest(self, name: str) -> None:
+        """A corrupt manifest stops its own collection from changing, not the others.
+
+        One read at a time: a slow one must not bring back what a later one saw replaced.
+        """
+        log = ManifestLog(self._store, name, self._new_nonce)
+        async with self._reading:
+            try:
+                manifest = await asyncio.to_thread(log.newest)
+            except (Corrupt, NotFound) as error:
+                self._broken[name] = str(error)
+            else:
+                self._keep(name, manifest)
+
+    def _keep(self, name: str, manifest: Manifest | None) -> None:
         self._broken.pop(name, None)
         if manifest is None or manifest.state == "deleted":
             self._manifests.pop(name, None)
@@ -262,9 +273,8 @@ class Supervisor:
         if before is None or before.version != manifest.version:
             if not publishable_version(wanted, self._observed(), manifest.version):
                 return before and self._with_ready_replicas(before, wanted)
-            if before is not None:
-                at = self._clock() + RETIRE_AFTER_S
-                self._retirements[manifest.collection] = _Retirement(manifest.generation, at)
+            at = self._clock() + RETIRE_AFTER_S
+            self._retirements[manifest.collection] = _Retirement(manifest.generation, at)
         served = ServedCollection(
             manifest.config,
             manifest.routing,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +17,12 @@ from cluster.errors import NotFound, Unavailable
 from cluster.object_store import ObjectInfo, check_key
 
 DOWNLOAD_CHUNK_BYTES = 8 * 1024 * 1024
+CONNECT_TIMEOUT_S = 3.0
+STALL_TIMEOUT_S = 30.0  # of silence within a request; it does not bound a long transfer
+TRANSFER_TIMEOUT_S = 3_600.0  # one request with its body; obstore's own 30 s cuts large segments into many retries
+RETRIES_MAX = 4
+BACKOFF_MAX_S = 1.0
+RETRY_WINDOW_S = 180.0  # from the start of a request; a download that breaks within it goes on where it broke
 
 
 class CloudStore:
@@ -23,11 +30,11 @@ class CloudStore:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"client_options": _client_options(), "retry_config": _retry_config()}
         if urlsplit(url).scheme == "s3":
             options["conditional_put"] = "etag"
         with self._errors(url):
-            self._store = from_url(url, client_options={"allow_http": True}, **options)
+            self._store = from_url(url, **options)
 
     def get(self, key: str) -> bytes:
         with self._errors(key):
@@ -87,3 +94,21 @@ class CloudStore:
             raise NotFound(f"no object {what}") from None
         except (BaseError, OSError) as error:
             raise Unavailable(f"{self._url}: {what}: {error}") from error
+
+
+def _client_options() -> dict[str, Any]:
+    return {
+        "allow_http": True,
+        "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
+        "read_timeout": timedelta(seconds=STALL_TIMEOUT_S),
+        "timeout": timedelta(seconds=TRANSFER_TIMEOUT_S),
+    }
+
+
+def _retry_config() -> dict[str, Any]:
+    """Bounded retries: a dead endpoint is Unavailable within seconds, not minutes."""
+    return {
+        "max_retries": RETRIES_MAX,
+        "backoff": {"max_backoff": timedelta(seconds=BACKOFF_MAX_S)},
+        "retry_timeout": timedelta(seconds=RETRY_WINDOW_S),
+    }

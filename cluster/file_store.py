@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +16,7 @@ from cluster.object_store import ObjectInfo, check_key
 
 ASIDE = ".aside"  # files being written; a crash leaves only garbage here
 COPY_CHUNK_BYTES = 8 * 1024 * 1024
+NAME_ATTEMPTS = 20  # to name a file in a folder that concurrent deletes keep removing
 
 
 class FileStore:
@@ -28,41 +30,33 @@ class FileStore:
             raise Unavailable(f"the data folder {root} cannot be used: {error}") from error
 
     def get(self, key: str) -> bytes:
-        try:
+        with _errors(key), _not_found(key):
             return self._path(key).read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise NotFound(f"no object {key}") from None
 
     def put(self, key: str, data: bytes) -> None:
         with _errors(key):
-            self._publish(self._write_aside(data), self._path(key), overwrite=True)
+            self._publish(self._write_aside(io.BytesIO(data)), self._path(key), overwrite=True)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         with _errors(key):
-            return self._publish(self._write_aside(data), self._path(key), overwrite=False)
+            return self._publish(self._write_aside(io.BytesIO(data)), self._path(key), overwrite=False)
 
     def upload(self, path: Path, key: str) -> None:
-        with _errors(key):
-            aside = self._aside_path()
-            with path.open("rb") as source, aside.open("xb") as target:
-                shutil.copyfileobj(source, target, COPY_CHUNK_BYTES)
-                _sync_file(target)
-            self._publish(aside, self._path(key), overwrite=True)
+        with _errors(key), path.open("rb") as source:
+            self._publish(self._write_aside(source), self._path(key), overwrite=True)
 
     def download(self, key: str, path: Path) -> None:
-        try:
+        with _errors(key), _not_found(key):
             shutil.copyfile(self._path(key), path)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise NotFound(f"no object {key}") from None
 
     def local_path(self, key: str) -> Path | None:
         path = self._path(key)
         return path if path.is_file() else None
 
     def objects(self, prefix: str) -> Iterator[ObjectInfo]:
-        folder = self._root / prefix
-        names = (Path(base) / name for base, _, files in os.walk(folder) for name in files)
-        keys = sorted(path.relative_to(self._root).as_posix() for path in names)
+        with _errors(prefix):
+            names = (Path(base) / name for base, files in _walk(self._root / prefix) for name in files)
+            keys = sorted(path.relative_to(self._root).as_posix() for path in names)
         for key in keys:
             if key.startswith(ASIDE + "/"):
                 continue
@@ -73,53 +67,53 @@ class FileStore:
             yield ObjectInfo(key, stat.st_size, stat.st_mtime)
 
     def folders(self, prefix: str) -> list[str]:
-        try:
-            entries = list((self._root / prefix).iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(entry.name for entry in entries if entry.name != ASIDE and entry.is_dir())
+        with _errors(prefix):
+            try:
+                entries = list((self._root / prefix).iterdir())
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            return sorted(entry.name for entry in entries if entry.name != ASIDE and _holds_files(entry))
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        try:
-            path.unlink()
-        except (FileNotFoundError, NotADirectoryError):
-            return
+        with _errors(key):
+            try:
+                path.unlink()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return
         self._remove_empty_folders(path.parent)
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
-    def _aside_path(self) -> Path:
-        return self._root / ASIDE / uuid.uuid4().hex
-
-    def _write_aside(self, data: bytes) -> Path:
-        aside = self._aside_path()
-        with aside.open("xb") as file:
-            file.write(data)
-            _sync_file(file)
+    def _write_aside(self, source: BinaryIO) -> Path:
+        aside = self._root / ASIDE / uuid.uuid4().hex
+        try:
+            with aside.open("xb") as file:
+                shutil.copyfileobj(source, file, COPY_CHUNK_BYTES)
+                _sync_file(file)
+        except OSError:
+            aside.unlink(missing_ok=True)  # a full disk is not filled further by retries
+            raise
         return aside
 
     def _publish(self, aside: Path, path: Path, *, overwrite: bool) -> bool:
         """Give the finished file its name; False if it exists and must not be overwritten."""
         try:
-            self._name(aside, path, overwrite=overwrite)
-        except FileExistsError:
-            return False
+            named = self._name(aside, path, overwrite=overwrite)
         finally:
             aside.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-        return True
+        if named:
+            with suppress(FileNotFoundError):  # deleted again meanwhile, and the folder with it
+                _sync_folder(path.parent)
+        return named
 
-    def _name(self, aside: Path, path: Path, *, overwrite: bool) -> None:
-        for attempts_left in (2, 1, 0):
-            self._make_folders(path.parent)
-            try:
-                (os.replace if overwrite else os.link)(aside, path)
-                return
-            except FileNotFoundError:  # a concurrent delete removed the folder while it was empty
-                if not attempts_left:
-                    raise
+    def _name(self, aside: Path, path: Path, *, overwrite: bool) -> bool:
+        for _ in range(NAME_ATTEMPTS):
+            with suppress(FileNotFoundError):  # a concurrent delete removed the folder while it was empty
+                self._make_folders(path.parent)
+                return _replace(aside, path) if overwrite else _link(aside, path)
+        raise Unavailable(f"{path}: its folder was removed {NAME_ATTEMPTS} times by concurrent deletes")
 
     def _make_folders(self, folder: Path) -> None:
         """mkdir -p whose new directory entries are durable too."""
@@ -138,6 +132,42 @@ class FileStore:
             except OSError:  # not empty, or gone: someone else's business
                 return
             folder = folder.parent
+
+
+def _replace(aside: Path, path: Path) -> bool:
+    os.replace(aside, path)
+    return True
+
+
+def _link(aside: Path, path: Path) -> bool:
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, its files) for every folder below; unlike `os.walk`, a folder that cannot be read is an error."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # none, or deleted meanwhile
+            raise error
+
+    for base, _, files in os.walk(folder, onerror=refuse):
+        yield base, files
+
+
+def _holds_files(folder: Path) -> bool:
+    return any(files for _, files in _walk(folder))
+
+
+@contextmanager
+def _not_found(key: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise NotFound(f"no object {key}") from None
 
 
 @contextmanager

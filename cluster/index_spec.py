@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import log2, sqrt
+from math import ceil, log2, sqrt
 from typing import Any, Literal
 
 from cluster.config import CollectionConfig, IndexConfig
@@ -96,7 +96,7 @@ def _fits(spec: IndexSpec, index: IndexConfig) -> bool:
 def _refuse_over_memory(specs: list[IndexSpec], index: IndexConfig) -> None:
     if any(_fits(spec, index) for spec in specs):
         return
-    needs = ", ".join(f"{spec.kind} {int(spec.predicted_bytes * MEMORY_MARGIN)}" for spec in specs)
+    needs = ", ".join(f"{spec.kind} {ceil(spec.predicted_bytes * MEMORY_MARGIN)}" for spec in specs)
     raise Invalid.at(
         "index.memory_bytes",
         f"{index.memory_bytes} bytes for one shard's index are too few; needed are: {needs}. "

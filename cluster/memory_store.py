@@ -53,9 +53,8 @@ class MemoryStore:
         return None
 
     def objects(self, prefix: str) -> Iterator[ObjectInfo]:
-        for key in sorted(self._objects):
+        for key, (data, modified_s) in sorted(self._objects.items()):
             if key.startswith(prefix):
-                data, modified_s = self._objects[key]
                 yield ObjectInfo(key, len(data), modified_s)
 
     def folders(self, prefix: str) -> list[str]:

@@ -34,6 +34,9 @@ class Client:
             return response.json() if response.content else None
         raise _error_of(response)
 
+    def close(self) -> None:
+        self._http.close()
+
     def collections(self) -> list[dict[str, Any]]:
         return list(self.call("GET", "/v1/collections")["collections"])
 

@@ -17,6 +17,7 @@ from serve.schemas import ImportBody
 
 JOB_ID = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 LOG_LINES = 50
+ENTRYPOINT_CHARACTERS = 30_000  # Linux takes 128 KiB in one argument, and a character may be 4 bytes
 ENDED_STATES = {"FAILED": "failed", "STOPPED": "stopped"}
 
 
@@ -41,7 +42,10 @@ class JobService:
         self._namespace = namespace
 
     def submit_import(self, job_id: str, collection: str, body: ImportBody) -> None:
-        self._runner.submit_job(job_id, shlex.join(import_command(job_id, collection, body, self._namespace)))
+        entrypoint = shlex.join(import_command(job_id, collection, body, self._namespace))
+        if len(entrypoint) > ENTRYPOINT_CHARACTERS or "\0" in entrypoint:
+            raise Invalid.at("body", f"makes a command that is over {ENTRYPOINT_CHARACTERS} characters or holds a NUL")
+        self._runner.submit_job(job_id, entrypoint)
 
     def status(self, job_id: str) -> dict[str, Any]:
         """What the job wrote, what Ray says of it, and the end of its log; NotFound."""
@@ -80,7 +84,7 @@ def _state_of_unfinished(written: str, state: str | None) -> str:
 
 def import_command(job_id: str, collection: str, body: ImportBody, namespace: str) -> list[str]:
     """The command line of an import job."""
-    attributes = "all" if body.attribute_columns == "all" else ",".join(body.attribute_columns)
+    attributes = _attributes_option(body.attribute_columns)
     options: dict[str, str | int | None] = {
         "--job-id": job_id,
         "--collection": collection,
@@ -95,3 +99,13 @@ def import_command(job_id: str, collection: str, body: ImportBody, namespace: st
     }
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     return [sys.executable, "-m", "jobs", "import", *given]
+
+
+def _attributes_option(columns: list[str] | str) -> str:
+    """Names joined by commas, or `all`. Invalid names what would be read as something else."""
+    if isinstance(columns, str):
+        return columns
+    for position, name in enumerate(columns):
+        if not name or "," in name or columns == ["all"]:
+            raise Invalid.at(f"attribute_columns[{position}]", f'{name!r} cannot be named; "all" takes every column')
+    return ",".join(columns)

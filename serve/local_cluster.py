@@ -75,11 +75,12 @@ def up(options: UpOptions, announce: Callable[[str], None]) -> None:
     with _run_file(options.port), contextlib.ExitStack() as undo:
         _check_port_free(options)
         announce("starting Ray and Serve")
-        undo.enter_context(_ray_cluster(options))
+        dashboard = undo.enter_context(_ray_cluster(options))
         _stop_on_signals(stop)  # again: starting Ray puts its own handlers in place
         undo.enter_context(_application(options))
         _wait_until_ready(options, stop, announce)
         if not stop.is_set():
+            announce(f"Ray's dashboard and job server: http://{dashboard}")
             announce(f"Eagleray serves {options.url} with data in {options.settings.data}; Ctrl-C stops it")
         while not stop.wait(timeout=1.0):  # with a timeout, so that signals are handled on every platform
             continue
@@ -161,8 +162,11 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _ray_cluster(options: UpOptions) -> Iterator[None]:
-    """A Ray of our own in a temporary folder, ended with this; or the cluster of `--address`, left as it is."""
+def _ray_cluster(options: UpOptions) -> Iterator[str]:
+    """A Ray of our own in a temporary folder, ended with this; or the cluster of `--address`, left as it is.
+
+    Gives host and port of its dashboard.
+    """
     folder = tempfile.mkdtemp(prefix="er-", dir="/tmp")  # short: unix socket paths under it have a limit
     if options.address is None:
         os.environ.update(serve_environment(folder))
@@ -170,10 +174,10 @@ def _ray_cluster(options: UpOptions) -> Iterator[None]:
 
     try:
         if options.address is None:
-            _start_ray(folder)
+            context = _start_ray(folder)
         else:
-            ray.init(address=options.address, logging_level=logging.WARNING, log_to_driver=False)
-        yield
+            context = ray.init(address=options.address, logging_level=logging.ERROR, log_to_driver=False)
+        yield str(context.dashboard_url)
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
@@ -193,16 +197,16 @@ def serve_environment(folder: str) -> dict[str, str]:
     }
 
 
-def _start_ray(folder: str) -> None:
+def _start_ray(folder: str) -> Any:
     import ray
 
-    ray.init(
+    return ray.init(
         address="local",
         include_dashboard=True,  # the job server lives in it
         dashboard_host="127.0.0.1",
         dashboard_port=free_ports(1)[0],
         object_store_memory=OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
         log_to_driver=False,
         _temp_dir=folder,
     )

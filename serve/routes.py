@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
+import pyarrow as pa
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -39,6 +40,7 @@ from serve.schemas import (
     ImportBody,
     SearchBody,
     arrow_query,
+    check_create,
     decode,
     decode_options,
     json_query,
@@ -75,19 +77,21 @@ def build_app(services: Services) -> Starlette:
     endpoint = Routes(services)
     collection = "/v1/collections/{collection}"
     routes = [
-        Route(f"{collection}/points:search", endpoint.search, methods=["POST"]),
-        Route(f"{collection}/points:fetch", endpoint.fetch, methods=["POST"]),
-        Route(f"{collection}/jobs", endpoint.submit_job, methods=["POST"]),
-        Route(collection, endpoint.create_collection, methods=["PUT"]),
-        Route(collection, endpoint.get_collection, methods=["GET"]),
-        Route(collection, endpoint.delete_collection, methods=["DELETE"]),
-        Route("/v1/collections", endpoint.list_collections, methods=["GET"]),
-        Route("/v1/jobs/{job_id}", endpoint.get_job, methods=["GET"]),
-        Route("/v1/jobs/{job_id}", endpoint.stop_job, methods=["DELETE"]),
-        Route("/healthz", endpoint.healthz, methods=["GET"]),
-        Route("/readyz", endpoint.readyz, methods=["GET"]),
-        Route("/metrics", endpoint.prometheus, methods=["GET"]),
-        Route("/openapi.json", endpoint.openapi, methods=["GET"]),
+        _route(f"{collection}/points:search", POST=endpoint.search),
+        _route(f"{collection}/points:fetch", POST=endpoint.fetch),
+        _route(f"{collection}/jobs", POST=endpoint.submit_job),
+        _route(
+            collection,
+            PUT=endpoint.create_collection,
+            GET=endpoint.get_collection,
+            DELETE=endpoint.delete_collection,
+        ),
+        _route("/v1/collections", GET=endpoint.list_collections),
+        _route("/v1/jobs/{job_id}", GET=endpoint.get_job, DELETE=endpoint.stop_job),
+        _route("/healthz", GET=endpoint.healthz),
+        _route("/readyz", GET=endpoint.readyz),
+        _route("/metrics", GET=endpoint.prometheus),
+        _route("/openapi.json", GET=endpoint.openapi),
     ]
 
     @contextlib.asynccontextmanager
@@ -103,7 +107,18 @@ def build_app(services: Services) -> Starlette:
         return problem_response(request, error)
 
     handlers: Any = {EaglerayError: on_error, HTTPException: on_error, Exception: on_error}
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # a path with a slash too many is unknown, not elsewhere
+    return app
+
+
+def _route(path: str, **handlers: Callable[[Request], Awaitable[Response]]) -> Route:
+    """All methods of a path, so that 405 names them all in `Allow`. HEAD is answered as GET."""
+
+    async def answer(request: Request) -> Response:
+        return await handlers["GET" if request.method == "HEAD" else request.method](request)
+
+    return Route(path, answer, methods=list(handlers))
 
 
 class Routes:
@@ -138,7 +153,7 @@ class Routes:
         parameters, limits = request.query_params, self._services.limits
         body = await self._body(request)
         if _content_type(request) == ARROW:
-            options = decode_options(dict(parameters))
+            options = decode_options(parameters.multi_items())
             return arrow_query(arrow_bodies.read_vectors(body), options, served.config, limits)
         _refuse_parameters(request)
         return json_query(decode(body, SearchBody), served.config, limits)
@@ -181,7 +196,9 @@ class Routes:
     async def submit_job(self, request: Request) -> Response:
         name = check_collection_name(request.path_params["collection"])
         body = decode(await self._json_body(request), ImportBody)
-        if body.create is None and not self._known(name):
+        if body.create is not None:
+            check_create(body.create)
+        elif not self._known(name):
             raise NotFound(f"no collection {name!r}; give create to have the import make it")
         job_id = f"import-{uuid.uuid4().hex[:16]}"
         await asyncio.to_thread(self._services.jobs.submit_import, job_id, name, body)
@@ -276,7 +293,7 @@ class Routes:
         """The body, refused as soon as it is known to be too large."""
         bound = self._services.limits.body_bytes
         declared = request.headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > bound:
+        if declared.isdecimal() and (len(declared) > 18 or int(declared) > bound):
             raise Exhausted(f"body_bytes: the body has {declared} bytes, at most {bound} are taken")
         parts, size = [], 0
         async for part in request.stream():
@@ -339,9 +356,19 @@ def _points(table: Any, attributes: tuple[str, ...]) -> list[dict[str, Any]]:
     if table is None:
         return []
     points = []
-    for row in table.to_pylist():
+    columns = [_values(column) for column in table.columns]
+    for row in (dict(zip(table.column_names, values, strict=True)) for values in zip(*columns, strict=True)):
         point = {name: row[name] for name in ("id", "vector") if name in row}
         if attributes:
             point["attributes"] = {name: row[name] for name in attributes}
         points.append(point)
     return points
+
+
+def _values(column: Any) -> list[Any]:
+    """A column's values. Times finer or later than Python's are told as text, durations as their number."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError):
+        values = column.cast(pa.int64() if pa.types.is_duration(column.type) else pa.string()).to_pylist()
+    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from cluster.config import DIMENSION_MAX, REPLICAS_MAX, SHARDS_MAX, CollectionConfig, Limits
 from cluster.errors import FieldError, Invalid
+from cluster.index_spec import choose
 from cluster.query import Query, SearchParams
 from cluster.vectors import as_searched, vector_problem
 
@@ -92,7 +94,7 @@ class ImportBody(Struct, forbid_unknown_fields=True):
     attribute_columns: list[str] | Literal["all"] = []
     mode: Literal["replace"] = "replace"
     create: dict[str, Any] | None = None
-    memory_bytes: Positive | None = None
+    memory_bytes: Annotated[int, Meta(ge=1, le=2**63 - 1)] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
 
 
@@ -114,12 +116,26 @@ def decode(data: bytes, body: type[T]) -> T:
     return decoded
 
 
-def decode_options(parameters: dict[str, str]) -> SearchOptions:
+def decode_options(parameters: Sequence[tuple[str, str]]) -> SearchOptions:
     """Check URL parameters; Invalid names the parameter."""
+    options = dict(parameters)
+    if len(options) < len(parameters):
+        names = [name for name, _ in parameters]
+        raise Invalid.at(next(name for name in names if names.count(name) > 1), "is given more than once")
     try:
-        return msgspec.convert(parameters, SearchOptions, strict=False)
+        return msgspec.convert(options, SearchOptions, strict=False)
     except msgspec.ValidationError as error:
         raise _invalid(error) from None
+
+
+def check_create(create: dict[str, Any]) -> None:
+    """Refuse now what an import job would refuse: the config of a new collection, whose dimension the file may give."""
+    try:
+        choose(0, msgspec.convert({"dimension": 1, **create}, CollectionBody).to_config())
+    except (msgspec.ValidationError, Invalid) as error:
+        wrong = error if isinstance(error, Invalid) else _invalid(error)
+        fields = tuple(FieldError(f"create.{e.field}", e.message) for e in wrong.errors)
+        raise Invalid("; ".join(f"{e.field}: {e.message}" for e in fields), fields) from None
 
 
 def _invalid(error: msgspec.ValidationError) -> Invalid:

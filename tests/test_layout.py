@@ -44,15 +44,16 @@ def imported_packages(tree: ast.Module) -> Iterator[str]:
             yield node.module.split(".")[0]
 
 
-def reads_environment(tree: ast.Module) -> bool:
+def names_used_of_os(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id == "os" and node.attr in ("environ", "environb", "getenv"):
-                return True
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+            yield node.attr
         elif isinstance(node, ast.ImportFrom) and node.module == "os":
-            if {alias.name for alias in node.names} & {"environ", "environb", "getenv"}:
-                return True
-    return False
+            yield from (alias.name for alias in node.names)
+
+
+def reads_environment(tree: ast.Module) -> bool:
+    return bool({"environ", "environb", "getenv"} & set(names_used_of_os(tree)))
 
 
 def long_functions(tree: ast.Module) -> list[str]:

@@ -117,20 +117,19 @@ def commit(
 def all_scores(points: Points, queries: Vectors, metric: Metric) -> NDArray[np.float64]:
     """The metric's own value of every (query, point), in float64."""
     stored, asked = points.vectors.astype(np.float64), queries.astype(np.float64)
-    if metric == "l2":
-        return np.square(asked[:, None, :] - stored[None, :, :]).sum(axis=2)
-    return asked @ stored.T
+    return _squared_distances(asked, stored) if metric == "l2" else asked @ stored.T
+
+
+def _squared_distances(asked: NDArray[np.float64], stored: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.square(asked[:, None, :] - stored[None, :, :]).sum(axis=2)
 
 
 def brute_force(points: Points, queries: Vectors, k: int, metric: Metric) -> list[list[int | str]]:
-    """Per query the ids of the best k points, best first, ties by id."""
-    ids = points.ids.to_pylist()
-    sign = 1.0 if metric == "l2" else -1.0
-    answers = []
-    for scores in sign * all_scores(points, queries, metric):
-        ranked = sorted(zip(scores.tolist(), ids, strict=True))
-        answers.append([point_id for _, point_id in ranked[:k]])
-    return answers
+    """Per query the ids of the best k points, best first, ties by id; cosine by distance of the stored vectors."""
+    ids, stored = points.ids.to_pylist(), points.vectors.astype(np.float64)
+    asked = queries.astype(np.float64)
+    costs = -(asked @ stored.T) if metric == "ip" else _squared_distances(asked, stored)
+    return [[point_id for _, point_id in sorted(zip(line, ids, strict=True))[:k]] for line in costs.tolist()]
 
 
 def ids_per_query(hits: Hits) -> list[list[int | str]]:

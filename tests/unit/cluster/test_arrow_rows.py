@@ -9,12 +9,13 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from cluster.arrow_rows import gather, vector_type, vectors_array, vectors_view
 
 
 def batch_of(numbers: list[int]) -> Any:
-    vectors = np.array([[number, number + 0.5] for number in numbers], dtype=np.float32).reshape(-1, 2)
+    vectors: NDArray[np.float32] = np.array([[n, n + 0.5] for n in numbers], dtype=np.float32).reshape(-1, 2)
     return pa.record_batch({"number": pa.array(numbers, pa.int64()), "vector": vectors_array(vectors)})
 
 

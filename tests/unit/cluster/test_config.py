@@ -137,7 +137,7 @@ def test_config_names_all_wrong_fields_at_once() -> None:
 
 
 def test_config_message_gives_the_value_and_the_bound() -> None:
-    with pytest.raises(Invalid, match="^shards: must be an integer from 1 to 1024, not 2000$"):
+    with pytest.raises(Invalid, match=r"^shards: must be an integer from 1 to 1024, not 2000$"):
         CollectionConfig(dimension=3, shards=2_000)
 
 

@@ -28,7 +28,7 @@ TABLE = [
     (15_626,     384,  "float32", 0.95, None,        "hnsw",     HNSW_16,           "float32", 26_251_680),
     (15_626,     384,  "float32", 1.0,  None,        "flat",     {},                "float32", 24_001_536),
     (3_000_000,  2,    "float32", 0.95, None,        "flat",     {},                "float32", 24_000_000),
-    (92,         65_536, "float32", 0.95, None,      "hnsw",     HNSW_16,           "float32", 24_130_560),
+    (92,         65_536, "float32", 0.95, None,      "hnsw",     HNSW_16,           "float32", 24_130_496),
     (200_000,    384,  "float32", 0.95, None,        "hnsw",     HNSW_16,           "float32", 336_000_000),
     (200_000,    384,  "float16", 0.95, None,        "hnsw",     HNSW_16,           "float16", 182_400_000),
     (200_000,    384,  "float32", 0.5,  None,        "hnsw",     HNSW_16,           "float32", 336_000_000),

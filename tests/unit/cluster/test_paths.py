@@ -29,9 +29,9 @@ def test_manifest_version_is_read_back(version: int) -> None:
 
 
 def test_manifest_keys_sort_by_version() -> None:
-    versions = [1, 2, 9, 10, 99, 100, 10**12]
+    versions = [10, 2, 9, 10**12, 1, 100, 99]
     keys = [paths.manifest("c", version) for version in versions]
-    assert sorted(reversed(keys)) == keys
+    assert sorted(keys) == [paths.manifest("c", version) for version in sorted(versions)]
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_plan_has_at_most_one_action_for_each_replica(
 def test_publishable_version_is_held_by_a_replica_of_every_shard(
     observed: dict[ReplicaKey, ObservedReplica], version: int
 ) -> None:
-    wanted = {key: V2 for key in observed} | {A0: V2}
+    wanted = dict.fromkeys(observed, V2) | {A0: V2}
     if publishable_version(wanted, observed, version):
         for shard in {key.shard for key in wanted}:
             replicas = [observed[key] for key in wanted if key.shard == shard and key in observed]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,16 @@ def ids_of(count: int, id_type: IdType) -> list[Any]:
     return [i * 7 - 20 for i in range(count)] if id_type == "int64" else [f"point {i}" for i in range(count)]
 
 
+HashOf = Callable[[Any], NDArray[np.uint64]]
+
+
 class Written:
     """A `rows.arrow` in hash order with random vectors, and the same as plain data."""
 
-    def __init__(self, path: Path, ids: Sequence[Any], config: CollectionConfig, per_batch: int) -> None:
-        hashes = segment.hash_ids(id_array(ids, config.id_type))
+    def __init__(
+        self, path: Path, ids: Sequence[Any], config: CollectionConfig, per_batch: int, hash_of: HashOf = hash_ids
+    ) -> None:
+        hashes = hash_of(id_array(ids, config.id_type))
         order = sorted(range(len(ids)), key=lambda i: (int(hashes[i]), ids[i]))
         self.path, self.config, self.per_batch = path, config, per_batch
         self.ids = [ids[i] for i in order]
@@ -70,10 +75,15 @@ class Written:
 
 
 def write(
-    tmp_path: Path, count: int, per_batch: int, id_type: IdType = "int64", dtype: VectorDtype = "float32"
+    tmp_path: Path,
+    count: int,
+    per_batch: int,
+    id_type: IdType = "int64",
+    dtype: VectorDtype = "float32",
+    hash_of: HashOf = hash_ids,
 ) -> Written:
     config = CollectionConfig(dimension=DIMENSION, id_type=id_type, vector_dtype=dtype)
-    return Written(tmp_path / "rows.arrow", ids_of(count, id_type), config, per_batch)
+    return Written(tmp_path / "rows.arrow", ids_of(count, id_type), config, per_batch, hash_of)
 
 
 @pytest.mark.parametrize("id_type", ["int64", "string"])
@@ -155,7 +165,7 @@ def test_rows_of_ids_tells_equal_hashes_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, id_type: IdType, per_batch: int
 ) -> None:
     monkeypatch.setattr(segment, "hash_ids", hash_of_few_values)
-    written = write(tmp_path, 23, per_batch, id_type)
+    written = write(tmp_path, 23, per_batch, id_type, hash_of=hash_of_few_values)
     assert len(set(written.hashes.tolist())) == 4
     rows = written.open()
     assert rows.rows_of_ids(id_array(written.ids, id_type)).tolist() == list(range(23))

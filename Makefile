@@ -1,0 +1,41 @@
+# The whole project in six commands; each makes the environment it needs. Python 3.11 or newer, Linux x86-64.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help env check test demo bench lock clean
+
+help: ## Show this
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+env: $(VENV)/.done ## Make the environment in .venv
+
+$(VENV)/.done: requirements-dev.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+check: env ## Format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: env ## All tests: unit, contract, recall, Ray
+	$(BIN)/python -m pytest
+
+demo: env ## Real vectors on this machine: import, search, measure, restart
+	$(BIN)/python examples/demo.py
+
+bench: env ## The served endpoint beside FAISS in process (BENCH="--data ... --queries ..." for other vectors)
+	$(BIN)/python benchmarks/http_vs_faiss.py $(BENCH)
+
+lock: ## Resolve pyproject.toml afresh into requirements-dev.lock
+	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet --editable '.[cpu,dev]'
+	(head -n 1 requirements-dev.lock; $(VENV)-lock/bin/python -m pip freeze --exclude-editable) > requirements-dev.lock.new
+	mv requirements-dev.lock.new requirements-dev.lock && rm -rf $(VENV)-lock
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

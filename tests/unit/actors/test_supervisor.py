@@ -1,0 +1,572 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from actors import supervisor as supervisor_module
+from actors.shard_client import ServingTable
+from actors.supervisor import LOAD_RETRY_S, RETIRE_AFTER_S, STORE_POLL_S, Supervisor
+from cluster import paths
+from cluster.config import CollectionConfig, IndexConfig
+from cluster.errors import NotFound, Unavailable
+from cluster.memory_store import MemoryStore
+from cluster.object_store import ObjectStore
+from cluster.placement import ReplicaKey, WantedReplica
+from tests.fakes import SETTINGS, FaultyStore, LocalRuntime, ManualClock, Serving, serving, table_when
+from tests.unit.actors.points import commit, flipped, manifest_log, random_points
+
+CONFIG = CollectionConfig(4, metric="l2", shards=2, index=IndexConfig(kind="flat"))
+DOUBLED = CollectionConfig(4, metric="l2", shards=2, replicas=2, index=IndexConfig(kind="flat"))
+
+
+def keys_of(collection: str = "words", shards: int = 2, replicas: int = 1) -> list[ReplicaKey]:
+    return [ReplicaKey(collection, shard, replica) for shard in range(shards) for replica in range(replicas)]
+
+
+def fill(
+    store: ObjectStore, collection: str = "words", config: CollectionConfig = CONFIG, count: int = 20, seed: int = 1
+) -> None:
+    commit(store, collection, config, random_points(config, count, seed))
+
+
+def serves(generation: int, collection: str = "words") -> Callable[[ServingTable], bool]:
+    """The generation is served by every replica that is wanted."""
+
+    def is_so(table: ServingTable) -> bool:
+        served = table.collections.get(collection)
+        return served is not None and served.generation == generation and collection not in table.unready
+
+    return is_so
+
+
+def replicas_in(table: ServingTable, collection: str = "words") -> list[ReplicaKey]:
+    return [key for keys in table.collections[collection].replicas.values() for key in keys]
+
+
+def with_serving(
+    scenario: Callable[[Serving, ManualClock], Awaitable[None]],
+    store: ObjectStore,
+    tmp_path: Path,
+    runtime: LocalRuntime | None = None,
+) -> None:
+    """A supervisor on a clock that stands still: it looks at the store once, and when it is told to."""
+
+    async def run() -> None:
+        clock = ManualClock()
+        async with asyncio.timeout(10), serving(store, tmp_path, SETTINGS, clock, runtime) as eagleray:
+            await scenario(eagleray, clock)
+
+    asyncio.run(run())
+
+
+async def rounds(supervisor: Supervisor, times: int = 3) -> None:
+    """Let every replica be asked and rounds be made, for what must not happen."""
+    for _ in range(times):
+        await supervisor.reconcile()
+        await asyncio.sleep(2 * SETTINGS.reconcile_period_s)
+
+
+def test_wanted_replicas_are_started_and_published_when_ready(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store, config=DOUBLED)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        table = await table_when(eagleray.directory, serves(1))
+        assert eagleray.runtime.started == keys_of(replicas=2)
+        served = table.collections["words"]
+        assert (served.config, served.version, served.generation) == (DOUBLED, 1, 1)
+        assert sum(served.shard_points.values()) == 20
+        assert served.attributes == ("name",)
+        assert served.replicas == {0: tuple(keys_of(replicas=2)[:2]), 1: tuple(keys_of(replicas=2)[2:])}
+        assert table.unready == {}
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_collection_that_is_not_served_yet_says_which_replicas_it_waits_for(tmp_path: Path) -> None:
+    store = MemoryStore()
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        fill(store)
+        await eagleray.directory.refresh("words")
+        table = await eagleray.directory.next_table(None)
+        assert table.collections == {}
+        assert table.unready == {"words": "replica words/0/0 is starting; replica words/1/0 is starting"}
+        await table_when(eagleray.directory, serves(1))
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_replica_that_is_gone_is_started_again(tmp_path: Path) -> None:
+    store, key = MemoryStore(), ReplicaKey("words", 1, 0)
+    fill(store)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        eagleray.runtime.lose(key)
+        await table_when(eagleray.directory, lambda _: eagleray.runtime.started == [*keys_of(), key])
+        table = await table_when(eagleray.directory, serves(1))
+        assert replicas_in(table) == keys_of()
+        assert eagleray.runtime.stopped == []
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_dead_replica_is_left_to_its_restart_and_served_again_after_it(tmp_path: Path) -> None:
+    store, key = MemoryStore(), ReplicaKey("words", 0, 1)
+    fill(store, config=DOUBLED)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        eagleray.runtime.kill(key)
+        table = await table_when(eagleray.directory, lambda table: "words" in table.unready)
+        assert table.unready["words"] == "replica words/0/1 is unreachable (replica words/0/1 is dead)"
+        assert replicas_in(table) == [k for k in keys_of(replicas=2) if k != key]
+        await rounds(eagleray.supervisor)
+        assert eagleray.runtime.started == keys_of(replicas=2)
+        eagleray.runtime.revive(key)
+        table = await table_when(eagleray.directory, serves(1))
+        assert replicas_in(table) == keys_of(replicas=2)
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_hanging_replica_is_unreachable_until_it_answers(tmp_path: Path) -> None:
+    store, key = MemoryStore(), ReplicaKey("words", 0, 0)
+    fill(store)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        eagleray.runtime.hang(key)
+        table = await table_when(eagleray.directory, lambda table: "words" in table.unready)
+        assert table.unready["words"] == "replica words/0/0 is unreachable (it does not answer)"
+        assert replicas_in(table) == [ReplicaKey("words", 1, 0)]
+        eagleray.runtime.revive(key)
+        await table_when(eagleray.directory, serves(1))
+
+    with_serving(scenario, store, tmp_path)
+
+
+class GatedLoads(LocalRuntime):
+    """Replicas whose loading of a further version waits for `gates[key]`."""
+
+    def __init__(self, store: ObjectStore, cache_dir: Path) -> None:
+        super().__init__(store, cache_dir)
+        self.gates: dict[ReplicaKey, asyncio.Event] = {}
+
+    async def load(self, key: ReplicaKey, version: int) -> None:
+        if key in self.gates:
+            await self.gates[key].wait()
+        await super().load(key, version)
+
+
+def test_new_generation_is_published_only_when_every_replica_holds_it(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store, config=DOUBLED)
+    runtime = GatedLoads(store, tmp_path)
+    late = ReplicaKey("words", 1, 1)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        runtime.gates[late] = asyncio.Event()
+        fill(store, config=DOUBLED, count=30, seed=2)
+        await eagleray.directory.refresh("words")
+        while len(runtime.loaded) < 3:
+            await asyncio.sleep(0.001)
+        await rounds(eagleray.supervisor)
+        table = await eagleray.directory.next_table(None)
+        assert serves(1)(table), "the old generation must be served meanwhile"
+        assert sum(table.collections["words"].shard_points.values()) == 20
+        assert replicas_in(table) == keys_of(replicas=2)
+        runtime.gates[late].set()
+        table = await table_when(eagleray.directory, serves(2))
+        assert sum(table.collections["words"].shard_points.values()) == 30
+        assert replicas_in(table) == keys_of(replicas=2)
+        assert sorted(runtime.loaded) == [(key, 2) for key in keys_of(replicas=2)]
+
+    with_serving(scenario, store, tmp_path, runtime)
+
+
+def test_new_generation_does_not_wait_for_a_dead_replica_of_a_shard_that_has_another(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store, config=DOUBLED)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        eagleray.runtime.kill(ReplicaKey("words", 0, 0))
+        await table_when(eagleray.directory, lambda table: "words" in table.unready)
+        fill(store, config=DOUBLED, seed=2)
+        await eagleray.directory.refresh("words")
+        table = await table_when(eagleray.directory, lambda table: table.collections["words"].generation == 2)
+        assert replicas_in(table) == keys_of(replicas=2)[1:]
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_new_generation_waits_for_a_dead_replica_that_is_its_shards_only_one(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        eagleray.runtime.kill(ReplicaKey("words", 0, 0))
+        await table_when(eagleray.directory, lambda table: "words" in table.unready)
+        fill(store, seed=2)
+        await eagleray.directory.refresh("words")
+        while eagleray.runtime.loaded != [(ReplicaKey("words", 1, 0), 2)]:
+            await asyncio.sleep(0.001)
+        await rounds(eagleray.supervisor)
+        assert (await eagleray.directory.next_table(None)).collections["words"].generation == 1
+        eagleray.runtime.revive(ReplicaKey("words", 0, 0))
+        await table_when(eagleray.directory, serves(2))
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_old_generation_is_retired_after_the_queries_that_may_use_it(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        fill(store, seed=2)
+        await eagleray.directory.refresh("words")
+        await table_when(eagleray.directory, serves(2))
+        clock.advance(RETIRE_AFTER_S - 0.01)
+        await rounds(eagleray.supervisor)
+        assert (ReplicaKey("words", 0, 0), 2) not in eagleray.runtime.retired
+        assert (await eagleray.runtime.status(ReplicaKey("words", 0, 0))).generations == (1, 2)
+        clock.advance(0.01)
+        await rounds(eagleray.supervisor)
+        assert [entry for entry in sorted(eagleray.runtime.retired) if entry[1] == 2] == [(k, 2) for k in keys_of()]
+        assert (await eagleray.runtime.status(ReplicaKey("words", 0, 0))).generations == (2,)
+        assert serves(2)(await eagleray.directory.next_table(None))
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_deleted_collection_stops_its_replicas_and_no_others(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+    fill(store, "birds")
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, lambda table: serves(1)(table) and serves(1, "birds")(table))
+        manifest_log(store, "words").delete()
+        await eagleray.directory.refresh("words")
+        table = await eagleray.directory.next_table(None)
+        assert set(table.collections) == {"birds"}
+        assert table.unready == {}
+        assert eagleray.runtime.stopped == keys_of()
+        assert eagleray.runtime.existing() == keys_of("birds")
+        with pytest.raises(NotFound, match="no collection 'words'"):
+            eagleray.supervisor.describe("words")
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_collection_created_again_after_its_deletion_is_served(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        manifest_log(store, "words").delete()
+        await eagleray.directory.refresh("words")
+        fill(store, count=7, seed=2)
+        await eagleray.directory.refresh("words")
+        table = await table_when(eagleray.directory, serves(2))
+        assert table.collections["words"].version == 3
+        assert sum(table.collections["words"].shard_points.values()) == 7
+        assert eagleray.runtime.started == keys_of() * 2
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_collection_whose_objects_vanished_is_stopped_at_the_next_poll(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        for info in list(store.objects(paths.collection_prefix("words"))):
+            store.delete(info.key)
+        clock.advance(STORE_POLL_S)
+        table = await table_when(eagleray.directory, lambda table: "words" not in table.collections)
+        assert table.unready == {}
+        assert eagleray.runtime.existing() == []
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_corrupt_manifest_stops_only_its_own_collection(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+    fill(store, "birds")
+    key = paths.manifest("birds", 1)
+    store.put(key, flipped(store.get(key), 40))
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        table = await table_when(eagleray.directory, serves(1))
+        assert set(table.collections) == {"words"}
+        assert set(table.unready) == {"birds"}
+        assert table.unready["birds"].startswith(f"{key}: ")
+        assert eagleray.runtime.started == keys_of()
+        store.delete(key)
+        clock.advance(STORE_POLL_S)
+        await table_when(eagleray.directory, lambda table: table.unready == {})
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_corrupt_newer_manifest_leaves_the_served_generation_and_is_reported(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        store.put(paths.manifest("words", 2), b"{}")
+        clock.advance(STORE_POLL_S)
+        table = await table_when(eagleray.directory, lambda table: "words" in table.unready)
+        assert table.unready["words"].startswith(f"{paths.manifest('words', 2)}: ")
+        assert table.collections["words"].generation == 1
+        assert replicas_in(table) == keys_of()
+        assert eagleray.runtime.stopped == []
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_corrupt_segment_of_a_new_generation_keeps_the_old_one_and_is_tried_again_later(tmp_path: Path) -> None:
+    store = MemoryStore()
+    one = CollectionConfig(4, metric="l2", index=IndexConfig(kind="flat"))
+    fill(store, config=one)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        fill(store, config=one, seed=2)
+        (segment_id,) = manifest_log(store, "words").newest_live().segments
+        key = paths.segment_file("words", segment_id, paths.INDEX)
+        good = store.get(key)
+        store.put(key, flipped(good, 99))
+        await eagleray.directory.refresh("words")
+        while not eagleray.runtime.loaded:
+            await asyncio.sleep(0.001)
+        clock.advance(LOAD_RETRY_S - 0.01)
+        await rounds(eagleray.supervisor)
+        assert len(eagleray.runtime.loaded) == 1, "it must not load in a tight loop"
+        assert (await eagleray.directory.next_table(None)).collections["words"].generation == 1
+        store.put(key, good)
+        clock.advance(LOAD_RETRY_S)
+        await table_when(eagleray.directory, serves(2))
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_replica_that_could_not_load_says_why_and_is_asked_to_load_again(tmp_path: Path) -> None:
+    store = MemoryStore()
+    one = CollectionConfig(4, metric="l2", index=IndexConfig(kind="flat"))
+    fill(store, config=one)
+    (segment_id,) = manifest_log(store, "words").newest_live().segments
+    key = paths.segment_file("words", segment_id, paths.ROWS)
+    good = store.get(key)
+    store.put(key, flipped(good, 99))
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        table = await table_when(eagleray.directory, lambda table: "failed" in table.unready.get("words", ""))
+        assert f"replica words/0/0 is failed (Corrupt: {key}: " in table.unready["words"]
+        assert table.collections == {}
+        store.put(key, good)
+        clock.advance(LOAD_RETRY_S)
+        await table_when(eagleray.directory, serves(1))
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_restarted_supervisor_finds_the_replicas_that_run(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+    runtime = LocalRuntime(store, tmp_path)
+
+    async def run() -> None:
+        async with asyncio.timeout(10):
+            async with serving(store, tmp_path, runtime=runtime) as first:
+                await table_when(first.directory, serves(1))
+            async with serving(store, tmp_path, runtime=runtime) as second:
+                table = await table_when(second.directory, serves(1))
+        assert replicas_in(table) == keys_of()
+        assert runtime.started == keys_of()
+        assert runtime.stopped == []
+
+    asyncio.run(run())
+
+
+def test_restarted_supervisor_stops_replicas_of_a_collection_deleted_meanwhile(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+    runtime = LocalRuntime(store, tmp_path)
+    for key in keys_of():
+        runtime.start(key, WantedReplica(1, 1, 2, 0.0))
+    manifest_log(store, "words").delete()
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await eagleray.supervisor.reconcile()
+        assert runtime.stopped == keys_of()
+        assert runtime.existing() == []
+
+    with_serving(scenario, store, tmp_path, runtime)
+
+
+def test_restarted_supervisor_retires_what_its_predecessor_did_not(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+    runtime = LocalRuntime(store, tmp_path)
+
+    async def before(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        fill(store, seed=2)
+        await eagleray.directory.refresh("words")
+        await table_when(eagleray.directory, serves(2))
+        assert runtime.retired == []
+
+    async def after(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(2))
+        clock.advance(RETIRE_AFTER_S)
+        await rounds(eagleray.supervisor)
+        assert sorted(runtime.retired) == [(key, 2) for key in keys_of()]
+
+    with_serving(before, store, tmp_path, runtime)
+    with_serving(after, store, tmp_path, runtime)
+
+
+def test_poll_finds_what_nobody_told_it(tmp_path: Path) -> None:
+    store = MemoryStore()
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await rounds(eagleray.supervisor)
+        fill(store)
+        clock.advance(STORE_POLL_S - 0.01)
+        await rounds(eagleray.supervisor)
+        assert eagleray.runtime.started == []
+        clock.advance(0.01)
+        await table_when(eagleray.directory, serves(1))
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_absent_store_is_asked_again_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inner = MemoryStore()
+    fill(inner)
+    store = FaultyStore(inner, at=1, counted=frozenset({"folders"}))
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        table = await table_when(eagleray.directory, serves(1))
+        assert replicas_in(table) == keys_of()
+
+    with caplog.at_level(logging.WARNING):
+        with_serving(scenario, store, tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        "reconcile: folders collections/: the store failed, as it was told to at call 1"
+    ]
+
+
+def test_refresh_while_the_store_is_away_is_unavailable(tmp_path: Path) -> None:
+    inner = MemoryStore()
+    fill(inner)
+    store = FaultyStore(inner, at=2, counted=frozenset({"objects"}))
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        with pytest.raises(Unavailable, match="the store failed"):
+            await eagleray.directory.refresh("words")
+        assert serves(1)(await eagleray.directory.next_table(None))
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_next_table_waits_for_a_change_and_gives_up_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    fill(store)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        table = await table_when(eagleray.directory, serves(1))
+        assert await eagleray.directory.next_table(None) == table
+        assert await eagleray.directory.next_table("an older stamp") == table
+        waiting = asyncio.ensure_future(eagleray.directory.next_table(table.stamp))
+        await rounds(eagleray.supervisor)
+        assert not waiting.done()
+        manifest_log(store, "words").delete()
+        await eagleray.directory.refresh("words")
+        changed = await waiting
+        assert changed.stamp != table.stamp
+        assert changed.collections == {}
+        monkeypatch.setattr(supervisor_module, "TABLE_WAIT_S", 0.01)
+        assert await eagleray.directory.next_table(changed.stamp) == changed
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_describe_gives_manifest_generation_and_every_replicas_status(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        facts = await eagleray.directory.describe("words")
+        assert facts["manifest"] == manifest_log(store, "words").newest()
+        assert facts["serving_generation"] == 1
+        assert list(facts["statuses"]) == keys_of()
+        assert {status.state for status in facts["statuses"].values()} == {"ready"}
+        assert sum(status.points for status in facts["statuses"].values()) == 20
+        with pytest.raises(NotFound, match="no collection 'birds'"):
+            await eagleray.directory.describe("birds")
+
+    with_serving(scenario, store, tmp_path)
+
+
+class PausingStore(FaultyStore):
+    """A store that answers the next call of one method late: it has looked, and waits for `go_on` to say so."""
+
+    def __init__(self, inner: ObjectStore) -> None:
+        super().__init__(inner)
+        self.pause_at = ""
+        self.looked, self.go_on = threading.Event(), threading.Event()
+
+    def _call(self, method: str, *args: object) -> object:
+        answer = super()._call(method, *args)
+        if method == self.pause_at:
+            self.pause_at = ""
+            self.looked.set()
+            assert self.go_on.wait(20)
+        return answer
+
+
+@pytest.mark.parametrize("method", ["folders", "objects", "get"])
+def test_slow_poll_does_not_undo_what_a_refresh_saw_meanwhile(method: str, tmp_path: Path) -> None:
+    store = PausingStore(MemoryStore())
+    fill(store, "birds")
+
+    async def scenario() -> None:
+        runtime, clock = LocalRuntime(store, tmp_path), ManualClock()
+        supervisor = Supervisor(store, runtime, SETTINGS, clock)
+        await supervisor.reconcile()
+        clock.advance(STORE_POLL_S)
+        store.pause_at = method
+        polling = asyncio.ensure_future(supervisor.reconcile())
+        assert await asyncio.to_thread(store.looked.wait, 20)
+        fill(store, "birds", seed=2)
+        fill(store, "words")
+        told = asyncio.gather(supervisor.refresh("birds"), supervisor.refresh("words"))
+        await asyncio.wait({told}, timeout=0.2)
+        store.go_on.set()
+        await asyncio.gather(polling, told)
+        assert supervisor.describe("birds")["manifest"].version == 2
+        assert supervisor.describe("words")["manifest"].version == 1
+        assert runtime.stopped == []
+        supervisor.close()
+
+    asyncio.run(scenario())
