@@ -102,7 +102,8 @@ class Supervisor:
             except EaglerayError as error:  # storage or Ray away: the next round tries again
                 logger.warning("reconcile: %s", error)
             try:
-                await asyncio.wait_for(self._wake.wait(), self._settings.reconcile_period_s)
+                async with asyncio.timeout(self._settings.reconcile_period_s):  # wait_for may lose a cancellation
+                    await self._wake.wait()
             except TimeoutError:
                 continue
 
@@ -129,7 +130,8 @@ class Supervisor:
         if self._table.stamp == known_stamp:
             changed = self._changed
             try:
-                await asyncio.wait_for(changed.wait(), TABLE_WAIT_S)
+                async with asyncio.timeout(TABLE_WAIT_S):
+                    await changed.wait()
             except TimeoutError:
                 return self._table
         return self._table
@@ -245,6 +247,7 @@ class Supervisor:
         try:
             await self._runtime.load(action.key, action.version)
             self._load_after.pop(action.key, None)
+            self._set_status(action.key, await self._runtime.status(action.key))  # or the next round loads it again
         except EaglerayError as error:
             logger.warning("%s: loading version %d: %s", action.key, action.version, error)
             self._load_after[action.key] = self._clock() + LOAD_RETRY_S

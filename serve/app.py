@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+import msgspec
 from ray import serve as ray_serve
 
 from actors import ray_runtime
@@ -59,7 +60,8 @@ Endpoint = ray_serve.deployment(_Endpoint, name="Endpoint", max_ongoing_requests
 
 def build(args: dict[str, Any]) -> Any:
     """The application for `cluster.config.Settings` given as plain data, such as a Serve config file's `args`."""
-    return application(Settings.from_dict(args))
+    Settings.from_dict(args)  # refuses unknown names
+    return application(msgspec.convert(args, Settings, strict=False))  # `serve run` gives every value as text
 
 
 def application(settings: Settings, num_cpus: float = 1.0) -> Any:

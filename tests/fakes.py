@@ -261,14 +261,14 @@ class FaultyStore:
 
     "fail" does nothing; "lose_answer" does it and then raises; "die" does nothing, then or ever after, like a
     process that was killed there. Only the methods in `counted` count (and, short of "die", fail). `calls` is how
-    many there were.
+    many there were; `at` may be moved while it is in use.
     """
 
     def __init__(
         self, inner: ObjectStore, at: int = 0, fault: Fault = "fail", counted: frozenset[str] = ALL_CALLS
     ) -> None:
         self._inner = inner
-        self._at = at
+        self.at = at
         self._fault = fault
         self._counted = counted
         self._lock = threading.Lock()
@@ -305,17 +305,17 @@ class FaultyStore:
     def _call(self, method: str, *args: Any) -> Any:
         wrong = self._goes_wrong(method)
         if wrong and self._fault != "lose_answer":
-            raise Unavailable(f"{method} {args[0]}: the store failed, as it was told to at call {self._at}")
+            raise Unavailable(f"{method} {args[0]}: the store failed, as it was told to at call {self.at}")
         answer = getattr(self._inner, method)(*args)
         if wrong:
-            raise Unavailable(f"{method} {args[0]}: the store's answer was lost, as it was told to at call {self._at}")
+            raise Unavailable(f"{method} {args[0]}: the store's answer was lost, as it was told to at call {self.at}")
         return answer
 
     def _goes_wrong(self, method: str) -> bool:
         with self._lock:
             if method in self._counted:
                 self.calls += 1
-                if self.calls == self._at:
+                if self.calls == self.at:
                     self._dead = self._fault == "die"
                     return True
             return self._dead

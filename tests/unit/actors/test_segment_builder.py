@@ -106,7 +106,7 @@ def test_build_over_the_memory_bound_is_refused_with_the_numbers(tmp_path: Path)
     config = config_of("flat")
     build(tmp_path, "s1", config, in_row_order(random_points(config, 100)))
     tight = CollectionConfig(8, index=IndexConfig(kind="flat", memory_bytes=1_000))
-    with pytest.raises(Invalid, match=r"index\.memory_bytes: 1000 bytes .* flat 3679"):
+    with pytest.raises(Invalid, match=r"index\.memory_bytes: 1000 bytes .* flat 3680"):
         build_segment(tmp_path, "s2", tight, 100, 64, BuildOptions())
 
 

@@ -1,0 +1,140 @@
+"""Ray tasks and Ray's errors as the rest of the system sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from actors import ray_runtime
+from cluster.config import CollectionConfig, Settings
+from cluster.errors import Invalid, NotFound, Unavailable
+from cluster.manifest import ManifestLog
+from cluster.object_store import open_store
+from cluster.placement import ReplicaKey, WantedReplica
+from cluster.query import SearchGroup, SearchParams, ShardSearch
+
+pytestmark = pytest.mark.ray
+WANTED = WantedReplica(version=1, generation=1, shards=1, num_cpus=0.0)
+KEY = ReplicaKey("empty", 0, 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="test",
+             object_store_memory=100 * 1024 * 1024, _temp_dir="/tmp/er-test-ray")  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[ray_runtime.RayRuntime]:
+    """One replica of an empty collection, started."""
+    store = open_store(str(tmp_path))
+    ManifestLog(store, "empty", lambda: "nonce").create(CollectionConfig(dimension=2))
+    settings = Settings(data=str(tmp_path), namespace=f"eagleray-{tmp_path.name}", shard_cpus=0.0)
+    runtime = ray_runtime.RayRuntime(settings)
+    runtime.start(KEY, WANTED)
+    yield runtime
+    ray_runtime.stop_actors(settings.namespace)
+
+
+def count_up(limit: int) -> Iterator[int]:
+    for number in range(limit):  # noqa: UP028  # Ray drives generators with send(), which a range has not
+        yield number
+
+
+def refuse_two(number: int) -> Iterator[int]:
+    yield 0
+    if number == 2:
+        raise Invalid.at("number", "2 is refused")
+
+
+def die_once(marker: str) -> Iterator[str]:
+    path = Path(marker)
+    if not path.exists():
+        path.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield "alive"
+
+
+def test_run_tasks_gives_every_event_of_every_item_in_order() -> None:
+    events: dict[int, list[int]] = {}
+    for number, event in ray_runtime.run_tasks(count_up, [3, 0, 5, 1], num_cpus=1, in_flight=2):
+        events.setdefault(number, []).append(event)
+    assert events == {0: [0, 1, 2], 2: [0, 1, 2, 3, 4], 3: [0]}
+
+
+def test_run_tasks_with_an_error_of_ours_raises_it_whole() -> None:
+    with pytest.raises(Invalid) as caught:
+        list(ray_runtime.run_tasks(refuse_two, [0, 1, 2, 3], num_cpus=1, in_flight=2))
+    assert caught.value.errors[0].field == "number"
+
+
+def test_run_tasks_with_a_killed_process_runs_it_again(tmp_path: Path) -> None:
+    events = list(ray_runtime.run_tasks(die_once, [str(tmp_path / "died")], num_cpus=1, in_flight=1))
+    assert events == [(0, "alive")]
+
+
+def test_search_of_a_replica_answers_through_the_actor(runtime: ray_runtime.RayRuntime) -> None:
+    client = ray_runtime.ActorShardClient(runtime.handles[KEY], KEY)
+    request = ShardSearch(1, np.zeros((3, 2), np.float32), (SearchGroup(0, 3, 10, SearchParams()),))
+    (hits,) = asyncio.run(client.search(request))
+    assert hits.counts.tolist() == [0, 0, 0]  # type: ignore[union-attr]
+
+
+def test_search_of_an_unknown_generation_is_unavailable(runtime: ray_runtime.RayRuntime) -> None:
+    client = ray_runtime.ActorShardClient(runtime.handles[KEY], KEY)
+    request = ShardSearch(7, np.zeros((1, 2), np.float32), ())
+    with pytest.raises(Unavailable, match="generation 7"):
+        asyncio.run(client.search(request))
+
+
+def test_status_of_a_killed_process_is_unavailable_and_then_ready_again(runtime: ray_runtime.RayRuntime) -> None:
+    async def kill_and_wait() -> tuple[int, int, list[str]]:
+        first = await runtime.status(KEY)
+        os.kill(first.pid, signal.SIGKILL)
+        seen = []
+        while True:
+            try:
+                status = await runtime.status(KEY)
+            except Unavailable as error:
+                seen.append(str(error))
+            else:
+                if status.pid != first.pid:
+                    return first.pid, status.pid, seen
+            await asyncio.sleep(0.05)
+
+    first, second, _ = asyncio.run(asyncio.wait_for(kill_and_wait(), 60.0))
+    assert first != second
+
+
+def test_status_of_a_stopped_replica_is_not_found(runtime: ray_runtime.RayRuntime) -> None:
+    handle = runtime.handles[KEY]
+    runtime.stop(KEY)
+    runtime.handles[KEY] = handle
+    with pytest.raises(NotFound):
+        asyncio.run(runtime.status(KEY))
+
+
+def test_existing_finds_replicas_of_an_earlier_supervisor(runtime: ray_runtime.RayRuntime) -> None:
+    asyncio.run(runtime.status(KEY))
+    later = ray_runtime.RayRuntime(runtime._settings)
+    assert later.existing() == [KEY]
+
+
+def test_replica_of_a_missing_collection_says_why(tmp_path: Path) -> None:
+    settings = Settings(data=str(tmp_path), namespace="missing", shard_cpus=0.0)
+    runtime = ray_runtime.RayRuntime(settings)
+    runtime.start(KEY, WANTED)
+    status: Any = asyncio.run(runtime.status(KEY))
+    assert status.state == "failed"
+    assert "no collection 'empty'" in status.error
+    ray_runtime.stop_actors("missing")
