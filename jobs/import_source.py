@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -17,7 +18,9 @@ from cluster.config import IdType
 from cluster.errors import Invalid, NotFound
 from cluster.segment import RESERVED_COLUMNS
 
+READ_BUFFER_BYTES = 1024 * 1024  # of each column; without it Arrow reads whole row groups, whatever their size
 UNIT_BYTES = 64 * 1024 * 1024  # uncompressed bytes of the row groups that one task reads
+PROBED_ROWS = 16  # read at a time where a dimension is looked for
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ class Source:
 
 
 def open_file(url: str, file: str) -> Any:
-    """Open one of a source's files for reading Parquet."""
+    """Open one of a source's files for reading Parquet, in memory that does not grow with its row groups."""
     filesystem, _ = _resolve(url)
-    return pq.ParquetFile(filesystem.open_input_file(file))
+    return pq.ParquetFile(filesystem.open_input_file(file), pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
 
 
 def find_source(url: str, columns: Columns) -> Source:
@@ -150,7 +153,7 @@ def _value_type(dtype: Any) -> Any:
 
 
 def _dimension(schema: Any, columns: Columns, first: Unit | None, url: str) -> int | None:
-    """Of fixed-size lists from the schema, of others from the first row; None in a file without rows."""
+    """Of fixed-size lists from the schema, of others from the first vector; None where there is none."""
     dtype = schema.field(columns.vector).type
     if not _is_list(dtype) or not pa.types.is_floating(dtype.value_type):
         raise Invalid.at("vector_column", f"{columns.vector!r} holds {dtype}, not lists of floating-point numbers")
@@ -158,9 +161,11 @@ def _dimension(schema: Any, columns: Columns, first: Unit | None, url: str) -> i
         return int(dtype.list_size)
     if first is None:
         return None
-    batch = next(open_file(url, first.file).iter_batches(1, list(first.row_groups), [columns.vector]))
-    value = batch.column(0)[0]
-    return len(value) if value.is_valid else None
+    for batch in open_file(url, first.file).iter_batches(PROBED_ROWS, list(first.row_groups), [columns.vector]):
+        found = pc.list_value_length(batch.column(0)).drop_null()
+        if len(found):
+            return int(found[0].as_py())
+    return None
 
 
 def _is_list(dtype: Any) -> bool:

@@ -7,6 +7,7 @@ manifest served. Memory is bounded: a task holds one batch, or one segment of at
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from cluster import index_spec, paths
 from cluster.config import CollectionConfig, IndexConfig, check_collection_name
-from cluster.errors import Conflict, Invalid
+from cluster.errors import Conflict, EaglerayError, Invalid
 from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry
 from cluster.object_store import ObjectStore
 from jobs.import_source import Columns, Source, find_source
@@ -27,6 +28,7 @@ STALE_STAGING_S = 24 * 3600.0  # of a killed import: deleted by the next one
 PARTITION_SHARE = 0.3  # of the whole, for the progress bar
 DEFAULT_MEMORY_BYTES = 4 * 1024**3
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class TaskRunner(Protocol):
@@ -95,7 +97,7 @@ class Importer:
             reporter.phase("commit")
             return self._log.commit_generation(plan.parent, plan.config, _shard_entries(plan, refs))
         finally:
-            self._delete_staging(job_id)
+            self._clean_up(job_id)
 
     def _plan(self) -> ImportPlan:
         options = self._options
@@ -178,6 +180,13 @@ class Importer:
             threads=threads,
             seed=self._options.seed,
         )
+
+    def _clean_up(self, job_id: str) -> None:
+        """Delete the job's own pieces. Where that fails the outcome stays what it was; a later import deletes them."""
+        try:
+            self._delete_staging(job_id)
+        except EaglerayError as error:
+            logger.warning("the staging of job %s is left behind: %s", job_id, error)
 
     def _delete_staging(self, job_id: str = "", older_than_s: float = 0.0) -> None:
         """Delete one job's pieces, or all that are older than that."""

@@ -144,7 +144,8 @@ def checked_vectors(column: Any, config: CollectionConfig, name: str, place: Row
     if values.null_count:
         row = _first(values.is_null()) // config.dimension
         raise place.bad(name, row, "the vector holds a null")
-    vectors = values.to_numpy().reshape(-1, config.dimension).astype(np.float32)
+    with np.errstate(over="ignore"):  # a float64 too large becomes infinity, and is refused as that
+        vectors = values.to_numpy().reshape(-1, config.dimension).astype(np.float32)
     problem = vector_problem(vectors, config.metric)
     if problem is not None:
         raise place.bad(name, problem[0], f"the vector {problem[1]}")

@@ -18,7 +18,7 @@ from cluster.query import Query, SearchParams
 from cluster.vectors import as_searched, vector_problem
 
 T = TypeVar("T", bound=Struct)
-Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Knob = Annotated[int, Meta(ge=1, le=65_536)]  # FAISS sets aside 8 bytes x ef_search for each query it works on
 
 
 class IndexBody(Struct, forbid_unknown_fields=True):
@@ -48,8 +48,8 @@ class CollectionBody(Struct, forbid_unknown_fields=True):
 class SearchParamsBody(Struct, forbid_unknown_fields=True):
     """Raw knobs; the tuned operating point without them."""
 
-    nprobe: Positive | None = None
-    ef_search: Positive | None = None
+    nprobe: Knob | None = None
+    ef_search: Knob | None = None
 
 
 class SearchBody(Struct, forbid_unknown_fields=True):
@@ -71,8 +71,8 @@ class SearchOptions(Struct, forbid_unknown_fields=True):
     k: Annotated[int, Meta(ge=1)] = 10
     timeout_ms: Annotated[float, Meta(gt=0.0)] = 1_000.0
     min_coverage: Annotated[float, Meta(ge=0.0, le=1.0)] = 1.0
-    nprobe: Positive | None = None
-    ef_search: Positive | None = None
+    nprobe: Knob | None = None
+    ef_search: Knob | None = None
     with_attributes: str = ""
     with_vectors: bool = False
 

@@ -20,16 +20,13 @@ def batch_of(numbers: list[int]) -> Any:
 
 
 def batches_of(sizes: list[int]) -> tuple[list[Any], list[list[int]]]:
-    numbers, start = [], 0
-    for size in sizes:
-        numbers.append(list(range(start, start + size)))
-        start += 100
+    numbers = [list(range(100 * place, 100 * place + size)) for place, size in enumerate(sizes)]
     return [batch_of(row) for row in numbers], numbers
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_vectors_array_and_view_copy_nothing(dtype: type) -> None:
-    vectors = np.arange(12, dtype=dtype).reshape(4, 3)
+    vectors: NDArray[Any] = np.arange(12, dtype=dtype).reshape(4, 3)
     column = vectors_array(vectors)
     assert column.type == vector_type(3, np.dtype(dtype).name)
     view = vectors_view(column)

@@ -46,6 +46,7 @@ def test_error_survives_pickling_with_every_attribute(
     error: EaglerayError, attributes: dict[str, object], protocol: int
 ) -> None:
     assert vars(error) == attributes
+    assert error.args[: len(attributes)] == tuple(attributes.values())  # so that every process can build it again
     copy = pickle.loads(pickle.dumps(error, protocol))
     assert type(copy) is type(error)
     assert vars(copy) == attributes

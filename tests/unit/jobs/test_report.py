@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+
+from cluster import paths
+from cluster.errors import Corrupt, NotFound
+from cluster.memory_store import MemoryStore
+from jobs.report import WRITE_PERIOD_S, JobReporter, JobStatus, read_status
+from tests.fakes import FaultyStore, ManualClock
+
+START = JobStatus("job-1", "import", "words")
+
+
+def test_status_is_written_at_once_and_read_back() -> None:
+    store = MemoryStore()
+    JobReporter(store, START, clock=ManualClock())
+    assert read_status(store, "job-1") == START
+
+
+def test_progress_is_written_no_more_often_than_its_period() -> None:
+    store, clock = FaultyStore(MemoryStore(), counted=frozenset({"put"})), ManualClock()
+    reporter = JobReporter(store, START, clock=clock)
+    for step in range(1, 101):  # 10 s in steps of .1 s: a write each WRITE_PERIOD_S
+        clock.now = 1_000.0 + step / 10
+        reporter.progress(step / 100)
+    assert store.calls == 1 + 10 / WRITE_PERIOD_S
+    assert read_status(store, "job-1").progress == 1.0
+
+
+def test_progress_within_the_period_is_kept_for_the_next_write() -> None:
+    store, clock = MemoryStore(), ManualClock()
+    reporter = JobReporter(store, START, clock=clock)
+    reporter.progress(0.5)
+    assert read_status(store, "job-1").progress == 0.0
+    assert reporter.status.progress == 0.5
+    clock.advance(WRITE_PERIOD_S)
+    reporter.progress(0.6)
+    assert read_status(store, "job-1").progress == 0.6
+
+
+def test_phase_and_finish_are_written_at_once() -> None:
+    store, clock = MemoryStore(), ManualClock()
+    reporter = JobReporter(store, START, clock=clock)
+    reporter.phase("build")
+    assert read_status(store, "job-1").phase == "build"
+    reporter.progress(0.4)
+    reporter.finish("succeeded", {"points": 3})
+    status = read_status(store, "job-1")
+    assert (status.state, status.progress, status.remaining_s) == ("succeeded", 1.0, 0.0)
+    assert status.report == {"points": 3}
+
+
+def test_failed_job_keeps_how_far_it_came_and_why_it_failed() -> None:
+    store = MemoryStore()
+    reporter = JobReporter(store, START, clock=ManualClock())
+    reporter.phase("build")
+    reporter.progress(0.4)
+    reporter.finish("failed", {"error": "Invalid", "message": "row 7"})
+    status = read_status(store, "job-1")
+    assert (status.state, status.phase, status.progress) == ("failed", "build", 0.4)
+    assert status.report == {"error": "Invalid", "message": "row 7"}
+
+
+def test_rate_counts_the_rows_of_the_phase_and_time_left_the_share_of_the_whole() -> None:
+    clock = ManualClock()
+    reporter = JobReporter(MemoryStore(), START, clock=clock)
+    clock.advance(10.0)
+    reporter.phase("partition")
+    clock.advance(4.0)
+    reporter.progress(0.25, rows_done=1_000)
+    assert reporter.status.rate == pytest.approx(250.0)
+    assert reporter.status.remaining_s == pytest.approx(14.0 * 3)
+    reporter.progress(0.25)
+    assert reporter.status.rate == pytest.approx(250.0)
+    reporter.phase("build")
+    assert reporter.status.rate == 0.0
+
+
+def test_time_left_is_unknown_at_the_beginning() -> None:
+    reporter = JobReporter(MemoryStore(), START, clock=ManualClock())
+    reporter.progress(0.0, rows_done=0)
+    assert reporter.status.remaining_s is None
+
+
+def test_listener_is_told_every_change() -> None:
+    seen: list[JobStatus] = []
+    reporter = JobReporter(MemoryStore(), START, seen.append, ManualClock())
+    reporter.phase("build")
+    for share in (0.1, 0.2, 0.3):
+        reporter.progress(share)
+    reporter.finish("succeeded", {})
+    assert [(status.phase, status.progress) for status in seen] == [
+        ("build", 0.0),
+        ("build", 0.1),
+        ("build", 0.2),
+        ("build", 0.3),
+        ("build", 1.0),
+    ]
+
+
+def test_status_of_an_unknown_job_is_not_found() -> None:
+    with pytest.raises(NotFound, match="job-1"):
+        read_status(MemoryStore(), "job-1")
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"3", b'{"job_id": "job-1"}', b'{"unknown": 1}', b"\xff"])
+def test_damaged_status_is_corrupt_by_name(data: bytes) -> None:
+    store = MemoryStore()
+    store.put(paths.job_status("job-1"), data)
+    with pytest.raises(Corrupt, match=r"jobs/job-1/status\.json: not a job status"):
+        read_status(store, "job-1")
