@@ -23,7 +23,7 @@ from actors.shard import ReplicaStatus, Shard
 from actors.shard_client import ServingTable, ShardClient
 from actors.supervisor import Supervisor
 from cluster.config import Settings
-from cluster.errors import EaglerayError, NotFound, Unavailable
+from cluster.errors import Conflict, EaglerayError, NotFound, Unavailable
 from cluster.object_store import open_store
 from cluster.placement import ReplicaKey, WantedReplica, search_threads
 from cluster.query import Hits, ShardSearch
@@ -54,14 +54,14 @@ def node_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-async def answer(reference: Awaitable[T], who: str) -> T:
-    """Await an actor call; its own errors as they are, a dead actor as NotFound, one that restarts as Unavailable."""
+async def answer(reference: Awaitable[T], who: str, dead: type[EaglerayError] = Unavailable) -> T:
+    """Await an actor call; its own errors as they are, a dead actor as `dead`, one that restarts as Unavailable."""
     try:
         return await reference
     except RayTaskError as error:
         raise _own_error(error) from None
     except ActorDiedError as error:
-        raise NotFound(f"{who} is gone: {error}") from error
+        raise dead(f"{who} is gone: {error}") from error
     except (RayActorError, RayError) as error:
         raise Unavailable(f"{who} does not answer: {type(error).__name__}") from error
 
@@ -124,16 +124,10 @@ class ActorShardClient:
         self._who = f"replica {key}"
 
     async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
-        return await self._call(self._handle.search.remote(request))
+        return await answer(self._handle.search.remote(request), self._who)
 
     async def fetch(self, generation: int, ids: Any, columns: Sequence[str]) -> tuple[Any, Any]:
-        return await self._call(self._handle.fetch.remote(generation, ids, columns))
-
-    async def _call(self, reference: Awaitable[T]) -> T:
-        try:
-            return await answer(reference, self._who)
-        except NotFound as error:  # for a query a dead replica is one that another may replace
-            raise Unavailable(str(error)) from error
+        return await answer(self._handle.fetch.remote(generation, ids, columns), self._who)
 
 
 class RayRuntime:
@@ -165,13 +159,13 @@ class RayRuntime:
             ray.kill(handle)
 
     async def status(self, key: ReplicaKey) -> ReplicaStatus:
-        return await answer(self._handle(key).status.remote(), f"replica {key}")
+        return await answer(self._handle(key).status.remote(), f"replica {key}", dead=NotFound)
 
     async def load(self, key: ReplicaKey, version: int) -> None:
-        await answer(self._handle(key).load.remote(version), f"replica {key}")
+        await answer(self._handle(key).load.remote(version), f"replica {key}", dead=NotFound)
 
     async def retire(self, key: ReplicaKey, generation: int) -> None:
-        await answer(self._handle(key).retire.remote(generation), f"replica {key}")
+        await answer(self._handle(key).retire.remote(generation), f"replica {key}", dead=NotFound)
 
     def _handle(self, key: ReplicaKey) -> Any:
         if key not in self.handles:
@@ -237,8 +231,27 @@ def _die_with(rounds: asyncio.Task[None]) -> None:
         os._exit(1)
 
 
-def start_supervisor(settings: Settings) -> Any:
-    """The supervisor's handle; started if there is none. Conflict-free: Ray lets one name exist once."""
+async def ensure_supervisor(settings: Settings) -> Any:
+    """The handle of a supervisor with these settings: the running one, else a new one in its place.
+
+    A supervisor holds no state, so replacing it loses nothing. Conflict where the one that runs has other data.
+    """
+    supervisor = _start_supervisor(settings)
+    running: Settings = await answer(supervisor.settings.remote(), "the supervisor")
+    if running == settings:
+        return supervisor
+    if running.data != settings.data:
+        raise Conflict(
+            f"an Eagleray with data in {running.data} runs under the namespace {settings.namespace!r}; "
+            f"stop it, or give the one for {settings.data} another namespace"
+        )
+    logger.warning("the settings changed: a new supervisor takes over")
+    ray.kill(supervisor)
+    return _start_supervisor(settings)
+
+
+def _start_supervisor(settings: Settings) -> Any:
+    """Ray lets one name exist once: the running supervisor if there is one."""
     options = _detached(SUPERVISOR, settings.namespace) | {"num_cpus": 0}
     return ray.remote(SupervisorActor).options(**options).remote(settings)
 
@@ -260,10 +273,11 @@ def stop_actors(namespace: str) -> int:
 
 
 class RayDirectory:
-    """`Directory` over the supervisor actor."""
+    """`Directory` over the supervisor actor, found again by its name if another took over."""
 
-    def __init__(self, supervisor: Any) -> None:
+    def __init__(self, supervisor: Any, namespace: str) -> None:
         self._supervisor = supervisor
+        self._namespace = namespace
         self._handles: dict[ReplicaKey, Any] = {}
 
     async def next_table(self, known_stamp: str | None) -> ServingTable:
@@ -288,7 +302,11 @@ class RayDirectory:
         return ActorShardClient(self._handles[key], key)
 
     async def _call(self, reference: Awaitable[Any]) -> Any:
-        return await answer(reference, "the supervisor")
+        try:
+            return await answer(reference, "the supervisor")
+        except Unavailable:
+            self._supervisor = await asyncio.to_thread(find_supervisor, self._namespace) or self._supervisor
+            raise
 
 
 def wait_until_served(namespace: str, collection: str, generation: int, timeout_s: float) -> None:
@@ -296,7 +314,7 @@ def wait_until_served(namespace: str, collection: str, generation: int, timeout_
     supervisor = find_supervisor(namespace)
     if supervisor is None:
         return
-    asyncio.run(_wait_until_served(RayDirectory(supervisor), collection, generation, timeout_s))
+    asyncio.run(_wait_until_served(RayDirectory(supervisor, namespace), collection, generation, timeout_s))
 
 
 async def _wait_until_served(directory: RayDirectory, collection: str, generation: int, timeout_s: float) -> None:

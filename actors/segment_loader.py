@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from math import ceil, log10
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,8 @@ def widened(params: dict[str, int], k: int) -> dict[str, int]:
     if k <= 10:
         return params
     if "ef_search" in params:
-        return {"ef_search": max(params["ef_search"], k + params["ef_search"])}
-    return params
+        return {"ef_search": k + params["ef_search"]}
+    return {name: ceil(value * (1.0 + log10(k / 10.0))) for name, value in params.items()}
 
 
 def load_segment(

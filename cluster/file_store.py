@@ -24,8 +24,11 @@ class FileStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._durable_folders: dict[Path, int] = {}  # -> inode; their entries were fsynced by this process
         try:
             (root / ASIDE).mkdir(parents=True, exist_ok=True)
+            _sync_folder(root)
+            _sync_folder(root.parent)
         except OSError as error:
             raise Unavailable(f"the data folder {root} cannot be used: {error}") from error
 
@@ -116,19 +119,21 @@ class FileStore:
         raise Unavailable(f"{path}: its folder was removed {NAME_ATTEMPTS} times by concurrent deletes")
 
     def _make_folders(self, folder: Path) -> None:
-        """mkdir -p whose new directory entries are durable too."""
-        missing = []
-        while not folder.is_dir():
-            missing.append(folder)
-            folder = folder.parent
-        for new in reversed(missing):
-            new.mkdir(exist_ok=True)
-            _sync_folder(new.parent)
+        """mkdir -p whose directory entries are durable, also where another process has just made the folder."""
+        chain = [folder, *folder.parents]
+        below_root = chain[: chain.index(self._root)]
+        for each in reversed(below_root):
+            each.mkdir(exist_ok=True)
+            inode = each.stat().st_ino
+            if self._durable_folders.get(each) != inode:
+                _sync_folder(each.parent)
+                self._durable_folders[each] = inode
 
     def _remove_empty_folders(self, folder: Path) -> None:
         while folder not in (self._root, self._root / ASIDE):
             try:
                 folder.rmdir()
+                self._durable_folders.pop(folder, None)
             except OSError:  # not empty, or gone: someone else's business
                 return
             folder = folder.parent

@@ -115,7 +115,7 @@ def publishable_version(
     holding: dict[int, bool] = {key.shard: False for key in wanted}
     for key in wanted:
         replica = observed.get(key)
-        if replica is None or replica.state in ("starting", "unreachable"):
+        if replica is None or replica.state != "ready":
             continue
         if version not in replica.versions:
             return False

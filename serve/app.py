@@ -34,10 +34,10 @@ class _RayJobs:
 class _Endpoint:
     """One endpoint process: a coordinator behind HTTP. The first one starts the supervisor."""
 
-    def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         _warn_without_haproxy()
-        supervisor = ray_runtime.start_supervisor(settings)
-        directory = ray_runtime.RayDirectory(supervisor)
+        supervisor = await ray_runtime.ensure_supervisor(settings)
+        directory = ray_runtime.RayDirectory(supervisor, settings.namespace)
         store = open_store(settings.data)
         metrics = EndpointMetrics()
         self._services = Services(

@@ -1,7 +1,11 @@
-"""openapi.json, made from the bodies that the routes decode. A committed copy is compared by the tests."""
+"""openapi.json, made from the bodies that the routes decode. A committed copy is compared by the tests.
+
+`python -m serve.openapi > serve/openapi.json` writes the copy.
+"""
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -56,7 +60,7 @@ def _paths() -> Json:
             "put": _operation(
                 "Create a collection; the same config again is no change",
                 {200: _json("Collection"), 201: _json("Collection")},
-                400, 409, 413, 415, 503,
+                400, 404, 409, 413, 415, 503,
                 body=_json_body("CollectionBody"),
             ),
             "get": _operation("Config, points, shards, replicas, indexes", {200: _json("Collection")}, 400, 404, 503),
@@ -98,6 +102,7 @@ def _search_operation() -> Json:
     )  # fmt: skip
     binary = {"schema": {"type": "string", "contentMediaType": ARROW}}
     operation["responses"]["200"]["content"][ARROW] = binary
+    operation["requestBody"]["content"][ARROW] = binary
     operation["description"] = (
         f"With Content-Type {ARROW} the body is a record batch stream with the column `vector` "
         "(FixedSizeList of float32 or float16), one row per query, and the options are URL parameters: "
@@ -187,3 +192,7 @@ def _answers() -> Json:
 
 def _list(items: Json) -> Json:
     return {"type": "array", "items": items}
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(openapi_json())

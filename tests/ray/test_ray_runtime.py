@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import ray
 
 from actors import ray_runtime
 from cluster.config import CollectionConfig, Settings
-from cluster.errors import Invalid, NotFound, Unavailable
+from cluster.errors import Conflict, Invalid, NotFound, Unavailable
 from cluster.manifest import ManifestLog
 from cluster.object_store import open_store
 from cluster.placement import ReplicaKey, WantedReplica
@@ -138,3 +139,34 @@ def test_replica_of_a_missing_collection_says_why(tmp_path: Path) -> None:
     assert status.state == "failed"
     assert "no collection 'empty'" in status.error
     ray_runtime.stop_actors("missing")
+
+
+def test_supervisor_with_changed_settings_is_replaced_and_found_again(tmp_path: Path) -> None:
+    settings = Settings(data=str(tmp_path), namespace="changed", shard_cpus=0.0)
+
+    async def change_settings() -> None:
+        first = await ray_runtime.ensure_supervisor(settings)
+        directory = ray_runtime.RayDirectory(first, "changed")
+        before = await directory.next_table(None)
+        assert (await ray_runtime.ensure_supervisor(settings))._actor_id == first._actor_id
+        second = await ray_runtime.ensure_supervisor(replace(settings, reconcile_period_s=0.5))
+        assert second._actor_id != first._actor_id
+        assert (await ray_runtime.answer(second.settings.remote(), "it")).reconcile_period_s == 0.5
+        with pytest.raises(Unavailable):
+            await directory.next_table(before.stamp)
+        assert (await directory.next_table(before.stamp)).stamp != before.stamp
+
+    asyncio.run(change_settings())
+    ray_runtime.stop_actors("changed")
+
+
+def test_supervisor_over_other_data_is_a_conflict(tmp_path: Path) -> None:
+    settings = Settings(data=str(tmp_path / "a"), namespace="conflict", shard_cpus=0.0)
+
+    async def start_two() -> None:
+        await ray_runtime.ensure_supervisor(settings)
+        with pytest.raises(Conflict, match="another namespace"):
+            await ray_runtime.ensure_supervisor(replace(settings, data=str(tmp_path / "b")))
+
+    asyncio.run(start_two())
+    ray_runtime.stop_actors("conflict")

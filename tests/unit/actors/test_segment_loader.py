@@ -179,7 +179,7 @@ def test_self_test_catches_an_index_built_over_other_vectors(kind: str, tmp_path
         ({"ef_search": 32}, 10, {"ef_search": 32}),
         ({"ef_search": 32}, 1, {"ef_search": 32}),
         ({"ef_search": 32}, 100, {"ef_search": 132}),
-        ({"nprobe": 8}, 100, {"nprobe": 8}),
+        ({"nprobe": 8}, 100, {"nprobe": 16}),
         ({}, 100, {}),
     ],
 )

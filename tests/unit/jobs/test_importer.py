@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from actors.shard import Shard
-from cluster import paths
+from cluster import paths, segment
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.errors import Conflict, Invalid, NotFound, Unavailable
 from cluster.file_store import FileStore
@@ -363,6 +363,48 @@ def test_first_bad_row_is_named_though_it_is_the_first_of_a_new_collection(tmp_p
         run_import(data, source)
     assert str(caught.value) == f"vector: file {source}, row group 0, row 0: the vector is null"
     assert_left_alone(open_store(data))
+
+
+@pytest.mark.parametrize("name", ["nan", "null id", "repeated id"])
+def test_bad_row_is_named_where_its_row_group_is_read_in_several_batches(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_reader, "READ_BYTES", 3 * 2 * 4)  # three rows at a time
+    make, create, field, message = BAD_ROWS[name]
+    source = write(tmp_path / "words.parquet", make(), row_group_size=20)
+    with pytest.raises(Invalid, match=message) as caught:
+        run_import(new_data_url(), source, create=create)
+    assert str(caught.value).startswith(f"{field}: file {source}, row group 1, row 3: ")
+
+
+def coarse_hashes(ids: Any) -> np.ndarray[Any, Any]:
+    """Three different hashes only, whatever the ids."""
+    return hash_ids(ids) % np.uint64(3) << np.uint64(62)
+
+
+def test_ids_of_equal_hash_are_ordered_by_id_and_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (row_reader, segment):
+        monkeypatch.setattr(module, "hash_ids", coarse_hashes)
+    data, table = new_data_url(), random_table(60, id_type="string")
+    manifest = run_import(data, write(tmp_path / "a.parquet", table), columns=ALL, create={"metric": "l2"})
+    found = stored(open_store(data), manifest)
+    hashes = coarse_hashes(pa.array(found.ids, pa.large_string())).tolist()
+    assert set(hashes) == {0, 1 << 62, 2 << 62}
+    assert list(zip(hashes, found.ids, strict=True)) == sorted(zip(hashes, found.ids, strict=True))
+    assert found.by_id() == expected(table, "l2", "float32")
+    shard = Shard(open_store(data), "words", 0, tmp_path / "cache")
+    shard.load()
+    asked = id_array([*table["id"].to_pylist(), "nobody"], "string")
+    held, rows = shard.fetch(1, asked, ("id",))
+    assert held.tolist() == [True] * 60 + [False]
+    assert rows["id"].to_pylist() == table["id"].to_pylist()
+
+
+def test_id_repeated_among_others_of_its_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_reader, "hash_ids", coarse_hashes)
+    source = write(tmp_path / "a.parquet", BAD_ROWS["repeated id"][0](), row_group_size=10)
+    with pytest.raises(Invalid, match="row group 2, row 3: the id 4 is repeated; .* row group 0, row 4$"):
+        run_import(new_data_url(), source)
 
 
 @pytest.mark.parametrize("id_type", ["int64", "string"])

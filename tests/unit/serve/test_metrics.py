@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.config import CollectionConfig, IndexConfig
+from cluster.placement import ReplicaKey
+from serve.metrics import EndpointMetrics, render
+from tests.unit.actors.points import random_points
+from tests.unit.serve.endpoint import (
+    Endpoint,
+    EndpointOptions,
+    another_endpoint,
+    arrow_stream,
+    problem,
+    run_with_endpoint,
+    until,
+)
+
+CONFIG = CollectionConfig(3, shards=2, index=IndexConfig(kind="flat"))
+POINTS = random_points(CONFIG, 40)
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def parsed(text: str) -> Samples:
+    """Every sample by name and labels; no two may be the same."""
+    samples: Samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            key = (sample.name, frozenset(sample.labels.items()))
+            assert key not in samples, key
+            samples[key] = sample.value
+    return samples
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    return samples[name, frozenset(labels.items())]
+
+
+def collections_in(samples: Samples) -> set[str]:
+    return {dict(labels)["collection"] for _, labels in samples if "collection" in dict(labels)}
+
+
+async def scraped(endpoint: Endpoint) -> Samples:
+    response = await endpoint.http.get("/metrics")
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return parsed(response.text)
+
+
+def test_metrics_of_an_idle_endpoint_parse(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint) -> None:
+        assert await scraped(endpoint) == {}
+
+    run_with_endpoint(scenario, tmp_path)
+
+
+def test_counts_are_those_of_the_searches_that_were_made(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint) -> None:
+        await endpoint.publish("words", CONFIG, POINTS)
+        for _ in range(3):
+            assert (await endpoint.search("words", vectors=[[1, 2, 3]] * 4)).status_code == 200
+        assert (await endpoint.search_arrow("words", arrow_stream(np.ones((5, 3), np.float32)))).status_code == 200
+        problem(await endpoint.search("words", vector=[1]), 400, "vector")
+        problem(await endpoint.search("words", vector=[1, 2, 3], k=0), 400, "k")
+        endpoint.eagleray.runtime.kill(ReplicaKey("words", 0, 0))
+        problem(await endpoint.search("words", vector=[1, 2, 3]), 503)
+        assert (await endpoint.search("words", vector=[1, 2, 3], min_coverage=0.5)).status_code == 200
+
+        samples = await scraped(endpoint)
+        here = {"collection": "words", "coordinator": "endpoint-1"}
+        outcomes = {"ok": 4, "error": 2, "unavailable": 1, "partial": 1}
+        for outcome, count in outcomes.items():
+            assert value(samples, "eagleray_queries_total", outcome=outcome, **here) == count
+        assert value(samples, "eagleray_query_vectors_total", **here) == 3 * 4 + 5 + 1 + 1
+        assert value(samples, "eagleray_search_latency_seconds_count", **here) == sum(outcomes.values())
+        assert value(samples, "eagleray_search_latency_seconds_bucket", le="+Inf", **here) == sum(outcomes.values())
+        assert value(samples, "eagleray_search_latency_seconds_sum", **here) > 0.0
+        for shard, vectors in (("0", None), ("1", 3 * 4 + 5 + 1 + 1)):
+            place = here | {"shard": shard}
+            if vectors is not None:
+                assert value(samples, "eagleray_batch_vectors_sum", **place) == vectors
+                assert value(samples, "eagleray_batch_vectors_count", **place) == 6
+            assert value(samples, "eagleray_batch_vectors_bucket", le="1.0", **place) <= 2
+
+    run_with_endpoint(scenario, tmp_path)
+
+
+def test_gauges_tell_points_bytes_and_ready_replicas_of_every_shard(tmp_path: Path) -> None:
+    config = CollectionConfig(3, shards=2, replicas=2, index=IndexConfig(kind="flat"))
+
+    async def scenario(endpoint: Endpoint) -> None:
+        await endpoint.publish("words", config, POINTS)
+        await endpoint.create("empty", dimension=2)
+        samples = await scraped(endpoint)
+        points = [value(samples, "eagleray_points", collection="words", shard=shard) for shard in "01"]
+        assert sum(points) == 40
+        assert min(points) > 0
+        for shard, count in zip("01", points, strict=True):
+            size = value(samples, "eagleray_index_bytes", collection="words", shard=shard, kind="flat")
+            assert count * 12 < size < count * 12 + 1_000
+            assert value(samples, "eagleray_replicas_ready", collection="words", shard=shard) == 2
+        assert value(samples, "eagleray_points", collection="empty", shard="0") == 0
+        endpoint.eagleray.runtime.kill(ReplicaKey("words", 1, 0))
+        await until(lambda: bool(endpoint.coordinator.table and endpoint.coordinator.table.unready))
+        assert value(await scraped(endpoint), "eagleray_replicas_ready", collection="words", shard="1") == 1
+
+    run_with_endpoint(scenario, tmp_path)
+
+
+def test_either_endpoint_tells_the_counts_of_both(tmp_path: Path) -> None:
+    async def scenario(first: Endpoint) -> None:
+        await first.publish("words", CONFIG, POINTS)
+        async with another_endpoint(first.eagleray, first.data, EndpointOptions(name="endpoint-2")) as second:
+            await second.served("words")
+            for endpoint, searches in ((first, 2), (second, 3)):
+                for _ in range(searches):
+                    assert (await endpoint.search("words", vector=[1, 2, 3])).status_code == 200
+            # Each tells its own counts at once, and the other's as they were left last.
+            await scraped(first)
+            told = await scraped(second)
+            for samples in (told, await scraped(first)):
+                for name, searches in (("endpoint-1", 2), ("endpoint-2", 3)):
+                    labels = {"collection": "words", "coordinator": name}
+                    assert value(samples, "eagleray_queries_total", outcome="ok", **labels) == searches
+                    assert value(samples, "eagleray_query_vectors_total", **labels) == searches
+                assert value(samples, "eagleray_replicas_ready", collection="words", shard="0") == 1
+
+    run_with_endpoint(scenario, tmp_path)
+
+
+def test_counts_are_left_with_the_supervisor_without_a_scrape(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint) -> None:
+        await until(lambda: "endpoint-1" in endpoint.eagleray.directory._metrics)
+
+    run_with_endpoint(scenario, tmp_path)
+
+
+def test_searches_of_unknown_collections_make_no_series_of_their_own(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint) -> None:
+        for name in ("nothing", "nowhere", "NOT-A-NAME", "ä"):
+            problem(await endpoint.http.post(f"/v1/collections/{name}/points:search", json={"vector": [1]}), 404)
+        samples = await scraped(endpoint)
+        assert collections_in(samples) == {""}
+        labels = {"collection": "", "outcome": "error", "coordinator": "endpoint-1"}
+        assert value(samples, "eagleray_queries_total", **labels) == 4
+
+    run_with_endpoint(scenario, tmp_path)
+
+
+def test_every_family_is_told_once_with_help_and_type(tmp_path: Path) -> None:
+    first, second = EndpointMetrics(), EndpointMetrics()
+    for metrics in (first, second):
+        metrics.search("words", "ok", 3, 0.01)
+        metrics.batch("words", 0, 3)
+    text = render({"b": second.snapshot(), "a": first.snapshot()}, []).decode()
+    lines = Counter(line.split()[2] for line in text.splitlines() if line.startswith("# TYPE"))
+    assert set(lines.values()) == {1}
+    assert {"eagleray_queries_total", "eagleray_query_vectors_total", "eagleray_batch_vectors"} <= set(lines)
+    assert len(parsed(text)) > 0
+
+
+def test_labels_with_quotes_and_line_ends_are_escaped() -> None:
+    metrics = EndpointMetrics()
+    metrics.search("words", "ok", 1, 0.0)
+    coordinator = 'a"b\\c\nd'
+    samples = parsed(render({coordinator: metrics.snapshot()}, []).decode())
+    assert value(samples, "eagleray_query_vectors_total", collection="words", coordinator=coordinator) == 1
+
+
+def test_snapshot_does_not_change_afterwards() -> None:
+    metrics = EndpointMetrics()
+    metrics.search("words", "ok", 1, 0.0)
+    before: Any = metrics.snapshot()
+    metrics.search("words", "ok", 1, 0.0)
+    for _ in range(2):  # rendering does not change it either
+        samples = parsed(render({"a": before}, []).decode())
+        assert value(samples, "eagleray_query_vectors_total", collection="words", coordinator="a") == 1
