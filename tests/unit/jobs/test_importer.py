@@ -90,13 +90,13 @@ def test_imported_collection_can_be_served_and_finds_its_points(kind: str, tmp_p
     for number in range(2):
         shard = Shard(open_store(data), "words", number, tmp_path / "cache")
         view = shard.load()
-        assert {segment.spec.kind for segment in view.segments} == {kind}
-        for segment in view.segments:
-            queries = segment.rows.vectors(0, segment.rows.count)
+        assert {loaded.spec.kind for loaded in view.segments} == {kind}
+        for loaded in view.segments:
+            queries = loaded.rows.vectors(0, loaded.rows.count)
             group = SearchGroup(0, len(queries), 1, SearchParams(), ("word",))
             (hits,) = shard.search(ShardSearch(1, queries, (group,)))
             assert isinstance(hits, Hits)
-            share = np.mean([a == b for a, b in zip(hits.ids.to_pylist(), segment.ids.to_pylist(), strict=True)])
+            share = np.mean([a == b for a, b in zip(hits.ids.to_pylist(), loaded.ids.to_pylist(), strict=True)])
             assert share >= (1.0 if kind == "flat" else 0.95)
             words = dict(zip(hits.ids.to_pylist(), hits.columns["word"].to_pylist(), strict=True))
             found |= words
@@ -403,7 +403,7 @@ def test_ids_of_equal_hash_are_ordered_by_id_and_found(tmp_path: Path, monkeypat
 def test_id_repeated_among_others_of_its_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_reader, "hash_ids", coarse_hashes)
     source = write(tmp_path / "a.parquet", BAD_ROWS["repeated id"][0](), row_group_size=10)
-    with pytest.raises(Invalid, match="row group 2, row 3: the id 4 is repeated; .* row group 0, row 4$"):
+    with pytest.raises(Invalid, match=r"row group 2, row 3: the id 4 is repeated; .* row group 0, row 4$"):
         run_import(new_data_url(), source)
 
 

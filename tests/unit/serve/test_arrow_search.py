@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from numpy.typing import NDArray
 
 from cluster.arrow_rows import vectors_array
 from cluster.config import CollectionConfig, IndexConfig, Limits
@@ -103,7 +104,7 @@ def test_wrong_url_parameter_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_numbers_that_are_not_finite_are_named_by_position(wrong: float, dtype: type, tmp_path: Path) -> None:
-    vectors = QUERIES.astype(dtype)
+    vectors: NDArray[Any] = QUERIES.astype(dtype)
     vectors[2, 3] = wrong
 
     async def scenario(endpoint: Endpoint) -> None:

@@ -19,10 +19,11 @@ from cluster.errors import Conflict, EaglerayError, Exhausted, Invalid, NotFound
 from cluster.placement import ReplicaKey
 from serve.client import Client
 from tests.unit.actors.points import brute_force, random_points
-from tests.unit.serve.endpoint import Endpoint, EndpointOptions, memory_url, running_endpoint
+from tests.unit.serve.endpoint import Endpoint, EndpointOptions, memory_url, pass_over_unread_calls, running_endpoint
 
 CONFIG = CollectionConfig(3, metric="l2", shards=2, index=IndexConfig(kind="flat"))
 POINTS = random_points(CONFIG, 25)
+DEFAULT_LIMITS = Limits()
 
 
 class ListeningEndpoint:
@@ -47,6 +48,7 @@ class ListeningEndpoint:
         assert not self._thread.is_alive()
 
     async def _serve(self) -> None:
+        asyncio.get_running_loop().set_exception_handler(pass_over_unread_calls)
         async with running_endpoint(memory_url(), self._cache_dir, self._options) as self.endpoint:
             await self.endpoint.publish("words", CONFIG, POINTS)
             self._server = uvicorn.Server(uvicorn.Config(self.endpoint.app, lifespan="off", log_level="error"))
@@ -55,7 +57,7 @@ class ListeningEndpoint:
 
 
 @contextmanager
-def listening(tmp_path: Path, limits: Limits = Limits()) -> Iterator[tuple[Client, Endpoint]]:
+def listening(tmp_path: Path, limits: Limits = DEFAULT_LIMITS) -> Iterator[tuple[Client, Endpoint]]:
     server = ListeningEndpoint(tmp_path, limits)
     server.start()
     client = Client(server.target)
@@ -84,7 +86,8 @@ def test_client_searches_and_fetches(tmp_path: Path) -> None:
         point_id = POINTS.ids[2].as_py()
         assert client.fetch("words", [point_id])["points"][0]["attributes"] == {"name": f"name of {point_id}"}
         vector = client.vector_of("words", point_id)
-        assert (vector.dtype, vector.tolist()) == (np.float32, [POINTS.vectors[2].tolist()])
+        assert vector.dtype == np.float32
+        assert vector.tolist() == [POINTS.vectors[2].tolist()]
         with pytest.raises(NotFound, match="10000000"):
             client.vector_of("words", 10_000_000)
 

@@ -97,7 +97,9 @@ def test_create_of_wrong_config_names_the_field(tmp_path: Path) -> None:
         for field, change in WRONG_CONFIGS:
             body = {"dimension": 4} | change if isinstance(change, dict) and change else change
             problem(await endpoint.http.put("/v1/collections/words", json=body), 400, field)
-        problem(await endpoint.http.put("/v1/collections/words", json={"dimension": 4}, params={"wait": 1}), 400, "wait")
+        problem(
+            await endpoint.http.put("/v1/collections/words", json={"dimension": 4}, params={"wait": 1}), 400, "wait"
+        )
         assert keys(endpoint.store, "") == []
 
     run_with_endpoint(scenario, tmp_path)

@@ -69,9 +69,7 @@ def test_fetch_from_an_empty_collection_finds_nothing(tmp_path: Path) -> None:
     run_with_endpoint(scenario, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "values", [[2**63 - 1, -(2**63), 0], ["", "a/b", "ä\0😀"]], ids=["int64", "string"]
-)
+@pytest.mark.parametrize("values", [[2**63 - 1, -(2**63), 0], ["", "a/b", "ä\0😀"]], ids=["int64", "string"])
 def test_fetch_of_extreme_ids(values: list[Any], tmp_path: Path) -> None:
     id_type = "int64" if isinstance(values[0], int) else "string"
     config = CollectionConfig(2, id_type=id_type, shards=2)  # type: ignore[arg-type]

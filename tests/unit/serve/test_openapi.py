@@ -150,7 +150,12 @@ class Conversation:
 
 
 COLLECTION = "/v1/collections/{collection}"
-SEARCH, FETCH, JOBS, JOB = f"{COLLECTION}/points:search", f"{COLLECTION}/points:fetch", f"{COLLECTION}/jobs", "/v1/jobs/{job_id}"
+SEARCH, FETCH, JOBS, JOB = (
+    f"{COLLECTION}/points:search",
+    f"{COLLECTION}/points:fetch",
+    f"{COLLECTION}/jobs",
+    "/v1/jobs/{job_id}",
+)
 
 
 async def talk_of_collections(talk: Conversation) -> None:

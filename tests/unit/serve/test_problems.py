@@ -49,7 +49,9 @@ def answer_to(error: Exception) -> tuple[int, dict[str, str], dict[str, Any]]:
         (Corrupt("segments/1: checksum"), 500, "Internal Server Error", None),
     ],
 )
-def test_error_becomes_its_status(error: EaglerayError, status: int, title: str | None, retry_after: str | None) -> None:
+def test_error_becomes_its_status(
+    error: EaglerayError, status: int, title: str | None, retry_after: str | None
+) -> None:
     answered, headers, body = answer_to(error)
     assert (answered, body["status"]) == (status, status)
     assert headers["content-type"] == PROBLEM

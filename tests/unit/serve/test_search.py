@@ -16,7 +16,16 @@ from cluster.config import CollectionConfig, IndexConfig, Limits
 from cluster.placement import ReplicaKey
 from serve.arrow_bodies import ARROW
 from serve.routes import JSON
-from tests.unit.actors.points import all_scores, brute_force, commit, keys, name_of, points_of_shard, random_points, random_vectors
+from tests.unit.actors.points import (
+    all_scores,
+    brute_force,
+    commit,
+    keys,
+    name_of,
+    points_of_shard,
+    random_points,
+    random_vectors,
+)
 from tests.unit.serve.endpoint import (
     Endpoint,
     arrow_stream,
@@ -235,6 +244,27 @@ def test_searches_at_the_same_time_each_get_their_own_answer(tmp_path: Path) -> 
     run_with_endpoint(scenario, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf_flat"])
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_query_whose_scores_would_overflow_is_refused_and_shorter_ones_have_finite_scores(
+    metric: Any, kind: Any, tmp_path: Path
+) -> None:
+    config = CollectionConfig(4, metric, index=IndexConfig(kind=kind))
+
+    async def scenario(endpoint: Endpoint) -> None:
+        await endpoint.publish("words", config, random_points(config, 50))
+        for vector in ([1e30, -1e30, 1e30, 1], [0, 0, 9.3e18, 0], [3e38] * 4):
+            problem(await endpoint.search("words", vectors=[[0, 0, 0, 1], vector]), 400, "vectors[1]")
+            arrow = arrow_stream(np.array([[0, 0, 0, 1], vector], np.float32))
+            problem(await endpoint.search_arrow("words", arrow), 400, "vector[1]")
+        for vector in ([0, 0, 9.2e18, 0], [4e18] * 4, [1e-45, 0, 0, 0]):
+            (hits,) = (await endpoint.search("words", vector=vector)).json()["results"]
+            assert len(hits) == 10
+            assert all(isinstance(hit["score"], float) for hit in hits)
+
+    run_with_endpoint(scenario, tmp_path)
+
+
 def test_new_generation_is_told_in_the_answer(tmp_path: Path) -> None:
     config = CollectionConfig(2, index=FLAT)
 
@@ -323,7 +353,8 @@ RAW_AT: dict[str, tuple[str, bytes]] = {
 
 def with_words(scenario: Any, tmp_path: Path, limits: Limits = LIMITS, **config: Any) -> None:
     """Run a scenario on a collection `words` of 30 points, three dimensions."""
-    words = CollectionConfig(**{"dimension": 3, "index": FLAT} | config)
+    settings: dict[str, Any] = {"dimension": 3, "index": FLAT} | config
+    words = CollectionConfig(**settings)
 
     async def run(endpoint: Endpoint) -> None:
         await endpoint.publish("words", words, random_points(words, 30))
@@ -379,7 +410,7 @@ def test_params_fit_the_index_kind_or_are_refused(kind: Any, fits: str, wrong: s
             refused = problem(await endpoint.search("words", vector=GOOD, params=params), 400, f"params.{wrong}")
             assert fits in refused["detail"]
         query = arrow_stream(np.ones((1, 3), np.float32))
-        problem(await endpoint.search_arrow("words", query, **{wrong: 4}), 400, f"params.{wrong}")
+        problem(await endpoint.search_arrow("words", query, accept=JSON, **{wrong: 4}), 400, f"params.{wrong}")
 
     with_words(scenario, tmp_path, Limits(), index=IndexConfig(kind=kind))
 
@@ -437,7 +468,14 @@ def test_content_length_that_is_no_number_is_passed_over(tmp_path: Path) -> None
 def test_other_content_types_are_unsupported(path: str, tmp_path: Path) -> None:
     async def scenario(endpoint: Endpoint) -> None:
         method = "POST" if path else "PUT"
-        types = ["text/plain", "application/x-www-form-urlencoded", "application/jsonx", "multipart/form-data", ";", "ä"]
+        types = [
+            "text/plain",
+            "application/x-www-form-urlencoded",
+            "application/jsonx",
+            "multipart/form-data",
+            ";",
+            "ä",
+        ]
         types += [] if path == "points:search" else [ARROW]
         for content_type in types:
             headers = httpx.Headers([(b"content-type", content_type.encode())])
