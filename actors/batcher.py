@@ -37,6 +37,7 @@ class _Waiting:
     vectors: NDArray[np.float32]
     generation: int
     key: GroupKey
+    deadline: float
     answer: asyncio.Future[Hits]
 
 
@@ -52,15 +53,21 @@ class Batcher:
         self._calls: set[asyncio.Task[None]] = set()
         self.window = limits.calls_in_flight_per_replica
 
-    async def search(self, vectors: NDArray[np.float32], generation: int, key: GroupKey) -> Hits:
-        """Answer `vectors` (n, d). Exhausted when the queue is full. Cancel it to give up."""
+    async def search(
+        self, vectors: NDArray[np.float32], generation: int, key: GroupKey, timeout_s: float = 60.0
+    ) -> Hits:
+        """Answer `vectors` (n, d), for someone who waits `timeout_s`. Exhausted when the queue is full.
+
+        Cancel it to give up.
+        """
         if self._waiting_vectors + len(vectors) > self._limits.queued_vectors_per_shard:
             raise Exhausted(
                 f"queued_vectors_per_shard: {self._waiting_vectors} vectors wait already, "
                 f"{self._limits.queued_vectors_per_shard} may",
                 QUEUE_FULL_RETRY_S,
             )
-        item = _Waiting(vectors, generation, key, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        item = _Waiting(vectors, generation, key, loop.time() + timeout_s, loop.create_future())
         self._waiting.append(item)
         self._waiting_vectors += len(vectors)
         self._pump()
@@ -120,7 +127,8 @@ def _request(grouped: dict[GroupKey, list[_Waiting]]) -> ShardSearch:
         groups.append(SearchGroup(start, stop, key.k, key.params, key.columns))
         start = stop
     vectors = items[0].vectors if len(items) == 1 else np.concatenate([item.vectors for item in items])
-    return ShardSearch(items[0].generation, vectors, tuple(groups))
+    timeout_s = max(item.deadline for item in items) - asyncio.get_running_loop().time()
+    return ShardSearch(items[0].generation, vectors, tuple(groups), max(0.0, timeout_s))
 
 
 def _deliver(items: list[_Waiting], outcome: Hits | EaglerayError) -> None:

@@ -78,7 +78,7 @@ class Coordinator:
     def _new_lane(self, collection: str, shard: int) -> _ShardLane:
         replicas = ReplicaSet(self._directory.client, self._clock)
         batcher = Batcher(
-            lambda request: replicas.call(lambda client: client.search(request)),
+            lambda request: replicas.call(lambda client: client.search(request), request.timeout_s),
             self._limits,
             lambda vectors: self._observer.batch(collection, shard, vectors),
         )
@@ -120,12 +120,12 @@ class Coordinator:
         lane = self._lanes.get((collection, shard))
         if lane is None or not len(lane.replicas):
             raise Unavailable("no replica is ready")
-        step = self._limits.batch_vectors
+        step, timeout_s = self._limits.batch_vectors, query.timeout_ms / 1000.0
         if len(query.vectors) <= step:
-            return await lane.batcher.search(query.vectors, served.generation, key)
+            return await lane.batcher.search(query.vectors, served.generation, key, timeout_s)
         pieces = [query.vectors[start : start + step] for start in range(0, len(query.vectors), step)]
         async with asyncio.TaskGroup() as group:
-            parts = [group.create_task(lane.batcher.search(p, served.generation, key)) for p in pieces]
+            parts = [group.create_task(lane.batcher.search(p, served.generation, key, timeout_s)) for p in pieces]
         return join_queries([part.result() for part in parts])
 
     async def fetch(self, collection: str, ids: Any, columns: Sequence[str], timeout_s: float) -> tuple[Any, Any]:
@@ -134,7 +134,9 @@ class Coordinator:
         shard_of = served.routing.shards_of_ids(ids)
         places = {int(shard): np.flatnonzero(shard_of == shard) for shard in np.unique(shard_of)}
         calls = {
-            shard: asyncio.ensure_future(self._fetch_shard(collection, served, shard, ids.take(pa.array(at)), columns))
+            shard: asyncio.ensure_future(
+                self._fetch_shard(collection, served, shard, ids.take(pa.array(at)), columns, timeout_s)
+            )
             for shard, at in places.items()
         }
         answers = await _answers_within(calls, timeout_s)
@@ -144,12 +146,12 @@ class Coordinator:
         return _in_order(len(ids), places, answers)
 
     async def _fetch_shard(
-        self, collection: str, served: ServedCollection, shard: int, ids: Any, columns: Sequence[str]
+        self, collection: str, served: ServedCollection, shard: int, ids: Any, columns: Sequence[str], timeout_s: float
     ) -> tuple[Any, Any]:
         lane = self._lanes.get((collection, shard))
         if lane is None:
             raise Unavailable(f"no replica of shard {shard} is ready")
-        return await lane.replicas.call(lambda client: client.fetch(served.generation, ids, columns))
+        return await lane.replicas.call(lambda client: client.fetch(served.generation, ids, columns), timeout_s)
 
 
 async def _answers_within(calls: Mapping[int, asyncio.Future[Any]], timeout_s: float) -> dict[int, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -31,17 +32,25 @@ class ReplicaSet:
         self._in_flight = {key: self._in_flight.get(key, 0) for key in keys}
         self._suspect_until = {key: until for key, until in self._suspect_until.items() if key in self._clients}
 
-    async def call(self, ask: Callable[[ShardClient], Awaitable[T]]) -> T:
-        """Ask the best replica, then the others, each once; Unavailable when none answers."""
+    async def call(self, ask: Callable[[ShardClient], Awaitable[T]], timeout_s: float) -> T:
+        """Ask the best replica, then the others, each once; Unavailable when none answers within `timeout_s`.
+
+        While another is left a replica has half of the time that remains; then the next one is asked.
+        """
+        deadline = self._clock() + timeout_s
         tried: set[ReplicaKey] = set()
         failure = Unavailable("no replica of the shard is ready")
         while (key := self._pick(tried)) is not None:
             tried.add(key)
+            slice_s = (deadline - self._clock()) / (2.0 if self._pick(tried) else 1.0)
             try:
-                return await self._ask(key, ask)
+                async with asyncio.timeout(slice_s):
+                    return await self._ask(key, ask)
+            except TimeoutError:
+                failure = Unavailable(f"replica {key} did not answer within {slice_s:.3f} s")
             except Unavailable as error:
                 failure = error
-                self._suspect_until[key] = self._clock() + SUSPECT_S
+            self._suspect_until[key] = self._clock() + SUSPECT_S
         raise failure
 
     async def _ask(self, key: ReplicaKey, ask: Callable[[ShardClient], Awaitable[T]]) -> T:

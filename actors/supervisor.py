@@ -209,6 +209,8 @@ class Supervisor:
             except NotFound:
                 self._forget(key)
                 return
+            except EaglerayError as error:
+                self._set_status(key, ReplicaStatus("failed", error=str(error)))
             await asyncio.sleep(self._settings.reconcile_period_s)
 
     def _set_status(self, key: ReplicaKey, status: ReplicaStatus) -> None:

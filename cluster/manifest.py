@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from cluster import paths
 from cluster.config import CollectionConfig
-from cluster.errors import Conflict, Corrupt, EaglerayError, NotFound
+from cluster.errors import Conflict, Corrupt, EaglerayError, NotFound, Unavailable
 from cluster.object_store import ObjectStore
 from cluster.routing import Routing
 from cluster.segment import checksum_bytes
@@ -208,11 +208,23 @@ class ManifestLog:
         )
         key = paths.manifest(self._collection, manifest.version)
         _raise_broken(key, broken_invariants(manifest, parent) + self._missing_segments(manifest))
-        if not self._store.put_if_absent(key, manifest.encode()) and self.read(manifest.version) != manifest:
+        if not self._put(key, manifest):
             raise Conflict(
                 f"collection {self._collection!r}: version {manifest.version} was committed by another writer"
             )
         return manifest
+
+    def _put(self, key: str, manifest: Manifest) -> bool:
+        """True if this manifest now is the one of its number, also where the answer of the put was lost."""
+        try:
+            if self._store.put_if_absent(key, manifest.encode()):
+                return True
+        except Unavailable as error:
+            try:
+                return self.read(manifest.version) == manifest
+            except (NotFound, Unavailable):
+                raise error from None
+        return self.read(manifest.version) == manifest
 
     def _missing_segments(self, manifest: Manifest) -> list[str]:
         """Named segments whose description is not in the store, or is not the one named."""

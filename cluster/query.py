@@ -48,11 +48,15 @@ class SearchGroup:
 
 @dataclass(frozen=True)
 class ShardSearch:
-    """One call to one shard: many requests' vectors, shape (n, dimension) float32, and how to search them."""
+    """One call to one shard: many requests' vectors, shape (n, dimension) float32, and how to search them.
+
+    After `timeout_s` nobody waits for the answer any more.
+    """
 
     generation: int
     vectors: NDArray[np.float32]
     groups: tuple[SearchGroup, ...]
+    timeout_s: float = 60.0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from actors import ray_runtime
+from actors import ray_jobs, ray_runtime
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Invalid
 from cluster.manifest import ManifestLog
@@ -78,7 +78,7 @@ def run_import(settings: Settings, options: ImportOptions, job_id: str) -> None:
     with _progress_bar() as listener:
         reporter = JobReporter(store, JobStatus(job_id, "import", options.collection), listener)
         try:
-            workers = Workers(ray_runtime.run_tasks, ray_runtime.cluster_cpus())
+            workers = Workers(ray_jobs.run_tasks, ray_runtime.cluster_cpus())
             manifest = Importer(settings.data, store, log, options, workers).run(job_id, reporter)
             reporter.phase("serve")
             ray_runtime.wait_until_served(settings.namespace, options.collection, manifest.generation, SERVED_TIMEOUT_S)

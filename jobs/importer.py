@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class TaskRunner(Protocol):
-    """Runs generator functions on items, some at a time (`ray_runtime.run_tasks`)."""
+    """Runs generator functions on items, some at a time (`ray_jobs.run_tasks`)."""
 
     def __call__(
         self, function: Callable[[T], Iterator[Any]], items: Sequence[T], num_cpus: float, in_flight: int

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from ray import serve as ray_serve
 
-from actors import ray_runtime
+from actors import ray_jobs, ray_runtime
 from actors.coordinator import Coordinator
 from cluster.config import Settings
 from cluster.object_store import open_store
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 class _RayJobs:
     """`JobRunner` over Ray's job server."""
 
-    submit_job = staticmethod(ray_runtime.submit_job)
-    job_state = staticmethod(ray_runtime.job_state)
-    job_log_tail = staticmethod(ray_runtime.job_log_tail)
-    stop_job = staticmethod(ray_runtime.stop_job)
+    submit_job = staticmethod(ray_jobs.submit_job)
+    job_state = staticmethod(ray_jobs.job_state)
+    job_log_tail = staticmethod(ray_jobs.job_log_tail)
+    stop_job = staticmethod(ray_jobs.stop_job)
 
 
 @ray_serve.ingress()

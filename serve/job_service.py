@@ -22,7 +22,7 @@ ENDED_STATES = {"FAILED": "failed", "STOPPED": "stopped"}
 
 
 class JobRunner(Protocol):
-    """Where jobs run (`ray_runtime`: Ray's job server). All methods block."""
+    """Where jobs run (`ray_jobs`: Ray's job server). All methods block."""
 
     def submit_job(self, job_id: str, entrypoint: str) -> None: ...
 

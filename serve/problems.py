@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def problem_response(request: Request, error: Exception) -> Response:
     """The answer to any exception; one that is not of ours is logged and told without its details."""
-    if isinstance(error, EaglerayError):
+    if isinstance(error, EaglerayError) and type(error) in STATUS:
         return _own_problem(error)
     if isinstance(error, HTTPException):
         return _problem(error.status_code, "Http", error.detail, headers=dict(error.headers or {}))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import ray
 
-from actors import ray_runtime
+from actors import ray_jobs, ray_runtime
 from cluster.config import CollectionConfig, Settings
 from cluster.errors import Conflict, Invalid, NotFound, Unavailable
 from cluster.manifest import ManifestLog
@@ -68,19 +68,19 @@ def die_once(marker: str) -> Iterator[str]:
 
 def test_run_tasks_gives_every_event_of_every_item_in_order() -> None:
     events: dict[int, list[int]] = {}
-    for number, event in ray_runtime.run_tasks(count_up, [3, 0, 5, 1], num_cpus=1, in_flight=2):
+    for number, event in ray_jobs.run_tasks(count_up, [3, 0, 5, 1], num_cpus=1, in_flight=2):
         events.setdefault(number, []).append(event)
     assert events == {0: [0, 1, 2], 2: [0, 1, 2, 3, 4], 3: [0]}
 
 
 def test_run_tasks_with_an_error_of_ours_raises_it_whole() -> None:
     with pytest.raises(Invalid) as caught:
-        list(ray_runtime.run_tasks(refuse_two, [0, 1, 2, 3], num_cpus=1, in_flight=2))
+        list(ray_jobs.run_tasks(refuse_two, [0, 1, 2, 3], num_cpus=1, in_flight=2))
     assert caught.value.errors[0].field == "number"
 
 
 def test_run_tasks_with_a_killed_process_runs_it_again(tmp_path: Path) -> None:
-    events = list(ray_runtime.run_tasks(die_once, [str(tmp_path / "died")], num_cpus=1, in_flight=1))
+    events = list(ray_jobs.run_tasks(die_once, [str(tmp_path / "died")], num_cpus=1, in_flight=1))
     assert events == [(0, "alive")]
 
 

@@ -49,7 +49,7 @@ def test_call_without_replicas_is_unavailable() -> None:
     async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
         assert len(chosen) == 0
         with pytest.raises(Unavailable, match="no replica of the shard is ready"):
-            await chosen.call(replicas.ask)
+            await chosen.call(replicas.ask, 10.0)
 
     with_replicas(scenario)
 
@@ -59,18 +59,18 @@ def test_call_picks_the_least_busy_replica_and_the_lowest_key_among_equals() -> 
         replicas.gates = {key: asyncio.Event() for key in (A, B, C)}
         calls = []
         for _ in range(5):
-            calls.append(asyncio.ensure_future(chosen.call(replicas.ask)))
+            calls.append(asyncio.ensure_future(chosen.call(replicas.ask, 10.0)))
             await asyncio.sleep(0)
         assert replicas.asked == [A, B, C, A, B]
         replicas.gates[C].set()
         assert await calls[2] == C
-        calls.append(asyncio.ensure_future(chosen.call(replicas.ask)))
+        calls.append(asyncio.ensure_future(chosen.call(replicas.ask, 10.0)))
         await asyncio.sleep(0)
         assert replicas.asked[-1] == C
         for gate in replicas.gates.values():
             gate.set()
         await asyncio.gather(*calls)
-        assert await chosen.call(replicas.ask) == A  # none is busy any more
+        assert await chosen.call(replicas.ask, 10.0) == A  # none is busy any more
 
     with_replicas(scenario, A, B, C)
 
@@ -78,7 +78,7 @@ def test_call_picks_the_least_busy_replica_and_the_lowest_key_among_equals() -> 
 def test_call_fails_over_to_the_next_replica() -> None:
     async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
         replicas.failing = {A: Unavailable("a is away")}
-        assert await chosen.call(replicas.ask) == B
+        assert await chosen.call(replicas.ask, 10.0) == B
         assert replicas.asked == [A, B]
 
     with_replicas(scenario, A, B)
@@ -88,7 +88,7 @@ def test_call_asks_each_replica_once_and_raises_the_last_failure() -> None:
     async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
         replicas.failing = {A: Unavailable("a is away"), B: Unavailable("b is away")}
         with pytest.raises(Unavailable, match="b is away"):
-            await chosen.call(replicas.ask)
+            await chosen.call(replicas.ask, 10.0)
         assert replicas.asked == [A, B]
 
     with_replicas(scenario, A, B)
@@ -98,7 +98,7 @@ def test_call_does_not_try_another_replica_after_an_error_that_is_the_callers() 
     async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
         replicas.failing = {A: Invalid("wrong")}
         with pytest.raises(Invalid, match="wrong"):
-            await chosen.call(replicas.ask)
+            await chosen.call(replicas.ask, 10.0)
         assert replicas.asked == [A]
 
     with_replicas(scenario, A, B)
@@ -107,12 +107,12 @@ def test_call_does_not_try_another_replica_after_an_error_that_is_the_callers() 
 def test_suspect_replica_is_avoided_until_its_time_is_over() -> None:
     async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
         replicas.failing = {A: Unavailable("a is away")}
-        await chosen.call(replicas.ask)
+        await chosen.call(replicas.ask, 10.0)
         replicas.failing = {}
         clock.advance(SUSPECT_S - 0.01)
-        assert await chosen.call(replicas.ask) == B
+        assert await chosen.call(replicas.ask, 10.0) == B
         clock.advance(0.01)
-        assert await chosen.call(replicas.ask) == A
+        assert await chosen.call(replicas.ask, 10.0) == A
 
     with_replicas(scenario, A, B)
 
@@ -121,9 +121,9 @@ def test_suspect_replica_is_asked_where_no_other_is_left() -> None:
     async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
         replicas.failing = {A: Unavailable("a is away")}
         with pytest.raises(Unavailable):
-            await chosen.call(replicas.ask)
+            await chosen.call(replicas.ask, 10.0)
         replicas.failing = {}
-        assert await chosen.call(replicas.ask) == A
+        assert await chosen.call(replicas.ask, 10.0) == A
 
     with_replicas(scenario, A)
 
@@ -131,14 +131,14 @@ def test_suspect_replica_is_asked_where_no_other_is_left() -> None:
 def test_update_keeps_what_is_known_of_those_that_stay() -> None:
     async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
         replicas.gates = {A: asyncio.Event()}
-        busy = asyncio.ensure_future(chosen.call(replicas.ask))
+        busy = asyncio.ensure_future(chosen.call(replicas.ask, 10.0))
         await asyncio.sleep(0)
         replicas.failing = {B: Unavailable("b is away")}
         with pytest.raises(Unavailable):
-            await chosen.call(lambda client: replicas.ask(client) if client == B else _refuse())
+            await chosen.call(lambda client: replicas.ask(client) if client == B else _refuse(), 10.0)
         replicas.failing = {}
         chosen.update((A, B, C))
-        assert await chosen.call(replicas.ask) == C  # A is busy, B is suspect
+        assert await chosen.call(replicas.ask, 10.0) == C  # A is busy, B is suspect
         replicas.gates[A].set()
         assert await busy == A
 
@@ -151,13 +151,13 @@ def test_update_keeps_what_is_known_of_those_that_stay() -> None:
 def test_update_during_a_call_drops_a_replica_without_losing_the_call() -> None:
     async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
         replicas.gates = {A: asyncio.Event()}
-        call = asyncio.ensure_future(chosen.call(replicas.ask))
+        call = asyncio.ensure_future(chosen.call(replicas.ask, 10.0))
         await asyncio.sleep(0)
         chosen.update((B,))
         replicas.gates[A].set()
         assert await call == A
         assert len(chosen) == 1
-        assert await chosen.call(replicas.ask) == B
+        assert await chosen.call(replicas.ask, 10.0) == B
 
     with_replicas(scenario, A)
 
@@ -165,11 +165,31 @@ def test_update_during_a_call_drops_a_replica_without_losing_the_call() -> None:
 def test_cancelled_call_does_not_count_as_busy() -> None:
     async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
         replicas.gates = {A: asyncio.Event()}
-        call = asyncio.ensure_future(chosen.call(replicas.ask))
+        call = asyncio.ensure_future(chosen.call(replicas.ask, 10.0))
         await asyncio.sleep(0)
         call.cancel()
         await asyncio.wait({call})
         replicas.gates[A].set()
-        assert await chosen.call(replicas.ask) == A
+        assert await chosen.call(replicas.ask, 10.0) == A
 
     with_replicas(scenario, A, B)
+
+
+def test_replica_that_hangs_loses_its_slice_and_the_next_one_answers() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.gates = {A: asyncio.Event()}
+        assert await chosen.call(replicas.ask, 0.2) == B
+        assert replicas.asked == [A, B]
+        assert await chosen.call(replicas.ask, 0.2) == B  # A is suspect now
+        assert replicas.asked == [A, B, B]
+
+    with_replicas(scenario, A, B)
+
+
+def test_only_replica_that_hangs_is_unavailable_once_the_time_is_over() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.gates = {A: asyncio.Event()}
+        with pytest.raises(Unavailable, match=r"words/0/0 did not answer within 0\.050 s"):
+            await chosen.call(replicas.ask, 0.05)
+
+    with_replicas(scenario, A)
