@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,6 +30,7 @@ from cluster.query import Hits, ShardSearch
 
 SUPERVISOR = "supervisor"
 REPLICA_PREFIX = "replica:"
+METRICS_KEPT_S = 60.0  # coordinators leave theirs every 2 s; one that stopped is gone
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -198,7 +200,7 @@ class SupervisorActor:
         self._runtime = RayRuntime(settings)
         store = await asyncio.to_thread(open_store, settings.data)
         self._supervisor = Supervisor(store, self._runtime, settings)
-        self._metrics: dict[str, Any] = {}
+        self._metrics: dict[str, tuple[float, Any]] = {}
         self._settings = settings
         self._rounds = asyncio.get_running_loop().create_task(self._supervisor.run())
         self._rounds.add_done_callback(_die_with)
@@ -217,9 +219,11 @@ class SupervisorActor:
         return self._settings
 
     async def exchange_metrics(self, coordinator: str, samples: Any) -> dict[str, Any]:
-        """Keep one coordinator's metrics, return those of all."""
-        self._metrics[coordinator] = samples
-        return self._metrics
+        """Keep one coordinator's metrics, return those of all that left some lately."""
+        now = time.monotonic()
+        self._metrics[coordinator] = (now, samples)
+        self._metrics = {name: kept for name, kept in self._metrics.items() if now - kept[0] < METRICS_KEPT_S}
+        return {name: latest for name, (_, latest) in self._metrics.items()}
 
 
 def _die_with(rounds: asyncio.Task[None]) -> None:

@@ -163,8 +163,15 @@ def _segment_hits(segment: LoadedSegment, queries: NDArray[np.float32], group: S
     found = labels >= 0
     rows = labels[found]
     ids = segment.ids.take(pa.array(rows))
-    columns = pa.table(segment.rows.take(rows, group.columns)) if group.columns and len(rows) else None
+    columns = _columns(segment, rows, group.columns) if group.columns else None
     return Hits(found.sum(axis=1), ids, scores[found], columns)
+
+
+def _columns(segment: LoadedSegment, rows: NDArray[np.int64], columns: Sequence[str]) -> Any:
+    """The table of some rows; without rows an empty one, so that the answer's schema does not depend on the data."""
+    if len(rows) == 0:
+        return segment.rows.schema.empty_table().select(columns)
+    return pa.table(segment.rows.take(rows, columns))
 
 
 def _no_hits(config: CollectionConfig, queries: int) -> Hits:

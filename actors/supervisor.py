@@ -199,6 +199,7 @@ class Supervisor:
         """Ask a replica for its status for ever; a call that is late is waited for, not repeated."""
         while key in self._replicas:
             call = asyncio.ensure_future(self._runtime.status(key))
+            call.add_done_callback(_look_at_error)  # a cancelled watcher leaves it unread
             while not (await asyncio.wait({call}, timeout=self._settings.replica_timeout_s))[0]:
                 if self._status(key).state != "starting":
                     self._set_status(key, ReplicaStatus("unreachable", error="it does not answer"))
@@ -322,6 +323,11 @@ class Supervisor:
                     await self._runtime.retire(key, retirement.generation)
                 except (Unavailable, NotFound) as error:
                     logger.warning("%s: retiring old generations: %s", key, error)
+
+
+def _look_at_error(call: asyncio.Future[Any]) -> None:
+    if not call.cancelled():
+        call.exception()
 
 
 def _attributes(statuses: Sequence[ReplicaStatus]) -> tuple[str, ...]:

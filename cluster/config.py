@@ -117,6 +117,7 @@ class Limits:
     body_bytes: int = 64 * 1024 * 1024
     vectors_per_search: int = 4_096
     k: int = 2_048
+    answer_numbers: int = 4_194_304
     ids_per_fetch: int = 10_000
     timeout_ms: int = 60_000
     queued_vectors_per_shard: int = 65_536

@@ -123,7 +123,7 @@ class FileStore:
         chain = [folder, *folder.parents]
         below_root = chain[: chain.index(self._root)]
         for each in reversed(below_root):
-            each.mkdir(exist_ok=True)
+            _make_folder(each)
             inode = each.stat().st_ino
             if self._durable_folders.get(each) != inode:
                 _sync_folder(each.parent)
@@ -137,6 +137,15 @@ class FileStore:
             except OSError:  # not empty, or gone: someone else's business
                 return
             folder = folder.parent
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError:  # a file of that name; or a folder that was deleted before it was looked at: try again
+        if folder.is_file():
+            raise
+        raise FileNotFoundError(folder) from None
 
 
 def _replace(aside: Path, path: Path) -> bool:

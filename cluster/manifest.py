@@ -139,11 +139,7 @@ class ManifestLog:
 
     def newest(self) -> Manifest | None:
         """The newest manifest, a deleted one too; None if the collection never existed."""
-        versions = [
-            version
-            for info in self._store.objects(paths.manifest_prefix(self._collection))
-            if (version := paths.manifest_version(info.key)) is not None
-        ]
+        versions = self._versions()
         return self.read(max(versions)) if versions else None
 
     def newest_live(self) -> Manifest:
@@ -159,6 +155,16 @@ class ManifestLog:
         if (manifest.collection, manifest.version) != (self._collection, version):
             raise Corrupt(f"{key}: holds version {manifest.version} of {manifest.collection!r}")
         return manifest
+
+    def segments_until(self, version: int) -> set[str]:
+        """Every segment that a manifest up to `version` names."""
+        return {
+            segment_id for number in self._versions() if number <= version for segment_id in self.read(number).segments
+        }
+
+    def _versions(self) -> list[int]:
+        keys = (info.key for info in self._store.objects(paths.manifest_prefix(self._collection)))
+        return [version for key in keys if (version := paths.manifest_version(key)) is not None]
 
     def create(self, config: CollectionConfig) -> tuple[Manifest, bool]:
         """Make an empty collection: (manifest, True), or (the existing one, False) when it has this config.

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from cluster.config import Metric
 
 Vectors = NDArray[np.float32]
+LENGTH_MAX = float(np.sqrt(np.finfo(np.float32).max)) / 2.0  # the squared distance of two such vectors is finite
 
 
 def lengths(vectors: Vectors) -> NDArray[np.float64]:
@@ -21,10 +22,11 @@ def vector_problem(vectors: Vectors, metric: Metric) -> tuple[int, str] | None:
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         return int(np.argmin(finite)), "holds NaN or infinity"
+    long = lengths(vectors)[:, 0]
     if metric == "cosine":
-        nonzero = lengths(vectors) > 0.0
-        if not nonzero.all():
-            return int(np.argmin(nonzero)), "is a zero vector: it has no direction, cosine is undefined"
+        return (int(np.argmin(long)), "is a zero vector: cosine is undefined") if not long.all() else None
+    if long.max(initial=0.0) > LENGTH_MAX:
+        return int(np.argmax(long)), f"is longer than {LENGTH_MAX:.2g}: its distances overflow float32"
     return None
 
 

@@ -50,7 +50,15 @@ def import_command(
     options = ImportOptions(collection, source, columns, _json_object(create), memory_bytes, seed)
     ray_runtime.connect(address)
     settings = Settings(data=data, namespace=namespace) if data else ray_runtime.settings_of_supervisor(namespace)
-    run_import(settings, options, job_id or os.environ.get("RAY_JOB_SUBMISSION_ID") or new_job_id("import"))
+    submission_id = _submission_id()
+    name = job_id or submission_id or new_job_id("import")
+    run_import(settings, options, JobStatus(name, "import", collection, submitted=submission_id is not None))
+
+
+def _submission_id() -> str | None:
+    """The name under which Ray's job server runs this process, if it does."""
+    config = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    return str(json.loads(config)["metadata"]["job_submission_id"]) if config else None
 
 
 def new_job_id(kind: str) -> str:
@@ -71,15 +79,15 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def run_import(settings: Settings, options: ImportOptions, job_id: str) -> None:
+def run_import(settings: Settings, options: ImportOptions, status: JobStatus) -> None:
     """Run an import, show and report its progress, wait until the result is served."""
     store = open_store(settings.data)
     log = ManifestLog(store, options.collection, lambda: uuid.uuid4().hex)
     with _progress_bar() as listener:
-        reporter = JobReporter(store, JobStatus(job_id, "import", options.collection), listener)
+        reporter = JobReporter(store, status, listener)
         try:
             workers = Workers(ray_jobs.run_tasks, ray_runtime.cluster_cpus())
-            manifest = Importer(settings.data, store, log, options, workers).run(job_id, reporter)
+            manifest = Importer(settings.data, store, log, options, workers).run(status.job_id, reporter)
             reporter.phase("serve")
             ray_runtime.wait_until_served(settings.namespace, options.collection, manifest.generation, SERVED_TIMEOUT_S)
         except EaglerayError as error:

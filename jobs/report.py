@@ -23,6 +23,7 @@ class JobStatus:
     kind: str
     collection: str
     state: str = "running"  # running, succeeded, failed
+    submitted: bool = True  # False: run by hand, unknown to Ray's job server
     phase: str = "starting"
     progress: float = 0.0
     rate: float = 0.0

@@ -58,7 +58,7 @@ class JobService:
                 raise NotFound(f"no job {job_id!r}") from None
             written = JobStatus(job_id, job_id.split("-", 1)[0], "", state="pending")
         answer = asdict(written)
-        if written.state in ("running", "pending"):
+        if written.submitted and written.state in ("running", "pending"):
             answer["state"] = _state_of_unfinished(written.state, state)
         log = self._runner.job_log_tail(job_id, LOG_LINES) if state is not None else []
         if answer["state"] == "failed" and not answer["report"]:

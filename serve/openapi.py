@@ -179,6 +179,7 @@ def _answers() -> Json:
             job_id=string,
             kind=string,
             collection=string,
+            submitted=boolean,
             state={"enum": ["pending", "running", "succeeded", "failed", "stopped"]},
             phase=string,
             progress=number,

@@ -50,6 +50,7 @@ JSON = "application/json"
 READY_WAIT_S = 30.0  # how long a create or delete waits to be visible; it is committed either way
 FETCH_TIMEOUT_S = 10.0
 METRICS_PERIOD_S = 2.0
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 class MetricsExchange(Protocol):
@@ -78,20 +79,24 @@ def build_app(services: Services) -> Starlette:
     collection = "/v1/collections/{collection}"
     routes = [
         _route(f"{collection}/points:search", POST=endpoint.search),
-        _route(f"{collection}/points:fetch", POST=endpoint.fetch),
-        _route(f"{collection}/jobs", POST=endpoint.submit_job),
+        _route(f"{collection}/points:fetch", POST=_without_parameters(endpoint.fetch)),
+        _route(f"{collection}/jobs", POST=_without_parameters(endpoint.submit_job)),
         _route(
             collection,
-            PUT=endpoint.create_collection,
-            GET=endpoint.get_collection,
-            DELETE=endpoint.delete_collection,
+            PUT=_without_parameters(endpoint.create_collection),
+            GET=_without_parameters(endpoint.get_collection),
+            DELETE=_without_parameters(endpoint.delete_collection),
         ),
-        _route("/v1/collections", GET=endpoint.list_collections),
-        _route("/v1/jobs/{job_id}", GET=endpoint.get_job, DELETE=endpoint.stop_job),
-        _route("/healthz", GET=endpoint.healthz),
-        _route("/readyz", GET=endpoint.readyz),
-        _route("/metrics", GET=endpoint.prometheus),
-        _route("/openapi.json", GET=endpoint.openapi),
+        _route("/v1/collections", GET=_without_parameters(endpoint.list_collections)),
+        _route(
+            "/v1/jobs/{job_id}",
+            GET=_without_parameters(endpoint.get_job),
+            DELETE=_without_parameters(endpoint.stop_job),
+        ),
+        _route("/healthz", GET=_without_parameters(endpoint.healthz)),
+        _route("/readyz", GET=_without_parameters(endpoint.readyz)),
+        _route("/metrics", GET=_without_parameters(endpoint.prometheus)),
+        _route("/openapi.json", GET=_without_parameters(endpoint.openapi)),
     ]
 
     @contextlib.asynccontextmanager
@@ -112,13 +117,23 @@ def build_app(services: Services) -> Starlette:
     return app
 
 
-def _route(path: str, **handlers: Callable[[Request], Awaitable[Response]]) -> Route:
+def _route(path: str, **handlers: Handler) -> Route:
     """All methods of a path, so that 405 names them all in `Allow`. HEAD is answered as GET."""
 
     async def answer(request: Request) -> Response:
         return await handlers["GET" if request.method == "HEAD" else request.method](request)
 
     return Route(path, answer, methods=list(handlers))
+
+
+def _without_parameters(handler: Handler) -> Handler:
+    """Nothing is ignored in silence: only an Arrow search has URL parameters."""
+
+    async def answer(request: Request) -> Response:
+        _refuse_parameters(request)
+        return await handler(request)
+
+    return answer
 
 
 class Routes:
@@ -190,7 +205,7 @@ class Routes:
         last = await asyncio.to_thread(self._log(name).delete)
         await self._services.directory.refresh(name)
         await self._wait_for(lambda: not self._known(name))
-        await asyncio.to_thread(self._delete_segments, last)
+        await asyncio.to_thread(self._delete_segments, name, last.version)
         return Response(status_code=204)
 
     async def submit_job(self, request: Request) -> Response:
@@ -277,16 +292,15 @@ class Routes:
                 described.append(await self._describe(name))
         return described
 
-    def _delete_segments(self, manifest: Manifest) -> None:
-        """Only what the deleted manifest named: another writer may already be filling a new collection."""
-        for segment_id in manifest.segments:
+    def _delete_segments(self, name: str, version: int) -> None:
+        """What manifests up to `version` named, and no more: another writer may already be filling a new collection."""
+        for segment_id in self._log(name).segments_until(version):
             for file in paths.SEGMENT_FILES:
-                self._services.store.delete(paths.segment_file(manifest.collection, segment_id, file))
+                self._services.store.delete(paths.segment_file(name, segment_id, file))
 
     async def _json_body(self, request: Request) -> bytes:
         if _content_type(request) not in ("", JSON):
             raise HTTPException(415, f"the body must be {JSON}")
-        _refuse_parameters(request)
         return await self._body(request)
 
     async def _body(self, request: Request) -> bytes:

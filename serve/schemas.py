@@ -11,14 +11,13 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from cluster.config import DIMENSION_MAX, REPLICAS_MAX, SHARDS_MAX, CollectionConfig, Limits, Metric
+from cluster.config import DIMENSION_MAX, REPLICAS_MAX, SHARDS_MAX, CollectionConfig, Limits
 from cluster.errors import FieldError, Invalid
 from cluster.index_spec import choose
 from cluster.query import Query, SearchParams
-from cluster.vectors import as_searched, lengths, vector_problem
+from cluster.vectors import as_searched, vector_problem
 
 T = TypeVar("T", bound=Struct)
-LENGTH_MAX = float(np.finfo(np.float32).max) ** 0.5 / 2  # (a + b)^2 fits float32 if neither is longer
 Knob = Annotated[int, Meta(ge=1, le=65_536)]  # FAISS sets aside 8 bytes x ef_search for each query it works on
 
 
@@ -185,7 +184,12 @@ def _query(
         raise Invalid.at("k", f"must be at most {limits.k}, not {options.k}")
     if options.timeout_ms > limits.timeout_ms:
         raise Invalid.at("timeout_ms", f"must be at most {limits.timeout_ms}, not {options.timeout_ms:g}")
-    problem = vector_problem(vectors, config.metric) or _length_problem(vectors, config.metric)
+    numbers = len(vectors) * options.k * (1 + (config.dimension if options.with_vectors else 0))
+    if numbers > limits.answer_numbers:
+        raise Invalid.at(
+            "k", f"asks for {numbers} numbers of answer (vectors x k), at most {limits.answer_numbers} are given"
+        )
+    problem = vector_problem(vectors, config.metric)
     if problem is not None:
         raise Invalid.at(name.format(problem[0]), problem[1])
     return Query(
@@ -197,14 +201,6 @@ def _query(
         tuple(dict.fromkeys(attributes)),
         options.with_vectors,
     )
-
-
-def _length_problem(vectors: NDArray[np.float32], metric: Metric) -> tuple[int, str] | None:
-    """(row, what is wrong) of the first vector whose distances would be infinite: FAISS finds nothing for it."""
-    long = lengths(vectors)[:, 0] > LENGTH_MAX
-    if metric == "cosine" or not long.any():
-        return None
-    return int(np.argmax(long)), f"is longer than {LENGTH_MAX:.2g}: its distances overflow float32"
 
 
 def _rows_to_vectors(rows: list[list[float]], dimension: int, name: str, limits: Limits) -> NDArray[np.float32]:
