@@ -32,6 +32,7 @@ from cluster.topk import recall_at_k
 
 SELF_TEST_SLACK = 0.02  # another instruction set may order near-equal distances differently
 FILES_AT_ONCE = 4
+TIES_MAX = 256  # points that tie with the k-th hit; among more, which are returned is not defined
 
 
 class LoadedSegment:
@@ -48,16 +49,57 @@ class LoadedSegment:
     def search(
         self, queries: NDArray[np.float32], k: int, params: SearchParams
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(rows, scores), both (n, min(k, count)), rows -1 where fewer were found."""
-        return self._index.search(queries, k, self._knobs(k, params))
+        """(rows, scores), both (n, width), best first, row -1 where there is none.
+
+        Width is min(k, count), or more where points tie with the k-th: the caller orders them by id and cuts.
+        """
+        knobs = params.given or widened(self.operating_point.params, k)
+        rows, scores = self._index.search(queries, k + 1, knobs)
+        if not params.given:
+            self._fill_up(queries, k, rows, scores)
+        tied = _ties_at(rows, scores, k)
+        if not tied.any():
+            return rows[:, :k], scores[:, :k]
+        return self._with_ties(queries, k, knobs, (rows, scores), tied)
+
+    def _fill_up(
+        self, queries: NDArray[np.float32], k: int, rows: NDArray[np.int64], scores: NDArray[np.float32]
+    ) -> None:
+        """Tuned lists may hold fewer than k points: ask all lists for those queries, in place."""
+        short = (rows[:, :k] < 0).any(axis=1)
+        if short.any() and self.spec.exhaustive_params is not None:
+            rows[short], scores[short] = self._index.search(queries[short], k + 1, self.spec.exhaustive_params)
+
+    def _with_ties(
+        self,
+        queries: NDArray[np.float32],
+        k: int,
+        knobs: dict[str, int],
+        found: tuple[NDArray[np.int64], NDArray[np.float32]],
+        tied: NDArray[np.bool_],
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Widen the answers of `tied` queries by all points, up to `TIES_MAX`, that score as the k-th does."""
+        more_rows, more_scores = self._index.search(queries[tied], k + TIES_MAX, knobs)
+        beyond = more_scores[:, k:] != more_scores[:, k - 1 : k]
+        more_rows[:, k:][beyond] = -1
+        rows = np.full((len(queries), more_rows.shape[1]), -1, dtype=np.int64)
+        scores = np.zeros(rows.shape, dtype=np.float32)
+        rows[:, :k], scores[:, :k] = found[0][:, :k], found[1][:, :k]
+        rows[tied], scores[tied] = more_rows, more_scores
+        return rows, scores
 
     @property
     def operating_point(self) -> OperatingPoint:
         """The tuned point of the collection's own target."""
         return self.description.operating_points[0]
 
-    def _knobs(self, k: int, params: SearchParams) -> dict[str, int]:
-        return params.given or widened(self.operating_point.params, k)
+
+def _ties_at(rows: NDArray[np.int64], scores: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
+    """Which queries have a (k+1)-th hit that scores as the k-th does."""
+    if rows.shape[1] <= k:
+        return np.zeros(len(rows), dtype=bool)
+    tied: NDArray[np.bool_] = (rows[:, k] >= 0) & (scores[:, k] == scores[:, k - 1])
+    return tied
 
 
 def widened(params: dict[str, int], k: int) -> dict[str, int]:

@@ -49,6 +49,11 @@ class IndexSpec:
         """The name of the one knob that trades recall for speed; None where the search is exact."""
         return {"flat": None, "ivf_flat": "nprobe", "hnsw": "ef_search"}[self.kind]
 
+    @property
+    def exhaustive_params(self) -> dict[str, int] | None:
+        """Search parameters that visit every point, where the kind has some."""
+        return {"nprobe": self.params["nlist"]} if self.kind == "ivf_flat" else None
+
     def search_grid(self) -> tuple[int, ...]:
         """Values of `search_param` to try, cheapest first."""
         if self.kind == "hnsw":
