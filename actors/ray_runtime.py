@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,8 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from actors.faiss_index import use_threads
-from actors.faiss_library import check_faiss_installation
+from actors.scratch import private_folder
+from actors.segment_loader import sweep_cache
 from actors.shard import ReplicaStatus, Shard
 from actors.shard_client import ServingTable, ShardClient
 from actors.supervisor import Supervisor
@@ -79,16 +79,16 @@ class ShardActor:
     """A `Shard` in a process of its own. FAISS runs in one thread, so that the event loop stays free."""
 
     def __init__(self, settings: Settings, key: ReplicaKey, shards: int) -> None:
-        check_faiss_installation()
-        cache_dir = Path(settings.cache_dir or Path(tempfile.gettempdir()) / "eagleray-cache")
+        cache_dir = Path(settings.cache_dir) if settings.cache_dir else private_folder("cache")
         self._shard = Shard(open_store(settings.data), key.collection, key.shard, cache_dir)
         self._threads = search_threads(shards, settings, node_cores())
         self._searcher = ThreadPoolExecutor(1, "search", initializer=use_threads, initargs=(self._threads,))
         self._loader = ThreadPoolExecutor(1, "load", initializer=use_threads, initargs=(self._threads,))
         self._error = ""
         try:
+            sweep_cache(cache_dir, time.time())
             self._loader.submit(self._shard.load).result()
-        except EaglerayError as error:  # the process stays and says why; the supervisor asks it to load again
+        except Exception as error:  # noqa: BLE001  # the process stays and says why; it will be asked to load again
             self._error = f"{type(error).__name__}: {error}"
             logger.error("%s: %s", key, self._error)
 
@@ -102,7 +102,7 @@ class ShardActor:
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._loader, self._shard.load, version)
-        except EaglerayError as error:
+        except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
             raise
         self._error = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from math import ceil, log10
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from cluster.topk import recall_at_k
 
 SELF_TEST_SLACK = 0.02  # another instruction set may order near-equal distances differently
 FILES_AT_ONCE = 4
+CACHE_UNUSED_S = 7 * 24 * 3600.0
 TIES_MAX = 256  # points that tie with the k-th hit; among more, which are returned is not defined
 
 
@@ -150,9 +152,19 @@ def _verified_file(
         verify_file(local, expected, key)
         return local
     cached = cached_path(cache_dir, expected)
-    if not _is_whole(cached, expected):
+    if _is_whole(cached, expected):
+        os.utime(cached)  # in use: `sweep_cache` leaves it
+    else:
         _download(store, key, cached, expected)
     return cached
+
+
+def sweep_cache(cache_dir: Path, now_s: float) -> None:
+    """Delete cached files that nothing has loaded for `CACHE_UNUSED_S`; who has mapped one keeps it."""
+    for path in cache_dir.glob("*"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < now_s - CACHE_UNUSED_S:
+                path.unlink()
 
 
 def _is_whole(path: Path, expected: FileEntry) -> bool:

@@ -112,7 +112,10 @@ def check_collection_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """Every bound of the endpoint and the coordinator, by name (docs/http-api.md, "Limits")."""
+    """Every bound of the endpoint and the coordinator, by name (docs/http-api.md, "Limits").
+
+    `answer_numbers` bounds the memory of an answer: a hit counts as 4 numbers, and its vector as its dimension.
+    """
 
     body_bytes: int = 64 * 1024 * 1024
     vectors_per_search: int = 4_096
@@ -124,14 +127,20 @@ class Limits:
     batch_vectors: int = 512
     calls_in_flight_per_replica: int = 2
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise Invalid.at(f"limits.{name}", f"must be an integer from 1 on, not {value!r}")
+
 
 @dataclass(frozen=True)
 class Settings:
     """Process-wide settings, the same in every process of one Eagleray.
 
     `data` is the storage URL. `shard_cpus` is what a replica asks of Ray (0: no admission control, for one
-    machine); `shard_threads` is what FAISS uses per replica (None: the node's cores divided by its collection's
-    shards). `cache_dir` keeps downloaded segments (None: a folder under the system's temporary directory).
+    machine); `shard_threads` is what FAISS uses per replica (None: its `shard_cpus`, or where these are 0 the node's
+    cores divided by the collection's shards). `cache_dir` keeps downloaded segments (None: a private folder under the
+    system's temporary directory).
     """
 
     data: str
@@ -143,9 +152,23 @@ class Settings:
     replica_timeout_s: float = 5.0
     limits: Limits = field(default_factory=Limits)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.shard_cpus, int | float) or not 0 <= self.shard_cpus < float("inf"):
+            raise Invalid.at("shard_cpus", f"must be a number from 0 on, not {self.shard_cpus!r}")
+        for name in ("reconcile_period_s", "replica_timeout_s"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise Invalid.at(name, f"must be a number over 0, not {value!r}")
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Settings:
         """Parse a decoded object such as the `args` of a Serve config file; unknown fields are Invalid."""
+        cls.check_names(data)
+        return cls(**{**data, "limits": Limits(**data.get("limits", {}))})
+
+    @classmethod
+    def check_names(cls, data: Mapping[str, Any]) -> None:
+        """Invalid where a field is unknown, or `data` is missing."""
         _refuse_unknown(data, cls, "")
         if "data" not in data:
             raise Invalid.at("data", "is required: the storage URL, such as file:///var/lib/eagleray")
@@ -153,4 +176,10 @@ class Settings:
         if not isinstance(limits, Mapping):
             raise Invalid.at("limits", "must be an object")
         _refuse_unknown(limits, Limits, "limits.")
-        return cls(**{**data, "limits": Limits(**limits)})
+
+    def check_shared(self) -> None:
+        """Invalid unless every process of a cluster finds the same data under `data`."""
+        if self.data.startswith("memory:"):
+            raise Invalid.at("data", "memory: belongs to one process; use file://, s3://, gs:// or az://")
+        if "://" not in self.data and not self.data.startswith("/"):
+            raise Invalid.at("data", f"{self.data!r} is relative; processes run in other folders: write file:///path")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from cluster.errors import NotFound, Unavailable
 from cluster.object_store import ObjectInfo, check_key
 
 ASIDE = ".aside"  # files being written; a crash leaves only garbage here
+ASIDE_ABANDONED_S = 24 * 3600.0
 COPY_CHUNK_BYTES = 8 * 1024 * 1024
 NAME_ATTEMPTS = 20  # to name a file in a folder that concurrent deletes keep removing
 
@@ -29,8 +31,16 @@ class FileStore:
             (root / ASIDE).mkdir(parents=True, exist_ok=True)
             _sync_folder(root)
             _sync_folder(root.parent)
+            self._sweep_aside()
         except OSError as error:
             raise Unavailable(f"the data folder {root} cannot be used: {error}") from error
+
+    def _sweep_aside(self) -> None:
+        """Delete what writers that were killed left behind."""
+        for path in (self._root / ASIDE).iterdir():
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - ASIDE_ABANDONED_S:
+                    path.unlink()
 
     def get(self, key: str) -> bytes:
         with _errors(key), _not_found(key):

@@ -60,11 +60,12 @@ Endpoint = ray_serve.deployment(_Endpoint, name="Endpoint", max_ongoing_requests
 
 def build(args: dict[str, Any]) -> Any:
     """The application for `cluster.config.Settings` given as plain data, such as a Serve config file's `args`."""
-    Settings.from_dict(args)  # refuses unknown names
+    Settings.check_names(args)
     return application(msgspec.convert(args, Settings, strict=False))  # `serve run` gives every value as text
 
 
 def application(settings: Settings, num_cpus: float = 1.0) -> Any:
+    settings.check_shared()
     return Endpoint.options(ray_actor_options={"num_cpus": num_cpus}).bind(settings)
 
 

@@ -35,6 +35,7 @@ def up(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; none: start Ray here.")] = None,
     shard_threads: Annotated[int | None, typer.Option(help="FAISS threads of each shard.", min=1)] = None,
+    namespace: Annotated[str, typer.Option(help="Ray namespace; two Eaglerays on a cluster need two.")] = "eagleray",
     as_json: JsonOption = False,
 ) -> None:
     """Start Eagleray and serve until Ctrl-C."""
@@ -45,7 +46,7 @@ def up(
     if "://" not in data:
         data = path_of_url(data).as_uri()
     shard_cpus = 0.0 if address is None else 1.0  # one machine: every collection may start, cores are shared
-    settings = Settings(data=data, shard_cpus=shard_cpus, shard_threads=shard_threads)
+    settings = Settings(data, namespace, shard_cpus=shard_cpus, shard_threads=shard_threads)
 
     def announce(message: str) -> None:
         print(json.dumps({"event": message}) if as_json else f"eagleray: {message}", flush=True)

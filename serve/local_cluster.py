@@ -22,8 +22,10 @@ from typing import Any
 import httpx
 
 from actors.faiss_library import check_faiss_installation
+from actors.scratch import private_folder
 from cluster.config import Settings
 from cluster.errors import Conflict, Invalid, Unavailable
+from cluster.object_store import open_store
 
 APPLICATION = "eagleray"
 READY_TIMEOUT_S = 300.0
@@ -70,6 +72,8 @@ def up(options: UpOptions, announce: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM; then leave nothing running that was started here."""
     check_host(options.host)
     check_faiss_installation()
+    options.settings.check_shared()
+    open_store(options.settings.data)  # says now what every process would say later
     stop = threading.Event()
     _stop_on_signals(stop)
     with _run_file(options.port), contextlib.ExitStack() as undo:
@@ -112,11 +116,7 @@ def down(port: int) -> bool:
 
 
 def _run_file_path(port: int) -> Path:
-    folder = Path(tempfile.gettempdir()) / f"eagleray-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise Conflict(f"{folder} belongs to another user")
-    return folder / f"{port}.json"
+    return private_folder(f"{port}.json")
 
 
 @contextlib.contextmanager
@@ -223,6 +223,8 @@ def _application(options: UpOptions) -> Iterator[None]:
     from serve.app import application
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if options.address is not None:
+        _refuse_existing(options)
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     ray_serve.start(http_options=HTTPOptions(host=options.host, port=options.port), logging_config=quiet)
     num_cpus = 0.0 if options.address is None else 1.0
@@ -234,6 +236,27 @@ def _application(options: UpOptions) -> Iterator[None]:
         if options.address is not None:
             ray_serve.delete(APPLICATION)
             ray_runtime.stop_actors(options.settings.namespace)
+
+
+def _refuse_existing(options: UpOptions) -> None:
+    """A cluster that serves already keeps what it has: `up` ends, when it ends, only what it started."""
+    from ray import serve as ray_serve
+
+    from actors import ray_runtime
+
+    status = ray_serve.status()
+    if status.proxies or status.applications:
+        raise Conflict(
+            f"Ray Serve runs on {options.address} already; deploy there with: serve deploy serve-config.yaml"
+        )
+    namespace = options.settings.namespace
+    if ray_runtime.find_supervisor(namespace) is not None:
+        running = ray_runtime.settings_of_supervisor(namespace)
+        if running.data != options.settings.data:
+            raise Conflict(
+                f"an Eagleray with data in {running.data} runs on {options.address} under the namespace {namespace!r}; "
+                "give this one another --namespace"
+            )
 
 
 def _wait_until_ready(options: UpOptions, stop: threading.Event, announce: Callable[[str], None]) -> None:

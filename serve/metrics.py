@@ -27,7 +27,7 @@ class EndpointMetrics:
         )
         self._latency = Histogram(
             "eagleray_search_latency_seconds",
-            "Time from the decoded request to the merged answer.",
+            "Time from the first byte of a search request to its merged answer.",
             ("collection",),
             buckets=LATENCY_BUCKETS_S,
             registry=self._registry,

@@ -8,10 +8,9 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
-import pyarrow as pa
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -27,11 +26,12 @@ from cluster.ids import id_array
 from cluster.index_spec import choose
 from cluster.manifest import Manifest, ManifestLog
 from cluster.object_store import ObjectStore
-from cluster.query import Hits, Query, SearchResult
+from cluster.query import Query
 from serve import arrow_bodies, metrics
 from serve.arrow_bodies import ARROW
 from serve.descriptions import describe_collection
 from serve.job_service import JobService
+from serve.json_bodies import points_of, search_answer
 from serve.openapi import openapi_json
 from serve.problems import problem_response
 from serve.schemas import (
@@ -40,6 +40,7 @@ from serve.schemas import (
     ImportBody,
     SearchBody,
     arrow_query,
+    check_answer,
     check_create,
     decode,
     decode_options,
@@ -50,6 +51,9 @@ JSON = "application/json"
 READY_WAIT_S = 30.0  # how long a create or delete waits to be visible; it is committed either way
 FETCH_TIMEOUT_S = 10.0
 METRICS_PERIOD_S = 2.0
+LARGE_BODY_BYTES = 1024 * 1024  # decoded, and more hits than these encoded, beside the event loop: some 10 ms
+LARGE_HITS = 5_000
+T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -160,18 +164,23 @@ class Routes:
             # An unknown name would make a new time series for every typo.
             known = name if self._known(name) else ""
             self._services.metrics.search(known, outcome, vectors, time.perf_counter() - started)
+        large = len(result.hits.scores) > LARGE_HITS
         if ARROW in request.headers.get("accept", ""):
-            return Response(arrow_bodies.write_result(result), media_type=ARROW)
-        return _json(_search_answer(result, (time.perf_counter() - started) * 1000.0))
+            return Response(await _aside(large, arrow_bodies.write_result, result), media_type=ARROW)
+        took_ms = (time.perf_counter() - started) * 1000.0
+        return await _aside(large, lambda: _json(search_answer(result, took_ms)))
 
     async def _query(self, request: Request, served: ServedCollection) -> Query:
         parameters, limits = request.query_params, self._services.limits
         body = await self._body(request)
+        large = len(body) > LARGE_BODY_BYTES
         if _content_type(request) == ARROW:
             options = decode_options(parameters.multi_items())
-            return arrow_query(arrow_bodies.read_vectors(body), options, served.config, limits)
+            return await _aside(
+                large, lambda: arrow_query(arrow_bodies.read_vectors(body), options, served.config, limits)
+            )
         _refuse_parameters(request)
-        return json_query(decode(body, SearchBody), served.config, limits)
+        return await _aside(large, lambda: json_query(decode(body, SearchBody), served.config, limits))
 
     async def fetch(self, request: Request) -> Response:
         name = request.path_params["collection"]
@@ -179,11 +188,13 @@ class Routes:
         body = decode(await self._json_body(request), FetchBody)
         if not 1 <= len(body.ids) <= self._services.limits.ids_per_fetch:
             raise Invalid.at("ids", f"must hold 1 to {self._services.limits.ids_per_fetch} ids, not {len(body.ids)}")
+        check_answer(len(body.ids), served.config, body.with_vectors, "ids", self._services.limits)
         ids = id_array(body.ids, served.config.id_type)
         columns = ("id", *(("vector",) if body.with_vectors else ()), *served.attributes)
         found, table = await self._services.coordinator.fetch(name, ids, columns, FETCH_TIMEOUT_S)
         missing = [value for value, here in zip(body.ids, found.tolist(), strict=True) if not here]
-        return _json({"points": _points(table, served.attributes), "missing": missing})
+        large = len(body.ids) > LARGE_HITS
+        return await _aside(large, lambda: _json({"points": points_of(table, served.attributes), "missing": missing}))
 
     async def create_collection(self, request: Request) -> Response:
         name = check_collection_name(request.path_params["collection"])
@@ -318,6 +329,11 @@ class Routes:
         return b"".join(parts)
 
 
+async def _aside(large: bool, work: Callable[..., T], *arguments: Any) -> T:
+    """Large work in a thread, so that the event loop goes on with others' requests; small work at once."""
+    return await asyncio.to_thread(work, *arguments) if large else work(*arguments)
+
+
 def _json(content: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type=JSON)
 
@@ -339,50 +355,3 @@ def _check_attributes(query: Query, served: ServedCollection) -> None:
         if name not in served.attributes:
             known = ", ".join(served.attributes) or "none"
             raise Invalid.at("with_attributes", f"no attribute {name!r}; the collection has: {known}")
-
-
-def _search_answer(result: SearchResult, took_ms: float) -> dict[str, Any]:
-    return {
-        "results": _hit_lists(result.hits),
-        "coverage": result.coverage.to_dict(),
-        "generation": result.generation,
-        "took_ms": round(took_ms, 3),
-    }
-
-
-def _hit_lists(hits: Hits) -> list[list[dict[str, Any]]]:
-    """One list of hits per query."""
-    ids, scores = hits.ids.to_pylist(), hits.scores.tolist()
-    flat: list[dict[str, Any]] = [{"id": i, "score": s} for i, s in zip(ids, scores, strict=True)]
-    if hits.columns is not None:
-        attributes = tuple(name for name in hits.columns.column_names if name != "vector")
-        for hit, more in zip(flat, _points(hits.columns, attributes), strict=True):
-            hit |= more
-    lists, start = [], 0
-    for count in hits.counts.tolist():
-        lists.append(flat[start : start + count])
-        start += count
-    return lists
-
-
-def _points(table: Any, attributes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows of a table as points: id and vector where there are such columns, and the attributes together."""
-    if table is None:
-        return []
-    points = []
-    columns = [_values(column) for column in table.columns]
-    for row in (dict(zip(table.column_names, values, strict=True)) for values in zip(*columns, strict=True)):
-        point = {name: row[name] for name in ("id", "vector") if name in row}
-        if attributes:
-            point["attributes"] = {name: row[name] for name in attributes}
-        points.append(point)
-    return points
-
-
-def _values(column: Any) -> list[Any]:
-    """A column's values. Times finer or later than Python's are told as text, durations as their number."""
-    try:
-        values: list[Any] = column.to_pylist()
-    except (ValueError, OverflowError):
-        values = column.cast(pa.int64() if pa.types.is_duration(column.type) else pa.string()).to_pylist()
-    return values

@@ -17,6 +17,7 @@ from cluster.index_spec import choose
 from cluster.query import Query, SearchParams
 from cluster.vectors import as_searched, vector_problem
 
+HIT_NUMBERS = 4  # a hit takes the memory of about four numbers (436 MiB for a million)
 T = TypeVar("T", bound=Struct)
 Knob = Annotated[int, Meta(ge=1, le=65_536)]  # FAISS sets aside 8 bytes x ef_search for each query it works on
 
@@ -184,11 +185,7 @@ def _query(
         raise Invalid.at("k", f"must be at most {limits.k}, not {options.k}")
     if options.timeout_ms > limits.timeout_ms:
         raise Invalid.at("timeout_ms", f"must be at most {limits.timeout_ms}, not {options.timeout_ms:g}")
-    numbers = len(vectors) * options.k * (1 + (config.dimension if options.with_vectors else 0))
-    if numbers > limits.answer_numbers:
-        raise Invalid.at(
-            "k", f"asks for {numbers} numbers of answer (vectors x k), at most {limits.answer_numbers} are given"
-        )
+    check_answer(len(vectors) * options.k, config, options.with_vectors, "k", limits)
     problem = vector_problem(vectors, config.metric)
     if problem is not None:
         raise Invalid.at(name.format(problem[0]), problem[1])
@@ -201,6 +198,17 @@ def _query(
         tuple(dict.fromkeys(attributes)),
         options.with_vectors,
     )
+
+
+def check_answer(hits: int, config: CollectionConfig, with_vectors: bool, field: str, limits: Limits) -> None:
+    """Invalid where so many hits could make an answer over `answer_numbers`."""
+    numbers = hits * (HIT_NUMBERS + (config.dimension if with_vectors else 0))
+    if numbers > limits.answer_numbers:
+        raise Invalid.at(
+            field,
+            f"{hits} hits {'with' if with_vectors else 'without'} vectors count as {numbers} numbers of answer, "
+            f"at most {limits.answer_numbers} are given: ask for less at a time",
+        )
 
 
 def _rows_to_vectors(rows: list[list[float]], dimension: int, name: str, limits: Limits) -> NDArray[np.float32]:

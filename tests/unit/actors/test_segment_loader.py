@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from actors.faiss_index import load_index
-from actors.segment_loader import LoadedSegment, cached_path, load_segment, widened
+from actors.segment_loader import LoadedSegment, cached_path, load_segment, sweep_cache, widened
 from cluster import paths
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.errors import Corrupt, NotFound, Unavailable
@@ -197,3 +199,15 @@ def test_given_parameters_are_used_instead_of_the_tuned_ones(tmp_path: Path) -> 
     whole, _ = segment.search(points.vectors[:5], COUNT, SearchParams(nprobe=1_000))
     assert (starved == -1).any()
     assert (whole >= 0).all()
+
+
+def test_sweep_deletes_only_what_was_not_loaded_for_long(tmp_path: Path) -> None:
+    config, store = config_of("flat"), MemoryStore()
+    ref = publish(store, "words", config, points_of(config))
+    segment = load(store, ref, config, tmp_path)
+    (tmp_path / "old").write_bytes(b"x")
+    for path in tmp_path.iterdir():
+        os.utime(path, (0.0, 0.0))
+    load(store, ref, config, tmp_path)  # from the cache: in use again
+    sweep_cache(tmp_path, time.time())
+    assert sorted(tmp_path.iterdir()) == sorted(cached_path(tmp_path, e) for e in segment.description.files.values())

@@ -187,3 +187,32 @@ def test_settings_refuse_and_name_the_wrong_field(data: dict[str, Any], field: s
     with pytest.raises(Invalid) as caught:
         Settings.from_dict(data)
     assert [error.field for error in caught.value.errors] == [field]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"shard_cpus": -1}, "shard_cpus"),
+        ({"shard_cpus": "many"}, "shard_cpus"),
+        ({"reconcile_period_s": 0}, "reconcile_period_s"),
+        ({"replica_timeout_s": float("inf")}, "replica_timeout_s"),
+        ({"limits": {"calls_in_flight_per_replica": 0}}, "limits.calls_in_flight_per_replica"),
+        ({"limits": {"batch_vectors": "x"}}, "limits.batch_vectors"),
+        ({"limits": {"k": True}}, "limits.k"),
+    ],
+)
+def test_settings_out_of_bounds_name_the_field(settings: dict[str, object], field: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        Settings.from_dict({"data": "file:///d", **settings})
+    assert [error.field for error in caught.value.errors] == [field]
+
+
+@pytest.mark.parametrize("data", ["memory://x", "./data", "data"])
+def test_data_that_other_processes_cannot_find_is_not_shared(data: str) -> None:
+    with pytest.raises(Invalid, match="data"):
+        Settings(data=data).check_shared()
+
+
+@pytest.mark.parametrize("data", ["file:///d", "/d", "s3://bucket/prefix"])
+def test_data_that_every_process_finds_is_shared(data: str) -> None:
+    Settings(data=data).check_shared()
