@@ -93,7 +93,7 @@ class CloudStore:
         except (FileNotFoundError, NotFoundError):
             raise NotFound(f"no object {what}") from None
         except (BaseError, OSError) as error:
-            raise Unavailable(f"{self._url}: {what}: {error}") from error
+            raise Unavailable(f"{self._url}: {what}: {str(error).partition(chr(10))[0]}") from error
 
 
 def _client_options() -> dict[str, Any]:

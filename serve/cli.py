@@ -230,7 +230,7 @@ def _print_collection(description: dict[str, Any]) -> None:
     )
     table = Table("shard", "points", "replicas", "index", "bytes", "recall@10", "at", "ms")
     for shard in description["shards"]:
-        replicas = ", ".join(replica["state"] for replica in shard["replicas"])
+        replicas = ", ".join(f"{r['state']} {r['error']}".strip() for r in shard["replicas"])
         for segment in shard["segments"] or [None]:
             table.add_row(str(shard["shard"]), f"{shard['points']:,}", replicas, *_segment_cells(segment))
     out.print(table)
