@@ -58,12 +58,13 @@ class Coordinator:
         """Keep the table current, for ever. While the supervisor is away the last table is served."""
         while True:
             try:
-                table = await self._directory.next_table(self.table.stamp if self.table else None)
-            except Unavailable as error:
+                self.apply(await self._directory.next_table(self.table.stamp if self.table else None))
+            except EaglerayError as error:
                 logger.warning("the supervisor does not answer: %s", error)
                 await asyncio.sleep(FOLLOW_RETRY_S)
-            else:
-                self.apply(table)
+            except Exception:  # without a follower the endpoint would serve one table for ever
+                logger.exception("following the supervisor")
+                await asyncio.sleep(FOLLOW_RETRY_S)
 
     def apply(self, table: ServingTable) -> None:
         """Serve a new table: lanes of shards that stay keep their queues and statistics."""

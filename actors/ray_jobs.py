@@ -2,79 +2,210 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.ray_runtime import own_error
-from cluster.errors import NotFound
+from cluster.errors import NotFound, Unavailable
 
 TASK_RETRIES = 3  # of a task whose process or node died; errors of ours are not retried
+WAIT_TOLD_S = 60.0  # without any task running: say what is waited for, and again each time
+WAIT_MAX_S = 15 * 60.0  # without any task running: give up
+STARTED = "started"  # what every task yields first
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClusterCpus:
+    """CPUs of all nodes, of the largest one, and the most that are free on any one node."""
+
+    total: int
+    largest_node: int
+    free: int
+
+    @classmethod
+    def of(cls, nodes: Sequence[float], free: Sequence[float]) -> ClusterCpus:
+        """Whole CPUs, at least one: a cluster may have none as long as it has no worker."""
+        return cls(max(1, int(sum(nodes))), max(1, int(max(nodes, default=0))), max(1, int(max(free, default=0))))
+
+
+def cluster_cpus() -> ClusterCpus:
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    # Not documented, though a DeveloperAPI: what is documented sums over the nodes, and no task runs on two of them.
+    free = [resources.get("CPU", 0.0) for resources in ray._private.state.available_resources_per_node().values()]
+    return ClusterCpus.of(nodes, free)
 
 
 def run_tasks(
-    function: Callable[[T], Iterator[Any]], items: Sequence[T], num_cpus: float, in_flight: int
+    function: Callable[[T], Iterator[Any]],
+    items: Sequence[T],
+    num_cpus: float,
+    in_flight: int,
+    waiting: Callable[[str], None] = lambda message: None,
 ) -> Iterator[tuple[int, Any]]:
     """Run a generator function on every item in Ray tasks, `in_flight` at a time; yields (item number, what it yields).
 
-    The first error ends everything: it is raised here, and the other tasks are cancelled.
+    The first error ends everything: it is raised here, and the other tasks are cancelled. While none of them gets
+    the CPUs it asks for `waiting` is told so ("" once one does), and after `WAIT_MAX_S` it ends with Unavailable.
     """
     options = {"num_returns": "streaming", "num_cpus": num_cpus, "max_retries": TASK_RETRIES}
-    task = ray.remote(function).options(**options)
-    waiting = deque(enumerate(items))
+    task = ray.remote(_announced).options(name=function.__name__, **options)
+    queue = deque(enumerate(items))
     running: dict[Any, int] = {}
+    started: set[Any] = set()
+    patience = _Patience(num_cpus, waiting)
     try:
-        while waiting or running:
-            while waiting and len(running) < in_flight:
-                number, item = waiting.popleft()
-                running[task.remote(item)] = number
-            for stream in ray.wait(list(running), num_returns=1)[0]:
+        while queue or running:
+            while queue and len(running) < in_flight:
+                number, item = queue.popleft()
+                running[task.remote(function, item)] = number
+            ready = ray.wait(list(running), num_returns=1, timeout=WAIT_TOLD_S)[0]
+            patience.look(bool(started), bool(ready))
+            for stream in ready:
                 try:
-                    yield running[stream], ray.get(next(stream))
+                    event = ray.get(next(stream))
                 except StopIteration:
                     del running[stream]
+                    started.discard(stream)
+                    continue
+                if stream in started:
+                    yield running[stream], event
+                started.add(stream)
     except RayTaskError as error:
         raise own_error(error) from None
+    except RayError as error:
+        raise _lost(function.__name__, error) from error
     finally:
         for stream in running:
             ray.cancel(stream)
 
 
-def _jobs_client() -> Any:
+def _announced(function: Callable[[T], Iterator[Any]], item: T) -> Iterator[Any]:
+    """What the function yields, after a word that it runs at all."""
+    yield STARTED
+    yield from function(item)
+
+
+class _Patience:
+    """With tasks that Ray does not start: says why, and at last gives up."""
+
+    def __init__(self, num_cpus: float, waiting: Callable[[str], None]) -> None:
+        self._num_cpus = num_cpus
+        self._waiting = waiting
+        self._since = time.monotonic()
+        self._told = False
+
+    def look(self, some_run: bool, some_ready: bool) -> None:
+        """Called after each wait; Unavailable when nothing has run for too long."""
+        now = time.monotonic()
+        # A task that began may have lost its node, and wait for another one that has as many CPUs, for ever.
+        if some_ready or (some_run and cluster_cpus().largest_node >= self._num_cpus):
+            self._since = now
+            if self._told:
+                self._waiting("")
+            self._told = False
+            return
+        free = ray.available_resources().get("CPU", 0.0)
+        message = (
+            f"waiting for a node with {self._num_cpus:g} free CPUs for {now - self._since:.0f} s: "
+            f"{free:g} are free in the whole cluster, {cluster_cpus().largest_node} is all of the largest node"
+        )
+        if now - self._since >= WAIT_MAX_S:
+            raise Unavailable(f"given up {message}; replicas hold CPUs (shard_cpus): add nodes, or wait for other jobs")
+        logger.warning(message)
+        self._waiting(message)
+        self._told = True
+
+
+def _lost(name: str, error: RayError) -> Unavailable:
+    """Of a task that Ray could not bring to its end."""
+    return Unavailable(
+        f"a {name} task was lost, also after {TASK_RETRIES} retries: {type(error).__name__}: {error}. Where workers "
+        "were killed for want of memory give less --memory-bytes, or more memory; else see Ray's logs, and try again"
+    )
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------
+
+
+class JobServer:
+    """Ray's job server. All methods block, may be called from any thread, and raise Unavailable where it is away."""
+
+    def __init__(self, new_client: Callable[[], Any]) -> None:
+        self._new_client = new_client
+        self._lock = threading.Lock()
+        self._kept: Any = None
+
+    def submit_job(self, job_id: str, entrypoint: str) -> None:
+        """Submit a Ray job that runs the same code as this process."""
+        environment = dict(ray.get_runtime_context().runtime_env)
+        kept = {name: environment[name] for name in ("working_dir", "py_modules", "env_vars") if environment.get(name)}
+        with self._client(job_id) as client:
+            client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=kept)
+
+    def job_state(self, job_id: str) -> str | None:
+        """Ray's state of a job: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; None where Ray does not know it."""
+        try:
+            with self._client(job_id) as client:
+                return str(client.get_job_status(job_id).value)
+        except NotFound:
+            return None
+
+    def job_log_tail(self, job_id: str, lines: int) -> list[str]:
+        """The end of a job's log, all of which is downloaded for it; empty where Ray does not know the job."""
+        try:
+            with self._client(job_id) as client:
+                return str(client.get_job_logs(job_id)).splitlines()[-lines:]
+        except NotFound:
+            return []
+
+    def stop_job(self, job_id: str) -> bool:
+        """Ask a job to stop; NotFound where Ray does not know it."""
+        with self._client(job_id) as client:
+            return bool(client.stop_job(job_id))
+
+    @contextmanager
+    def _client(self, job_id: str) -> Iterator[Any]:
+        """The client, made once and again after a failure: the server may have moved. Its errors become ours."""
+        try:
+            with self._lock:
+                self._kept = self._kept or self._new_client()
+                client = self._kept
+            yield client
+        except (RuntimeError, OSError, RayError) as error:  # the SDK has one RuntimeError for any answer but 200
+            if _does_not_exist(error):
+                raise NotFound(f"no job {job_id!r}") from error
+            with self._lock:
+                self._kept = None
+            raise Unavailable(f"Ray's job server does not answer: {error}") from error
+
+
+def _does_not_exist(error: Exception) -> bool:
+    """As `SubmissionClient._raise_error` and `JobHead` of Ray 2.60 word it."""
+    return "failed with status code 404" in str(error) and "does not exist" in str(error)
+
+
+def _new_jobs_client() -> Any:
     from ray.job_submission import JobSubmissionClient
 
     return JobSubmissionClient(ray.get_runtime_context().gcs_address)
 
 
-def submit_job(job_id: str, entrypoint: str) -> None:
-    """Submit a Ray job that runs the same code as this process."""
-    environment = dict(ray.get_runtime_context().runtime_env)
-    kept = {name: environment[name] for name in ("working_dir", "py_modules", "env_vars") if environment.get(name)}
-    _jobs_client().submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=kept)
-
-
-def job_state(job_id: str) -> str | None:
-    """Ray's state of a job: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; None where Ray does not know it."""
-    try:
-        return str(_jobs_client().get_job_status(job_id).value)
-    except RuntimeError:
-        return None
-
-
-def job_log_tail(job_id: str, lines: int) -> list[str]:
-    try:
-        return str(_jobs_client().get_job_logs(job_id)).splitlines()[-lines:]
-    except RuntimeError:
-        return []
-
-
-def stop_job(job_id: str) -> bool:
-    """Ask a job to stop; NotFound where Ray does not know it."""
-    try:
-        return bool(_jobs_client().stop_job(job_id))
-    except RuntimeError as error:
-        raise NotFound(f"no job {job_id!r}: {error}") from error
+_server = JobServer(_new_jobs_client)
+submit_job = _server.submit_job
+job_state = _server.job_state
+job_log_tail = _server.job_log_tail
+stop_job = _server.stop_job

@@ -30,6 +30,7 @@ from cluster.query import Hits, ShardSearch
 
 SUPERVISOR = "supervisor"
 REPLICA_PREFIX = "replica:"
+SUPERVISOR_RETRY_S = 0.5
 METRICS_KEPT_S = 60.0  # coordinators leave theirs every 2 s; one that stopped is gone
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -43,11 +44,6 @@ def connect(address: str | None) -> None:
         ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise Unavailable(f"no Ray cluster to join: {error}") from error
-
-
-def cluster_cpus() -> int:
-    """CPUs of the whole cluster."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def node_cores() -> int:
@@ -108,7 +104,7 @@ class ShardActor:
         self._error = ""
 
     async def retire(self, generation: int) -> None:
-        await asyncio.to_thread(self._shard.retire, generation)
+        await asyncio.get_running_loop().run_in_executor(self._loader, self._shard.retire, generation)
 
     async def status(self) -> ReplicaStatus:
         status = self._shard.status()
@@ -131,7 +127,7 @@ class ActorShardClient:
 
 
 class RayRuntime:
-    """Replicas as detached named actors (`supervisor.Runtime`)."""
+    """Replicas as detached named actors (`watched_replicas.Runtime`)."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -320,19 +316,30 @@ def wait_until_served(namespace: str, collection: str, generation: int, timeout_
 
 
 async def _wait_until_served(directory: RayDirectory, collection: str, generation: int, timeout_s: float) -> None:
-    stamp = None
+    reason = "it loads"
     try:
         async with asyncio.timeout(timeout_s):
-            await directory.refresh(collection)
             while True:
-                table = await directory.next_table(stamp)
-                served = table.collections.get(collection)
-                if served is not None and served.generation >= generation and collection not in table.unready:
-                    return
-                stamp = table.stamp
+                try:
+                    await directory.refresh(collection)
+                    return await _served(directory, collection, generation)
+                except Unavailable as error:  # the supervisor starts, or is being replaced
+                    reason = str(error)
+                    await asyncio.sleep(SUPERVISOR_RETRY_S)
     except TimeoutError:
-        reason = f"generation {generation} of {collection!r} is committed, but not served after {timeout_s:g} s"
-        raise Unavailable(reason) from None
+        committed = f"generation {generation} of {collection!r} is committed, but not served after {timeout_s:g} s"
+        raise Unavailable(f"{committed}: {reason}") from None
+
+
+async def _served(directory: RayDirectory, collection: str, generation: int) -> None:
+    """Until the serving table has that generation, on all replicas."""
+    stamp = None
+    while True:
+        table = await directory.next_table(stamp)
+        served = table.collections.get(collection)
+        if served is not None and served.generation >= generation and collection not in table.unready:
+            return
+        stamp = table.stamp
 
 
 def settings_of_supervisor(namespace: str) -> Settings:

@@ -20,17 +20,21 @@ class ReplicaSet:
     def __init__(self, connect: Callable[[ReplicaKey], ShardClient], clock: Callable[[], float]) -> None:
         self._connect = connect
         self._clock = clock
-        self._clients: dict[ReplicaKey, ShardClient] = {}
-        self._in_flight: dict[ReplicaKey, int] = {}
+        self._calls: dict[ReplicaKey, set[asyncio.Timeout]] = {}  # the time slices of the calls in flight
         self._suspect_until: dict[ReplicaKey, float] = {}
 
     def __len__(self) -> int:
-        return len(self._clients)
+        return len(self._calls)
 
     def update(self, keys: tuple[ReplicaKey, ...]) -> None:
-        self._clients = {key: self._connect(key) for key in keys}
-        self._in_flight = {key: self._in_flight.get(key, 0) for key in keys}
-        self._suspect_until = {key: until for key, until in self._suspect_until.items() if key in self._clients}
+        """Replace the replicas. Calls in flight to one that left fail over at once: it may hang."""
+        left = [self._calls[key] for key in self._calls.keys() - set(keys)]
+        self._calls = {key: self._calls.get(key, set()) for key in keys}
+        self._suspect_until = {key: until for key, until in self._suspect_until.items() if key in self._calls}
+        for calls in left:
+            for call in calls:
+                if not call.expired():
+                    call.reschedule(asyncio.get_running_loop().time())
 
     async def call(self, ask: Callable[[ShardClient], Awaitable[T]], timeout_s: float) -> T:
         """Ask the best replica, then the others, each once; Unavailable when none answers within `timeout_s`.
@@ -44,28 +48,32 @@ class ReplicaSet:
             tried.add(key)
             slice_s = (deadline - self._clock()) / (2.0 if self._pick(tried) else 1.0)
             try:
-                async with asyncio.timeout(slice_s):
-                    return await self._ask(key, ask)
-            except TimeoutError:
-                failure = Unavailable(f"replica {key} did not answer within {slice_s:.3f} s")
+                return await self._ask(key, ask, slice_s)
             except Unavailable as error:
                 failure = error
             self._suspect_until[key] = self._clock() + SUSPECT_S
         raise failure
 
-    async def _ask(self, key: ReplicaKey, ask: Callable[[ShardClient], Awaitable[T]]) -> T:
-        self._in_flight[key] = self._in_flight.get(key, 0) + 1
+    async def _ask(self, key: ReplicaKey, ask: Callable[[ShardClient], Awaitable[T]], slice_s: float) -> T:
+        """Connect and ask. A replica that cannot be connected to (yet) is one that failed, not an invalid table."""
+        calls = self._calls[key]
         try:
-            return await ask(self._clients[key])
-        finally:
-            if key in self._in_flight:
-                self._in_flight[key] -= 1
+            async with asyncio.timeout(slice_s) as call:
+                calls.add(call)
+                try:
+                    return await ask(self._connect(key))
+                finally:
+                    calls.discard(call)
+        except TimeoutError:
+            if self._calls.get(key) is not calls:
+                raise Unavailable(f"replica {key} is not ready any more") from None
+            raise Unavailable(f"replica {key} did not answer within {slice_s:.3f} s") from None
 
     def _pick(self, tried: set[ReplicaKey]) -> ReplicaKey | None:
         now = self._clock()
-        left = [key for key in self._clients if key not in tried]
+        left = [key for key in self._calls if key not in tried]
         return min(
             left,
-            key=lambda key: (self._suspect_until.get(key, 0.0) > now, self._in_flight.get(key, 0), key),
+            key=lambda key: (self._suspect_until.get(key, 0.0) > now, len(self._calls[key]), key),
             default=None,
         )

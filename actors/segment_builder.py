@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,16 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build: FAISS threads, the seed of every random choice, and a callback told the share done, 0 to 1."""
+    """How to build: FAISS threads, the seed of every random choice, and a callback told the share done, 0 to 1.
+
+    `mean` is the index of the mean segment of an import; all its segments take that kind (None: as this one's count
+    has it).
+    """
 
     threads: int = 1
     seed: int = 0
     progress: Progress = lambda share: None
+    mean: IndexSpec | None = None
 
 
 def build_segment(
@@ -56,7 +61,7 @@ def build_segment(
     started = time.perf_counter()
     use_threads(options.threads)
     rows = Rows(folder / paths.ROWS, count, config.dimension, per_batch)
-    spec = index_spec.choose(count, config)
+    spec = _spec(count, config, options.mean)
     index, points = _build_tuned(rows, spec, config, options)
     self_test = _self_test(index, rows, config, points[0])
     index.save(folder / paths.INDEX)
@@ -82,6 +87,18 @@ def build_segment(
 def _build_facts(started: float, options: BuildOptions) -> dict[str, Any]:
     seconds = round(time.perf_counter() - started, 3)
     return library_facts() | {"seconds": seconds, "threads": options.threads, "seed": options.seed}
+
+
+def _spec(count: int, config: CollectionConfig, mean: IndexSpec | None) -> IndexSpec:
+    """The kind of the mean segment, with parameters for this one's own count.
+
+    Hashing gives segments slightly different counts: choosing by them could mix kinds, or find the last too large.
+    """
+    if mean is None:
+        return index_spec.choose(count, config)
+    index = replace(config.index, kind=mean.kind, memory_bytes=None)
+    spec = index_spec.choose(count, replace(config, index=index))
+    return replace(spec, reason=f"for the import's mean segment: {mean.reason}")
 
 
 def _build_tuned(

@@ -37,10 +37,18 @@ class ShardView:
     def points(self) -> int:
         return sum(segment.description.count for segment in self.segments)
 
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the attributes that any segment holds."""
+        return tuple(sorted({name for segment in self.segments for name in segment.description.attributes}))
+
 
 @dataclass(frozen=True)
 class ReplicaStatus:
-    """What a replica says of itself. `error` is why it serves nothing, where that is so."""
+    """What a replica says of itself. `error` is why it serves nothing, where that is so.
+
+    `points` and `segments` are those of its newest generation; `attributes` are names by generation.
+    """
 
     state: ReplicaState
     versions: tuple[int, ...] = ()
@@ -51,6 +59,7 @@ class ReplicaStatus:
     node: str = ""
     error: str = ""
     segments: tuple[dict[str, Any], ...] = field(default=())
+    attributes: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Shard:
@@ -133,6 +142,7 @@ class Shard:
             tuple(view.generation for view in views),
             views[-1].points,
             segments=tuple(_segment_facts(segment) for segment in views[-1].segments),
+            attributes={view.generation: view.attributes for view in views},
         )
 
     def _view(self, generation: int) -> ShardView:

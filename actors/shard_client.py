@@ -51,7 +51,10 @@ class Directory(Protocol):
     """Where coordinators learn the serving table and reach replicas."""
 
     async def next_table(self, known_stamp: str | None) -> ServingTable:
-        """The table, as soon as its stamp differs from `known_stamp` (or unchanged after some seconds)."""
+        """The table, as soon as its stamp differs from `known_stamp` (or unchanged after some seconds).
+
+        Unavailable while the supervisor is away, or has just started and does not know yet what is served.
+        """
         ...
 
     async def refresh(self, collection: str) -> None:
@@ -59,9 +62,12 @@ class Directory(Protocol):
         ...
 
     async def describe(self, collection: str) -> dict[str, Any]:
-        """Manifest facts and every replica's status of a collection."""
+        """Manifest facts and every replica's status of a collection.
+
+        NotFound; Corrupt where the only manifest it could know cannot be read; Unavailable.
+        """
         ...
 
     def client(self, key: ReplicaKey) -> ShardClient:
-        """A client for a replica of the last table."""
+        """A client for a replica of the last table; Unavailable where its process is not known."""
         ...

@@ -7,10 +7,11 @@ a collision is read back and recognised by the writer's nonce before it is calle
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from cluster import paths
 from cluster.config import CollectionConfig
@@ -20,6 +21,7 @@ from cluster.routing import Routing
 from cluster.segment import checksum_bytes
 
 FORMAT = 1
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,19 @@ class ManifestLog:
         return manifest
 
     def segments_until(self, version: int) -> set[str]:
-        """Every segment that a manifest up to `version` names."""
-        return {
-            segment_id for number in self._versions() if number <= version for segment_id in self.read(number).segments
-        }
+        """Every segment that a manifest up to `version` names; one that cannot be read is logged and left out."""
+        named: set[str] = set()
+        for number in self._versions():
+            if number <= version:
+                try:
+                    named |= self.read(number).segments.keys()
+                except (Corrupt, NotFound) as error:  # an old version that nothing else needs must not stop a deletion
+                    logger.warning("the segments that an unreadable manifest names stay behind: %s", error)
+        return named
+
+    def named_segments(self) -> set[str]:
+        """Every segment that any manifest names; Corrupt where one cannot be read, for it may name more."""
+        return {segment_id for number in self._versions() for segment_id in self.read(number).segments}
 
     def _versions(self) -> list[int]:
         keys = (info.key for info in self._store.objects(paths.manifest_prefix(self._collection)))
@@ -169,15 +180,27 @@ class ManifestLog:
     def create(self, config: CollectionConfig) -> tuple[Manifest, bool]:
         """Make an empty collection: (manifest, True), or (the existing one, False) when it has this config.
 
-        Raises Conflict when it exists with another config, or when another writer created it meanwhile.
+        Raises Conflict when it exists with another config, also where another writer has just created it.
         """
         parent = self.newest()
-        if parent is not None and parent.state == "live":
-            if parent.config != config:
-                raise Conflict(f"collection {self._collection!r} exists with another config")
+        if self._is_live(parent, config):
             return parent, False
         entries = tuple(ShardEntry(shard) for shard in range(config.shards))
-        return self._commit(parent, config, entries, generation=_next_generation(parent)), True
+        try:
+            return self._commit(parent, config, entries, generation=_next_generation(parent)), True
+        except Conflict:
+            newest = self.newest()
+            if self._is_live(newest, config):
+                return newest, False
+            raise
+
+    def _is_live(self, manifest: Manifest | None, config: CollectionConfig) -> TypeGuard[Manifest]:
+        """Whether the collection exists and has this config; Conflict where it has another."""
+        if manifest is None or manifest.state == "deleted":
+            return False
+        if manifest.config != config:
+            raise Conflict(f"collection {self._collection!r} exists with another config")
+        return True
 
     def commit_generation(
         self, parent: Manifest | None, config: CollectionConfig, shards: tuple[ShardEntry, ...]

@@ -14,10 +14,6 @@ def collections_prefix() -> str:
     return "collections/"
 
 
-def collection_prefix(collection: str) -> str:
-    return f"collections/{collection}/"
-
-
 def manifest_prefix(collection: str) -> str:
     return f"collections/{collection}/manifest/"
 
@@ -30,6 +26,10 @@ def manifest_version(key: str) -> int | None:
     """The version a manifest key names, or None for any other key."""
     match = MANIFEST_NAME.fullmatch(key.rsplit("/", 1)[-1])
     return int(match.group(1)) if match else None
+
+
+def segments_prefix(collection: str) -> str:
+    return f"collections/{collection}/segments/"
 
 
 def segment_file(collection: str, segment_id: str, name: str) -> str:

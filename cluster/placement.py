@@ -31,13 +31,22 @@ class ReplicaKey:
 
 @dataclass(frozen=True)
 class WantedReplica:
-    """The manifest version a replica should serve, its generation, how many shards there are, and its resources."""
+    """The manifest version a replica should hold, its generation, how many shards there are, and its resources.
+
+    `served` is the version that is served until `version` can be: the replica should hold it too.
+    """
 
     version: int
     generation: int
     shards: int
     num_cpus: float
     num_gpus: float = 0.0
+    served: int | None = None
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """What to hold, the most urgent first."""
+        return (self.version,) if self.served is None or self.served == self.version else (self.served, self.version)
 
 
 @dataclass(frozen=True)
@@ -73,15 +82,16 @@ Action = Start | Stop | Load
 def plan(wanted: Mapping[ReplicaKey, WantedReplica], observed: Mapping[ReplicaKey, ObservedReplica]) -> list[Action]:
     """Actions that bring `observed` to `wanted`: retire what is not wanted, start what is missing, load what is old.
 
-    A replica that is starting or unreachable is left alone: Ray restarts it, and it loads the newest version.
+    A replica that is starting or unreachable is left alone: Ray restarts it, and it loads the newest version. One that
+    lacks more than one version has a `Load` for each, the most urgent first.
     """
     actions: list[Action] = [Stop(key) for key in sorted(observed.keys() - wanted.keys())]
     for key in sorted(wanted):
         replica = observed.get(key)
         if replica is None:
             actions.append(Start(key, wanted[key]))
-        elif replica.state in ("ready", "failed") and wanted[key].version not in replica.versions:
-            actions.append(Load(key, wanted[key].version))
+        elif replica.state in ("ready", "failed"):
+            actions += [Load(key, version) for version in wanted[key].versions if version not in replica.versions]
     return actions
 
 
@@ -121,3 +131,15 @@ def publishable_version(
             return False
         holding[key.shard] = True
     return all(holding.values())
+
+
+def held_by_every_shard(
+    collection: str, shards: int, observed: Mapping[ReplicaKey, ObservedReplica], version: int
+) -> bool:
+    """True when a ready replica of each of the shards holds `version`."""
+    holding = {
+        key.shard
+        for key, replica in observed.items()
+        if key.collection == collection and replica.state == "ready" and version in replica.versions
+    }
+    return holding >= set(range(shards))

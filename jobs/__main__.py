@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import uuid
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -15,13 +17,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from actors import ray_jobs, ray_runtime
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Invalid
-from cluster.manifest import ManifestLog
+from cluster.manifest import Manifest, ManifestLog
 from cluster.object_store import open_store
+from jobs.build_plan import Workers
 from jobs.import_source import Columns
-from jobs.importer import DEFAULT_MEMORY_BYTES, Importer, ImportOptions, Workers
+from jobs.importer import DEFAULT_MEMORY_BYTES, Importer, ImportOptions
 from jobs.report import JobReporter, JobStatus
 
 SERVED_TIMEOUT_S = 600.0
+MEMORY_HELP = "Most bytes that the indexes being built at one time take on one node."
+logger = logging.getLogger(__name__)
 app = typer.Typer(help="Eagleray's jobs.", no_args_is_help=True, add_completion=False)
 
 
@@ -39,7 +44,7 @@ def import_command(
     vector_column: Annotated[str, typer.Option(help="Column of vectors.")] = "vector",
     attribute_columns: Annotated[str, typer.Option(help="Comma-separated columns to keep, or 'all'.")] = "",
     create: Annotated[str, typer.Option(help="JSON config for a collection that does not exist yet.")] = "{}",
-    memory_bytes: Annotated[int, typer.Option(help="Most bytes of one index build.", min=1)] = DEFAULT_MEMORY_BYTES,
+    memory_bytes: Annotated[int, typer.Option(help=MEMORY_HELP, min=1)] = DEFAULT_MEMORY_BYTES,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
     namespace: Annotated[str, typer.Option(help="Ray namespace of the Eagleray.")] = "eagleray",
@@ -80,21 +85,45 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def run_import(settings: Settings, options: ImportOptions, status: JobStatus) -> None:
-    """Run an import, show and report its progress, wait until the result is served."""
+    """Run an import, show and report its progress, wait until the result is served.
+
+    What was committed has succeeded, whatever comes after it: the report's `served` tells whether it is served.
+    """
     store = open_store(settings.data)
     log = ManifestLog(store, options.collection, lambda: uuid.uuid4().hex)
     with _progress_bar() as listener:
         reporter = JobReporter(store, status, listener)
         try:
-            workers = Workers(ray_jobs.run_tasks, ray_runtime.cluster_cpus())
-            manifest = Importer(settings.data, store, log, options, workers).run(status.job_id, reporter)
-            reporter.phase("serve")
-            ray_runtime.wait_until_served(settings.namespace, options.collection, manifest.generation, SERVED_TIMEOUT_S)
-        except EaglerayError as error:
-            reporter.finish("failed", {"error": type(error).__name__, "message": str(error)})
+            manifest = Importer(settings.data, store, log, options, _workers(reporter)).run(status.job_id, reporter)
+        except BaseException as error:  # a cancelled job, SystemExit, has an end to report too
+            state = "failed" if isinstance(error, Exception) else "stopped"
+            message = str(error) if state == "failed" else "stopped before it was committed"
+            reporter.finish(state, {"error": type(error).__name__, "message": message})
             raise
         report = {"points": manifest.points, "version": manifest.version, "generation": manifest.generation}
-        reporter.finish("succeeded", report)
+        served: dict[str, Any] = {"served": False, "message": "committed; the job was stopped before it was served"}
+        try:
+            reporter.phase("serve")
+            served = _wait_until_served(settings.namespace, manifest)
+        finally:
+            reporter.finish("succeeded", report | served)
+
+
+def _workers(reporter: JobReporter) -> Workers:
+    cpus = ray_jobs.cluster_cpus()
+    return Workers(partial(ray_jobs.run_tasks, waiting=reporter.waiting), cpus.total, cpus.largest_node, cpus.free)
+
+
+def _wait_until_served(namespace: str, manifest: Manifest) -> dict[str, Any]:
+    """For the report: `served`, and a `message` where it is not."""
+    try:
+        if ray_runtime.find_supervisor(namespace) is None:
+            return {"served": False, "message": f"committed; no Eagleray runs under the namespace {namespace!r}"}
+        ray_runtime.wait_until_served(namespace, manifest.collection, manifest.generation, SERVED_TIMEOUT_S)
+    except Exception as error:  # of any kind: it is told in the report, and the import stays a success
+        logger.warning("generation %d of %r is not served yet", manifest.generation, manifest.collection, exc_info=True)
+        return {"served": False, "message": f"committed, but not served yet: {error}"}
+    return {"served": True}
 
 
 class _progress_bar:
@@ -113,7 +142,7 @@ class _progress_bar:
         self._progress.stop()
 
     def _show(self, status: JobStatus) -> None:
-        rate = f"{status.rate:,.0f} rows/s" if status.rate else ""
+        rate = f"{status.rate:,.0f} rows/s" if status.rate else str(status.report.get("message", ""))
         self._progress.update(self._task, completed=status.progress, description=status.phase, rate=rate)
 
 

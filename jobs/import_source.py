@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +15,7 @@ from pyarrow import fs
 
 from cluster.config import IdType
 from cluster.errors import Invalid, NotFound
+from cluster.object_store import path_of_url
 from cluster.segment import RESERVED_COLUMNS
 
 READ_BUFFER_BYTES = 1024 * 1024  # of each column; without it Arrow reads whole row groups, whatever their size
@@ -58,6 +58,20 @@ class Source:
         return sum(unit.rows for unit in self.units)
 
 
+def read_batches(url: str, unit: Unit, rows: int, columns: list[str]) -> Iterator[tuple[int, Any]]:
+    """(row group, record batch of at most `rows` rows), in order; Invalid names the row group that cannot be read."""
+    parquet: Any = None
+    for group in unit.row_groups:
+        try:
+            parquet = parquet or open_file(url, unit.file)
+            for batch in parquet.iter_batches(rows, [group], columns):
+                yield group, batch
+        except pa.ArrowMemoryError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise Invalid.at("source", f"file {unit.file}, row group {group} cannot be read: {error}") from error
+
+
 def open_file(url: str, file: str) -> Any:
     """Open one of a source's files for reading Parquet, in memory that does not grow with its row groups."""
     filesystem, _ = _resolve(url)
@@ -85,9 +99,10 @@ def find_source(url: str, columns: Columns) -> Source:
 def _resolve(url: str) -> tuple[Any, str]:
     try:
         if urlsplit(url).scheme in ("", "file"):
-            path = urlsplit(url).path if url.startswith("file:") else url
-            return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
+            return fs.LocalFileSystem(), str(path_of_url(url))
         filesystem, path = fs.FileSystem.from_uri(url)
+    except Invalid as error:
+        raise Invalid.at("source", error.errors[0].message) from error
     except (pa.ArrowInvalid, ValueError, OSError) as error:
         raise Invalid.at("source", f"{url!r} cannot be opened: {error}") from error
     return filesystem, path
@@ -161,7 +176,7 @@ def _dimension(schema: Any, columns: Columns, first: Unit | None, url: str) -> i
         return int(dtype.list_size)
     if first is None:
         return None
-    for batch in open_file(url, first.file).iter_batches(PROBED_ROWS, list(first.row_groups), [columns.vector]):
+    for _, batch in read_batches(url, first, PROBED_ROWS, [columns.vector]):
         found = pc.list_value_length(batch.column(0)).drop_null()
         if len(found):
             return int(found[0].as_py())

@@ -2,41 +2,35 @@
 
 Phases: partition (read, check, split by hash of id; `row_reader`), build (one segment per partition;
 `segment_task`), commit (one manifest). A crash or a bad row before the commit leaves only garbage, and the old
-manifest served. Memory is bounded: a task holds one batch, or one segment of at most `memory_bytes`.
+manifest served. Memory is bounded: a task holds one batch, or builds one segment, and the builds of a node together
+take at most `memory_bytes` for their indexes (`build_plan`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from math import ceil
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from cluster import index_spec, paths
-from cluster.config import CollectionConfig, IndexConfig, check_collection_name
-from cluster.errors import Conflict, EaglerayError, Invalid
+from cluster.config import CollectionConfig, check_collection_name
+from cluster.errors import Conflict, EaglerayError, FieldError, Invalid
+from cluster.index_spec import IndexSpec
 from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry
 from cluster.object_store import ObjectStore
+from jobs.build_plan import Builds, Workers, plan_builds, segment_bytes, segments_per_shard
 from jobs.import_source import Columns, Source, find_source
 from jobs.report import JobReporter
 from jobs.row_reader import UnitTask, partition_unit
-from jobs.segment_task import SegmentTask, build_partition
+from jobs.segment_task import SegmentTask, build_partition, is_segment_of
 
 STALE_STAGING_S = 24 * 3600.0  # of a killed import: deleted by the next one
 PARTITION_SHARE = 0.3  # of the whole, for the progress bar
 DEFAULT_MEMORY_BYTES = 4 * 1024**3
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-
-class TaskRunner(Protocol):
-    """Runs generator functions on items, some at a time (`ray_jobs.run_tasks`)."""
-
-    def __call__(
-        self, function: Callable[[T], Iterator[Any]], items: Sequence[T], num_cpus: float, in_flight: int
-    ) -> Iterator[tuple[int, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,8 @@ class ImportOptions:
     """What to import, how to map columns, and the config of the collection if it does not exist yet.
 
     `create` holds `CollectionConfig` fields; dimension and id type come from the file where they are not given.
-    `memory_bytes` bounds the index of one build task: a shard that needs more gets several segments.
+    `memory_bytes` bounds the indexes being built at one time on one node, their training samples with them: a shard
+    that needs more by itself gets several segments.
     """
 
     collection: str
@@ -56,14 +51,6 @@ class ImportOptions:
 
 
 @dataclass(frozen=True)
-class Workers:
-    """How much may run at once: CPUs of the cluster, and how tasks are run."""
-
-    run_tasks: TaskRunner
-    cpus: int
-
-
-@dataclass(frozen=True)
 class ImportPlan:
     """Checked before any row is read."""
 
@@ -71,6 +58,8 @@ class ImportPlan:
     config: CollectionConfig
     source: Source
     partitions: int  # shards x segments per shard
+    mean: IndexSpec  # of a segment of the mean count: all are of its kind, and about its size
+    builds: Builds
 
 
 class Importer:
@@ -87,34 +76,50 @@ class Importer:
         self._workers = workers
 
     def run(self, job_id: str, reporter: JobReporter) -> Manifest:
-        """Import everything and commit; returns the committed manifest. Nothing is committed when this raises."""
+        """Import everything and commit; returns the committed manifest.
+
+        When this raises nothing is committed, unless it is Unavailable from the commit: then nobody knows.
+        """
         reporter.phase("scan")
         plan = self._plan()
         self._delete_staging(older_than_s=STALE_STAGING_S)
         try:
-            pieces = self._partition(plan, job_id, reporter)
-            refs = self._build(plan, job_id, pieces, reporter)
-            reporter.phase("commit")
-            return self._log.commit_generation(plan.parent, plan.config, _shard_entries(plan, refs))
+            return self._commit(plan, self._build_all(plan, job_id, reporter), job_id, reporter)
         finally:
-            self._clean_up(job_id)
+            self._clean_up("staging", job_id, self._delete_staging)
+
+    def _build_all(self, plan: ImportPlan, job_id: str, reporter: JobReporter) -> dict[int, SegmentRef]:
+        try:
+            pieces = self._partition(plan, job_id, reporter)
+            return self._build(plan, job_id, pieces, reporter)
+        except BaseException:  # cancelled, too: SystemExit
+            self._clean_up("segments", job_id, self._delete_segments)
+            raise
+
+    def _commit(self, plan: ImportPlan, refs: dict[int, SegmentRef], job_id: str, reporter: JobReporter) -> Manifest:
+        reporter.phase("commit")
+        try:
+            return self._log.commit_generation(plan.parent, plan.config, _shard_entries(plan, refs))
+        except Conflict:  # only this says for sure that the manifest was not written
+            self._clean_up("segments", job_id, self._delete_segments)
+            raise
 
     def _plan(self) -> ImportPlan:
         options = self._options
         parent = self._log.newest()
         source = find_source(options.source, options.columns)
         if parent is not None and parent.state == "live":
-            config = parent.config
-            _check_fits(config, source, options)
+            config = existing_config(parent.config, options)
         else:
             config = new_config(options, source)
+        _check_fits(config, source, options)
         index_spec.choose(ceil(source.rows / config.shards), config)  # refuses now what no shard could build
-        return ImportPlan(parent, config, source, config.shards * self._segments_per_shard(config, source.rows))
-
-    def _segments_per_shard(self, config: CollectionConfig, rows: int) -> int:
-        per_shard = ceil(rows / config.shards)
-        needed = index_spec.choose(per_shard, config).predicted_bytes * index_spec.MEMORY_MARGIN
-        return max(1, ceil(needed / self._options.memory_bytes))
+        partitions = config.shards * segments_per_shard(source.rows, config, options.memory_bytes)
+        count = ceil(source.rows / partitions)
+        mean = index_spec.choose(count, config)
+        needed = segment_bytes(mean, count, config.dimension)
+        builds = plan_builds(min(partitions, source.rows), needed, options.memory_bytes, self._workers)
+        return ImportPlan(parent, config, source, partitions, mean, builds)
 
     def _partition(self, plan: ImportPlan, job_id: str, reporter: JobReporter) -> dict[int, dict[int, int]]:
         """partition -> unit number -> rows."""
@@ -149,12 +154,11 @@ class Importer:
     ) -> dict[int, SegmentRef]:
         """partition -> its published segment."""
         reporter.phase("build")
-        at_once = max(1, min(self._workers.cpus, len(pieces)))
-        threads = max(1, self._workers.cpus // at_once)
-        tasks = [self._segment_task(plan, job_id, p, pieces[p], threads) for p in sorted(pieces)]
+        builds = plan.builds
+        tasks = [self._segment_task(plan, job_id, p, pieces[p]) for p in sorted(pieces)]
         shares = [0.0] * len(tasks)
         refs: dict[int, SegmentRef] = {}
-        for number, event in self._workers.run_tasks(build_partition, tasks, threads, at_once):
+        for number, event in self._workers.run_tasks(build_partition, tasks, builds.num_cpus, builds.at_once):
             shares[number] = event.get("share", 1.0)
             if "segment" in event:
                 refs[tasks[number].partition] = SegmentRef(**event["segment"])
@@ -163,9 +167,7 @@ class Importer:
             reporter.progress(min(0.99, whole), int(rows))
         return refs
 
-    def _segment_task(
-        self, plan: ImportPlan, job_id: str, partition: int, units: dict[int, int], threads: int
-    ) -> SegmentTask:
+    def _segment_task(self, plan: ImportPlan, job_id: str, partition: int, units: dict[int, int]) -> SegmentTask:
         by_number = {unit.number: unit for unit in plan.source.units}
         return SegmentTask(
             data=self._data,
@@ -175,18 +177,28 @@ class Importer:
             units=tuple(by_number[number] for number in sorted(units)),
             count=sum(units.values()),
             config=plan.config,
+            mean=plan.mean,
             attributes=plan.source.attributes,
             id_column=self._options.columns.id,
-            threads=threads,
+            threads=plan.builds.threads,
             seed=self._options.seed,
         )
 
-    def _clean_up(self, job_id: str) -> None:
-        """Delete the job's own pieces. Where that fails the outcome stays what it was; a later import deletes them."""
+    def _clean_up(self, what: str, job_id: str, delete: Callable[[str], None]) -> None:
+        """Delete the job's own objects. Where that fails the outcome stays what it was, and they stay as garbage."""
         try:
-            self._delete_staging(job_id)
+            delete(job_id)
         except EaglerayError as error:
-            logger.warning("the staging of job %s is left behind: %s", job_id, error)
+            logger.warning("the %s of job %s are left behind: %s", what, job_id, error)
+
+    def _delete_segments(self, job_id: str) -> None:
+        """Delete what the job published, half or whole; never what a manifest names: an earlier job of that name."""
+        collection = self._options.collection
+        prefix = paths.segments_prefix(collection)
+        found = {name for name in self._store.folders(prefix) if is_segment_of(job_id, name)}
+        for name in found - self._log.named_segments() if found else ():
+            for file in paths.SEGMENT_FILES:
+                self._store.delete(paths.segment_file(collection, name, file))
 
     def _delete_staging(self, job_id: str = "", older_than_s: float = 0.0) -> None:
         """Delete one job's pieces, or all that are older than that."""
@@ -211,9 +223,29 @@ def new_config(options: ImportOptions, source: Source) -> CollectionConfig:
     if source.dimension is not None:
         given.setdefault("dimension", source.dimension)
     given.setdefault("id_type", source.id_type)
-    config = CollectionConfig.from_dict(given)
-    _check_fits(config, source, options)
+    return _parse_create(given)
+
+
+def existing_config(config: CollectionConfig, options: ImportOptions) -> CollectionConfig:
+    """The config of the collection that exists; Invalid or Conflict where `create` asks for something else."""
+    create, index = options.create, options.create.get("index", {})
+    if isinstance(index, dict):
+        create = {**create, "index": asdict(config.index) | index}
+    wanted = _parse_create(config.to_dict() | create)
+    different = [name for name in options.create if name != "index" and getattr(wanted, name) != getattr(config, name)]
+    different += [f"index.{name}" for name in index if getattr(wanted.index, name) != getattr(config.index, name)]
+    if different:
+        raise Conflict(f"collection {options.collection!r} exists with another {', '.join(different)}")
     return config
+
+
+def _parse_create(fields: dict[str, Any]) -> CollectionConfig:
+    """Invalid names the field as the command line does: `create.shards`."""
+    try:
+        return CollectionConfig.from_dict(fields)
+    except Invalid as error:
+        errors = tuple(FieldError(f"create.{each.field}", each.message) for each in error.errors)
+        raise Invalid("; ".join(f"{each.field}: {each.message}" for each in errors), errors) from error
 
 
 def _check_fits(config: CollectionConfig, source: Source, options: ImportOptions) -> None:
@@ -226,11 +258,3 @@ def _check_fits(config: CollectionConfig, source: Source, options: ImportOptions
         raise Invalid.at(
             "id_column", f"{options.columns.id!r} has {source.id_type} ids, the collection {config.id_type}"
         )
-    wanted = {name: value for name, value in options.create.items() if name != "index"}
-    different = [name for name, value in wanted.items() if getattr(config, name, value) != value]
-    index = options.create.get("index", {})
-    if isinstance(index, dict):
-        known = {name: value for name, value in index.items() if name in IndexConfig.__dataclass_fields__}
-        different += [f"index.{name}" for name, value in known.items() if getattr(config.index, name) != value]
-    if different:
-        raise Conflict(f"collection {options.collection!r} exists with another {', '.join(different)}")

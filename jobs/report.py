@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cluster import paths
-from cluster.errors import Corrupt
+from cluster.errors import Corrupt, EaglerayError
 from cluster.object_store import ObjectStore
 
 WRITE_PERIOD_S = 0.5
+FINISH_PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # between the attempts to write the outcome
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """`progress` is the share done, 0 to 1; `rate` is rows per second of the phase; `report` is the outcome."""
+    """`progress` is the share done, 0 to 1; `rate` is rows per second of the phase.
+
+    `report` is the outcome; while the job waits, its `message` says for what.
+    """
 
     job_id: str
     kind: str
     collection: str
-    state: str = "running"  # running, succeeded, failed
+    state: str = "running"  # running, succeeded, failed, stopped
     submitted: bool = True  # False: run by hand, unknown to Ray's job server
     phase: str = "starting"
     progress: float = 0.0
@@ -42,7 +48,10 @@ def read_status(store: ObjectStore, job_id: str) -> JobStatus:
 
 
 class JobReporter:
-    """Writes a job's status to the store now and then, and tells a listener of every change (a progress bar)."""
+    """Writes a job's status to the store now and then, and tells a listener of every change (a progress bar).
+
+    It never raises for a status that cannot be written: hours of work are worth more than a line about them.
+    """
 
     def __init__(
         self,
@@ -50,10 +59,12 @@ class JobReporter:
         status: JobStatus,
         listener: Callable[[JobStatus], None] = lambda status: None,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._store = store
         self._listener = listener
         self._clock = clock
+        self._sleep = sleep
         self._started = clock()
         self._phase_started = self._started
         self._written_at = float("-inf")
@@ -62,7 +73,7 @@ class JobReporter:
 
     def phase(self, name: str) -> None:
         self._phase_started = self._clock()
-        self._update(replace(self.status, phase=name, rate=0.0), force=True)
+        self._update(replace(self.status, phase=name, rate=0.0, report={}), force=True)
 
     def progress(self, share: float, rows_done: int | None = None) -> None:
         """Report the share done of the whole job, and the rows done of the phase."""
@@ -70,12 +81,23 @@ class JobReporter:
         spent = now - self._started
         remaining = spent * (1.0 - share) / share if share > 0.01 else None
         rate = self.status.rate if rows_done is None else rows_done / max(1e-6, now - self._phase_started)
-        self._update(replace(self.status, progress=share, rate=rate, remaining_s=remaining))
+        self._update(replace(self.status, progress=share, rate=rate, remaining_s=remaining, report={}))
+
+    def waiting(self, message: str) -> None:
+        """Report what the job waits for, until it goes on ("")."""
+        report = {"message": message} if message else {}
+        self._update(replace(self.status, rate=0.0, remaining_s=None, report=report), force=True)
 
     def finish(self, state: str, report: dict[str, Any]) -> None:
+        """Report the outcome; tried again where the storage is away, since nothing else can tell it."""
         share = 1.0 if state == "succeeded" else self.status.progress
-        done = replace(self.status, state=state, progress=share, remaining_s=0.0, report=report)
-        self._update(done, force=True)
+        self.status = replace(self.status, state=state, progress=share, remaining_s=0.0, report=report)
+        self._listener(self.status)
+        for pause_s in FINISH_PAUSES_S:
+            if self._write():
+                return
+            self._sleep(pause_s)
+        self._write()
 
     def _update(self, status: JobStatus, *, force: bool = False) -> None:
         self.status = status
@@ -83,6 +105,12 @@ class JobReporter:
         if force or self._clock() - self._written_at >= WRITE_PERIOD_S:
             self._write()
 
-    def _write(self) -> None:
-        self._store.put(paths.job_status(self.status.job_id), json.dumps(asdict(self.status)).encode())
+    def _write(self) -> bool:
+        """Whether the status was written; a failed attempt is not repeated before the next period."""
         self._written_at = self._clock()
+        try:
+            self._store.put(paths.job_status(self.status.job_id), json.dumps(asdict(self.status)).encode())
+        except EaglerayError as error:
+            logger.warning("the status of job %s could not be written: %s", self.status.job_id, error)
+            return False
+        return True

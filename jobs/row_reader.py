@@ -27,7 +27,7 @@ from cluster.object_store import open_store
 from cluster.routing import slots_of_hashes
 from cluster.segment import rows_schema
 from cluster.vectors import as_searched, vector_problem
-from jobs.import_source import Columns, Unit, open_file
+from jobs.import_source import Columns, Unit, read_batches
 
 READ_BYTES = 8 * 1024 * 1024  # of vectors decoded at a time
 SOURCE_ROW_GROUP, SOURCE_ROW = "source_row_group", "source_row"
@@ -80,14 +80,12 @@ def partition_unit(task: UnitTask) -> Iterator[dict[str, Any]]:
 
 
 def _checked_batches(task: UnitTask, schema: Any) -> Iterator[Any]:
-    parquet = open_file(task.source_url, task.unit.file)
     names = [task.columns.id, task.columns.vector, *task.attributes]
     size = max(1, READ_BYTES // (4 * task.config.dimension))
-    for group in task.unit.row_groups:
-        first = 0
-        for batch in parquet.iter_batches(size, [group], names):
-            yield _checked(batch, task, schema, RowPlace(task.unit.file, group, first))
-            first += batch.num_rows
+    rows_of = dict.fromkeys(task.unit.row_groups, 0)
+    for group, batch in read_batches(task.source_url, task.unit, size, names):
+        yield _checked(batch, task, schema, RowPlace(task.unit.file, group, rows_of[group]))
+        rows_of[group] += batch.num_rows
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def _checked(batch: Any, task: UnitTask, schema: Any, place: RowPlace) -> Any:
         "id": ids,
         "vector": vectors_array(vectors),
         "id_hash": pa.array(hash_ids(ids)),
-        **{name: batch.column(name).cast(dtype) for name, dtype in task.attributes.items()},
+        **{name: _valid(batch.column(name).cast(dtype), name, place) for name, dtype in task.attributes.items()},
         SOURCE_ROW_GROUP: pa.array(np.full(rows, place.row_group, np.int32)),
         SOURCE_ROW: pa.array(np.arange(place.first_row, place.first_row + rows)),
     }
@@ -125,10 +123,28 @@ def _checked_ids(column: Any, task: UnitTask, place: RowPlace) -> Any:
     if column.null_count:
         raise place.bad(task.columns.id, _first(column.is_null()), "the id is null")
     try:
-        return column.cast(ID_ARROW_TYPE[task.config.id_type])
+        ids = column.cast(ID_ARROW_TYPE[task.config.id_type])
     except pa.ArrowInvalid as error:
         row = next(row for row in range(len(column)) if not _is_int64(column[row].as_py()))
         raise place.bad(task.columns.id, row, f"the id is not an int64: {error}") from error
+    return _valid(ids, task.columns.id, place)
+
+
+def _valid(column: Any, name: str, place: RowPlace) -> Any:
+    """The column, each value what its type says: not every writer of Parquet keeps its strings UTF-8."""
+    if _problem(column) is not None:
+        problems = (_problem(column.take(pa.array([row]))) for row in range(len(column)))
+        row, problem = next((found for found in enumerate(problems) if found[1] is not None), (0, _problem(column)))
+        raise place.bad(name, row, f"not a valid {column.type}: {problem}")
+    return column
+
+
+def _problem(column: Any) -> str | None:
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        return str(error)
+    return None
 
 
 def _is_int64(value: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import re
 import tempfile
 import threading
 import uuid
@@ -21,6 +22,7 @@ from cluster import paths
 from cluster.arrow_rows import gather
 from cluster.config import CollectionConfig
 from cluster.errors import Invalid
+from cluster.index_spec import IndexSpec
 from cluster.object_store import ObjectStore, open_store
 from cluster.segment import rows_per_batch, rows_schema, write_rows
 from jobs.import_source import Unit
@@ -31,7 +33,10 @@ GATHER_SHARE = 0.2  # of a segment's time, for the progress bar: reading pieces 
 
 @dataclass(frozen=True)
 class SegmentTask:
-    """Everything a task needs to build one partition's segment; `units` are those with rows in it."""
+    """Everything a task needs to build one partition's segment.
+
+    `units` are those with rows in it; `mean` is the index of the import's mean segment, whose kind all of them take.
+    """
 
     data: str
     collection: str
@@ -40,6 +45,7 @@ class SegmentTask:
     units: tuple[Unit, ...]
     count: int
     config: CollectionConfig
+    mean: IndexSpec
     attributes: dict[str, Any]
     id_column: str
     threads: int
@@ -95,13 +101,18 @@ def _runs(same_as_next: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
             yield int(part[0]), int(part[-1]) + 2
 
 
+def is_segment_of(job_id: str, segment_id: str) -> bool:
+    """Whether a job of that name built the segment."""
+    return re.fullmatch(rf"{re.escape(job_id)}-\d{{6,}}-[0-9a-f]{{8}}", segment_id) is not None
+
+
 def build_partition(task: SegmentTask) -> Iterator[dict[str, Any]]:
     """Build and publish one segment. Yields {"share": 0..1}, and at last {"segment": SegmentRef fields}."""
     store = open_store(task.data)
     with tempfile.TemporaryDirectory(prefix="eagleray-build-") as name:
         folder = Path(name)
         yield from _write_rows(task, store, folder)
-        segment_id = f"{task.job_id}-{task.partition:06d}-{uuid.uuid4().hex[:8]}"
+        segment_id = f"{task.job_id}-{task.partition:06d}-{uuid.uuid4().hex[:8]}"  # as `is_segment_of` reads it
         yield from _build(task, folder, segment_id)
         yield {"segment": asdict(publish_segment(store, task.collection, folder, segment_id))}
 
@@ -144,7 +155,7 @@ def _build(task: SegmentTask, folder: Path, segment_id: str) -> Iterator[dict[st
 
     def work() -> None:
         try:
-            options = BuildOptions(task.threads, task.seed, progress.put)
+            options = BuildOptions(task.threads, task.seed, progress.put, task.mean)
             build_segment(folder, segment_id, task.config, task.count, rows_per_batch(task.config), options)
         except BaseException as error:  # noqa: BLE001  # carried to the caller's thread, nothing is lost
             failure.append(error)

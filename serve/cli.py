@@ -115,7 +115,9 @@ def import_command(
     vector_dtype: Annotated[str | None, typer.Option(help="Of a new collection: float32 or float16.")] = None,
     index: Annotated[str | None, typer.Option(help="Of a new collection: auto, flat, ivf_flat or hnsw.")] = None,
     target_recall: Annotated[float | None, typer.Option(help="Of a new collection: recall@10 to tune for.")] = None,
-    memory_bytes: Annotated[int | None, typer.Option(help="Most bytes of one index build.", min=1)] = None,
+    memory_bytes: Annotated[
+        int | None, typer.Option(help="Most bytes that the indexes being built at one time take on one node.", min=1)
+    ] = None,
     target: TargetOption = DEFAULT_TARGET,
     as_json: JsonOption = False,
 ) -> None:
@@ -136,12 +138,13 @@ def import_command(
         bar = progress.add_task("submitted", total=1.0, rate="")
 
         def show(status: dict[str, Any]) -> None:
-            rate = f"{status['rate']:,.0f} rows/s" if status["rate"] else ""
+            rate = status["report"].get("message") or (f"{status['rate']:,.0f} rows/s" if status["rate"] else "")
             progress.update(bar, completed=status["progress"], description=status["phase"], rate=rate)
 
         status = Client(target).run_job(collection, body, show)
     report = status["report"]
-    _show(as_json, status, f"collection {collection}: {report['points']:,} points, generation {report['generation']}")
+    told = f"{report['points']:,} points, generation {report['generation']}" if "points" in report else "imported"
+    _show(as_json, status, f"collection {collection}: {told} {report.get('message', '')}".rstrip())
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -222,7 +225,7 @@ def status(
 
 
 def _print_collection(description: dict[str, Any]) -> None:
-    config = description["config"]
+    config = {"dimension": "?", "metric": "?"} | description["config"]
     state = "ready" if description["ready"] else f"not ready: {description['reason']}"
     out.print(
         f"[bold]{description['name']}[/bold]  {description['points']:,} points, {config['dimension']} dimensions, "

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cluster.errors import Conflict, EaglerayError, Exhausted, Invalid, NotFound, Unavailable
 
 JOB_POLL_S = 0.3
+JOB_RETRY_S, JOB_POLL_ATTEMPTS = 2.0, 30
 ENDED = ("succeeded", "failed", "stopped")
 _KINDS: dict[int, type[EaglerayError]] = {400: Invalid, 404: NotFound, 409: Conflict, 413: Exhausted, 429: Exhausted}
 
@@ -70,7 +71,7 @@ class Client:
         """Submit a job and follow it to its end; raises Invalid with its message unless it succeeded."""
         job_id = self.call("POST", f"/v1/collections/{collection}/jobs", body)["job_id"]
         while True:
-            status: dict[str, Any] = self.call("GET", f"/v1/jobs/{job_id}")
+            status = self._job_status(job_id)
             listener(status)
             if status["state"] in ENDED:
                 break
@@ -78,6 +79,15 @@ class Client:
         if status["state"] != "succeeded":
             raise Invalid(f"job {job_id} {status['state']}: {status['report'].get('message', '')}")
         return status
+
+    def _job_status(self, job_id: str) -> dict[str, Any]:
+        """A job goes on while the endpoint is away for a while: ask again."""
+        for _ in range(JOB_POLL_ATTEMPTS - 1):
+            try:
+                return dict(self.call("GET", f"/v1/jobs/{job_id}"))
+            except Unavailable:
+                time.sleep(JOB_RETRY_S)
+        return dict(self.call("GET", f"/v1/jobs/{job_id}"))
 
 
 def _error_of(response: httpx.Response) -> EaglerayError:

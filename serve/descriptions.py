@@ -29,6 +29,21 @@ def describe_collection(facts: dict[str, Any], unready: str | None) -> dict[str,
     }
 
 
+def describe_unreadable(name: str, reason: str) -> dict[str, Any]:
+    """A collection of which no manifest could be read: that it is there, and why nothing more is known."""
+    return {
+        "name": name,
+        "config": {},
+        "points": 0,
+        "version": 0,
+        "generation": 0,
+        "serving_generation": None,
+        "ready": False,
+        "reason": reason,
+        "shards": [],
+    }
+
+
 def _shard(shard: int, points: int, statuses: dict[ReplicaKey, ReplicaStatus]) -> dict[str, Any]:
     segments = next((list(status.segments) for status in statuses.values() if status.state == "ready"), [])
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import sys
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from cluster.errors import Invalid, NotFound
+from cluster.errors import Invalid, NotFound, Unavailable
 from cluster.object_store import ObjectStore
 from jobs.report import JobStatus, read_status
 from serve.schemas import ImportBody
@@ -18,7 +19,9 @@ from serve.schemas import ImportBody
 JOB_ID = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 LOG_LINES = 50
 ENTRYPOINT_CHARACTERS = 30_000  # Linux takes 128 KiB in one argument, and a character may be 4 bytes
-ENDED_STATES = {"FAILED": "failed", "STOPPED": "stopped"}
+ENDED_STATES = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "stopped"}  # Ray's, and ours
+NO_REPORT = "the job ended without a report; its log may tell"
+logger = logging.getLogger(__name__)
 
 
 class JobRunner(Protocol):
@@ -48,22 +51,41 @@ class JobService:
         self._runner.submit_job(job_id, entrypoint)
 
     def status(self, job_id: str) -> dict[str, Any]:
-        """What the job wrote, what Ray says of it, and the end of its log; NotFound."""
+        """What the job wrote, what Ray says of it, and, once it ended, the end of its log; NotFound.
+
+        Unavailable where the job has written no end and Ray cannot be asked.
+        """
         _check_job_id(job_id)
-        state = self._runner.job_state(job_id)
+        state, unknown = self._ray_state(job_id)  # before reading: what Ray says ended has written its last
         try:
             written = read_status(self._store, job_id)
         except NotFound:
+            if unknown is not None:
+                raise unknown from None
             if state is None:
                 raise NotFound(f"no job {job_id!r}") from None
             written = JobStatus(job_id, job_id.split("-", 1)[0], "", state="pending")
         answer = asdict(written)
         if written.submitted and written.state in ("running", "pending"):
-            answer["state"] = _state_of_unfinished(written.state, state)
-        log = self._runner.job_log_tail(job_id, LOG_LINES) if state is not None else []
-        if answer["state"] == "failed" and not answer["report"]:
-            answer["report"] = {"error": "Crashed", "message": "the job ended without a report; its log may tell"}
-        return answer | {"log": log}
+            if unknown is not None:
+                raise unknown
+            answer |= _state_of_unfinished(written, state)
+        return answer | {"log": self._log_tail(job_id) if state in ENDED_STATES else []}
+
+    def _ray_state(self, job_id: str) -> tuple[str | None, Unavailable | None]:
+        """What Ray says of a job, or why it cannot be asked."""
+        try:
+            return self._runner.job_state(job_id), None
+        except Unavailable as error:
+            return None, error
+
+    def _log_tail(self, job_id: str) -> list[str]:
+        """Only of a job that ended: Ray hands out a log whole, which is too much for each look at a running one."""
+        try:
+            return self._runner.job_log_tail(job_id, LOG_LINES)
+        except Unavailable as error:
+            logger.warning("the log of job %s cannot be read: %s", job_id, error)
+            return []
 
     def stop(self, job_id: str) -> None:
         _check_job_id(job_id)
@@ -75,11 +97,14 @@ def _check_job_id(job_id: str) -> None:
         raise Invalid.at("job_id", f"{job_id!r} does not match {JOB_ID.pattern}")
 
 
-def _state_of_unfinished(written: str, state: str | None) -> str:
-    """A job that wrote no end: as Ray says; failed where Ray does not know it any more, or says it is over."""
-    if state is None or state == "SUCCEEDED":
-        return "failed"
-    return ENDED_STATES.get(state, written)
+def _state_of_unfinished(written: JobStatus, state: str | None) -> dict[str, Any]:
+    """What to tell of a job that wrote no end: as Ray says; failed where Ray does not know it any more."""
+    ended = "failed" if state is None else ENDED_STATES.get(state)
+    if ended == "failed":
+        return {"state": ended, "report": {"error": "Crashed", "message": NO_REPORT}}
+    if ended == "succeeded":  # it committed, or it would have ended with an error
+        return {"state": ended, "progress": 1.0, "remaining_s": 0.0, "report": {"message": NO_REPORT}}
+    return {"state": ended or written.state}
 
 
 def import_command(job_id: str, collection: str, body: ImportBody, namespace: str) -> list[str]:

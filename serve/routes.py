@@ -21,7 +21,7 @@ from actors.coordinator import Coordinator
 from actors.shard_client import Directory, ServedCollection
 from cluster import paths
 from cluster.config import Limits, check_collection_name
-from cluster.errors import EaglerayError, Exhausted, Invalid, NotFound, Unavailable
+from cluster.errors import Corrupt, EaglerayError, Exhausted, Invalid, NotFound, Unavailable
 from cluster.ids import id_array
 from cluster.index_spec import choose
 from cluster.manifest import Manifest, ManifestLog
@@ -29,7 +29,7 @@ from cluster.object_store import ObjectStore
 from cluster.query import Query
 from serve import arrow_bodies, metrics
 from serve.arrow_bodies import ARROW
-from serve.descriptions import describe_collection
+from serve.descriptions import describe_collection, describe_unreadable
 from serve.job_service import JobService
 from serve.json_bodies import points_of, search_answer
 from serve.openapi import openapi_json
@@ -259,7 +259,7 @@ class Routes:
     async def leave_metrics(self) -> None:
         """Leave this coordinator's counts with the supervisor, for ever."""
         while True:
-            with contextlib.suppress(Unavailable):  # follow() says in the log that the supervisor is away
+            with contextlib.suppress(EaglerayError):  # follow() says in the log that the supervisor is away
                 await self._exchange_metrics()
             await asyncio.sleep(METRICS_PERIOD_S)
 
@@ -299,8 +299,12 @@ class Routes:
             raise Unavailable("the endpoint has not reached the supervisor yet")
         described = []
         for name in sorted({*table.collections, *table.unready}):
-            with contextlib.suppress(NotFound):  # deleted meanwhile
+            try:
                 described.append(await self._describe(name))
+            except NotFound:  # deleted meanwhile
+                continue
+            except Corrupt as error:
+                described.append(describe_unreadable(name, str(error)))
         return described
 
     def _delete_segments(self, name: str, version: int) -> None:

@@ -66,7 +66,7 @@ class _Process:
 
 
 class LocalRuntime:
-    """`supervisor.Runtime` whose replicas are `Shard`s of this process.
+    """`watched_replicas.Runtime` whose replicas are `Shard`s of this process.
 
     `kill` makes a replica unreachable until `revive`, which starts it afresh from the newest manifest, as Ray
     restarts an actor; `lose` removes it for good (NotFound), so that the supervisor must start another; `hang`

@@ -14,12 +14,12 @@ from actors import coordinator as coordinator_module
 from actors.coordinator import Coordinator
 from actors.shard_client import ServingTable
 from cluster.config import CollectionConfig, IndexConfig, Limits
-from cluster.errors import Exhausted, Invalid, NotFound, Unavailable
+from cluster.errors import EaglerayError, Exhausted, Invalid, NotFound, Unavailable
 from cluster.ids import ID_ARROW_TYPE
 from cluster.memory_store import MemoryStore
 from cluster.placement import ReplicaKey
 from cluster.query import SearchParams
-from tests.fakes import LocalDirectory, Serving, serving, table_when
+from tests.fakes import LocalDirectory, LocalShardClient, Serving, serving, table_when
 from tests.unit.actors.points import (
     Points,
     assert_scores_are_true,
@@ -427,6 +427,104 @@ def test_follow_survives_an_absent_supervisor_and_switches_generation(
     assert [r.getMessage() for r in caplog.records if r.name == "actors.coordinator"] == [
         "the supervisor does not answer: the supervisor is away"
     ] * 2
+
+
+class OddDirectory(LocalDirectory):
+    """A directory that raises `errors` first, and that knows no client of `unknown` replicas."""
+
+    errors: list[Exception]
+    unknown: frozenset[ReplicaKey] = frozenset()
+
+    async def next_table(self, known_stamp: str | None) -> ServingTable:
+        if self.errors:
+            raise self.errors.pop(0)
+        return await super().next_table(known_stamp)
+
+    def client(self, key: ReplicaKey) -> LocalShardClient:
+        if key in self.unknown:
+            raise Unavailable(f"replica {key} is not known yet")
+        return super().client(key)
+
+
+def test_follow_survives_any_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator_module, "FOLLOW_RETRY_S", 0.0)
+    config = config_of(1)
+
+    async def scenario(system: System) -> None:
+        directory = OddDirectory(system.eagleray.supervisor, system.eagleray.runtime)
+        directory.errors = [EaglerayError("a bug there"), NotFound("no supervisor"), RuntimeError("a bug here")]
+        coordinator = Coordinator(directory, Limits(), Batches())
+        following = asyncio.ensure_future(coordinator.follow())
+        async with asyncio.timeout(20):
+            while coordinator.table is None:
+                assert not following.done(), following
+                await asyncio.sleep(0)
+        following.cancel()
+        await asyncio.wait({following})
+
+    with_system(scenario, config, tmp_path)
+
+
+def test_replica_without_a_client_does_not_keep_the_others_from_being_served(tmp_path: Path) -> None:
+    config = config_of(2, metric="l2", replicas=2)
+
+    async def scenario(system: System) -> None:
+        directory = OddDirectory(system.eagleray.supervisor, system.eagleray.runtime)
+        directory.errors = []
+        directory.unknown = frozenset({ReplicaKey("words", 0, 0), ReplicaKey("words", 1, 1)})
+        coordinator = Coordinator(directory, Limits(), Batches())
+        assert system.coordinator.table is not None
+        coordinator.apply(system.coordinator.table)
+        queries = random_vectors(config, 3, seed=12)
+        result = await coordinator.search("words", query(queries))
+        assert ids_per_query(result.hits) == brute_force(system.points, queries, 10, "l2")
+
+    with_system(scenario, config, tmp_path)
+
+
+def test_searches_in_flight_to_a_hanging_replica_fail_over_when_it_leaves_the_table(tmp_path: Path) -> None:
+    config = config_of(1, metric="l2", replicas=2)
+
+    async def scenario(system: System) -> None:
+        following = asyncio.ensure_future(system.coordinator.follow())
+        system.eagleray.runtime.hang(ReplicaKey("words", 0, 0))
+        queries = random_vectors(config, 3, seed=13)
+        patient = query(queries, timeout_ms=1_000_000.0)
+        async with asyncio.timeout(10):  # its slice of the deadline is far longer
+            result = await system.coordinator.search("words", patient)
+        assert ids_per_query(result.hits) == brute_force(system.points, queries, 10, "l2")
+        following.cancel()
+        await asyncio.wait({following})
+
+    with_system(scenario, config, tmp_path)
+
+
+def test_hung_calls_give_their_slots_back_when_the_replica_leaves_the_table(tmp_path: Path) -> None:
+    config = config_of(1, metric="l2")
+
+    async def scenario(system: System) -> None:
+        key, vectors = ReplicaKey("words", 0, 0), random_vectors(config, 1, seed=14)
+        table = system.coordinator.table
+        assert table is not None
+        system.eagleray.runtime.hang(key)
+        hung = [
+            asyncio.ensure_future(system.coordinator.search("words", query(vectors, timeout_ms=1_000_000.0)))
+            for _ in range(Limits().calls_in_flight_per_replica)
+        ]
+        while len(system.batches.seen) < len(hung):
+            await asyncio.sleep(0)
+        without = replace(table.collections["words"], replicas={0: ()})
+        system.coordinator.apply(replace(table, collections={"words": without}))
+        async with asyncio.timeout(10):
+            for call in hung:
+                with pytest.raises(Unavailable, match="shard 0: replica words/0/0 is not ready any more"):
+                    await call
+        system.eagleray.runtime.revive(key)
+        system.coordinator.apply(table)
+        result = await system.coordinator.search("words", query(vectors))
+        assert ids_per_query(result.hits) == brute_force(system.points, vectors, 10, "l2")
+
+    with_system(scenario, config, tmp_path)
 
 
 def _generation(table: ServingTable) -> int:

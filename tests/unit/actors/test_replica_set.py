@@ -21,8 +21,11 @@ class Replicas:
         self.failing: dict[ReplicaKey, Exception] = {}
         self.asked: list[ReplicaKey] = []
         self.gates: dict[ReplicaKey, asyncio.Event] = {}
+        self.unknown: set[ReplicaKey] = set()
 
     def connect(self, key: ReplicaKey) -> ShardClient:
+        if key in self.unknown:
+            raise Unavailable(f"replica {key} is not known yet")
         return key  # type: ignore[return-value]  # the key stands for its client
 
     async def ask(self, client: ShardClient) -> ReplicaKey:
@@ -148,14 +151,15 @@ def test_update_keeps_what_is_known_of_those_that_stay() -> None:
     with_replicas(scenario, A, B)
 
 
-def test_update_during_a_call_drops_a_replica_without_losing_the_call() -> None:
+def test_call_to_a_replica_that_leaves_the_table_fails_over_at_once() -> None:
     async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
         replicas.gates = {A: asyncio.Event()}
-        call = asyncio.ensure_future(chosen.call(replicas.ask, 10.0))
+        call = asyncio.ensure_future(chosen.call(replicas.ask, 1_000.0))
         await asyncio.sleep(0)
         chosen.update((B,))
-        replicas.gates[A].set()
-        assert await call == A
+        async with asyncio.timeout(10):
+            assert await call == B
+        assert replicas.asked == [A, B]
         assert len(chosen) == 1
         assert await chosen.call(replicas.ask, 10.0) == B
 
@@ -193,3 +197,42 @@ def test_only_replica_that_hangs_is_unavailable_once_the_time_is_over() -> None:
             await chosen.call(replicas.ask, 0.05)
 
     with_replicas(scenario, A)
+
+
+def test_call_to_the_last_replica_is_unavailable_as_soon_as_that_leaves_the_table() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.gates = {A: asyncio.Event()}
+        call = asyncio.ensure_future(chosen.call(replicas.ask, 1_000.0))
+        await asyncio.sleep(0)
+        chosen.update(())
+        async with asyncio.timeout(10):
+            with pytest.raises(Unavailable, match="words/0/0 is not ready any more"):
+                await call
+
+    with_replicas(scenario, A)
+
+
+def test_call_that_its_caller_cancels_while_its_replica_leaves_is_cancelled() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.gates = {A: asyncio.Event()}
+        call = asyncio.ensure_future(chosen.call(replicas.ask, 1_000.0))
+        await asyncio.sleep(0)
+        chosen.update((B,))
+        call.cancel()
+        await asyncio.wait({call})
+        assert call.cancelled()
+        assert replicas.asked == [A]
+
+    with_replicas(scenario, A, B)
+
+
+def test_replica_without_a_client_yet_is_passed_over_until_it_has_one() -> None:
+    async def scenario(chosen: ReplicaSet, replicas: Replicas, clock: ManualClock) -> None:
+        replicas.unknown = {A}
+        chosen.update((A, B))
+        assert await chosen.call(replicas.ask, 10.0) == B
+        replicas.unknown = set()
+        clock.advance(SUSPECT_S)
+        assert await chosen.call(replicas.ask, 10.0) == A
+
+    with_replicas(scenario)

@@ -232,6 +232,7 @@ def test_second_generation_is_loaded_beside_the_first_until_that_is_retired(tmp_
     shard.load(2)
     status = shard.status()
     assert (status.versions, status.generations, status.points) == ((1, 2), (1, 2), 120)
+    assert status.attributes == {1: ("name",), 2: ("name",)}
     for generation, points in ((1, first), (2, second)):
         hits = search_all(shard, queries, generation=generation)
         assert ids_per_query(hits) == brute_force(points, queries, 10, "l2")

@@ -4,16 +4,19 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from actors import supervisor as supervisor_module
+from actors.shard import ReplicaStatus
 from actors.shard_client import ServingTable
-from actors.supervisor import LOAD_RETRY_S, RETIRE_AFTER_S, STORE_POLL_S, Supervisor
+from actors.supervisor import RETIRE_AFTER_S, STORE_POLL_S, Supervisor
+from actors.watched_replicas import CALL_RETRY_S, SILENT_TIMEOUTS_MAX
 from cluster import paths
 from cluster.config import CollectionConfig, IndexConfig
-from cluster.errors import NotFound, Unavailable
+from cluster.errors import Corrupt, EaglerayError, NotFound, Unavailable
 from cluster.memory_store import MemoryStore
 from cluster.object_store import ObjectStore
 from cluster.placement import ReplicaKey, WantedReplica
@@ -67,7 +70,7 @@ def with_serving(
 async def rounds(supervisor: Supervisor, times: int = 3) -> None:
     """Let every replica be asked and rounds be made, for what must not happen."""
     for _ in range(times):
-        await supervisor.reconcile()
+        supervisor.reconcile()
         await asyncio.sleep(2 * SETTINGS.reconcile_period_s)
 
 
@@ -294,7 +297,7 @@ def test_collection_whose_objects_vanished_is_stopped_at_the_next_poll(tmp_path:
 
     async def scenario(eagleray: Serving, clock: ManualClock) -> None:
         await table_when(eagleray.directory, serves(1))
-        for info in list(store.objects(paths.collection_prefix("words"))):
+        for info in list(store.objects(f"{paths.collections_prefix()}words/")):
             store.delete(info.key)
         clock.advance(STORE_POLL_S)
         table = await table_when(eagleray.directory, lambda table: "words" not in table.collections)
@@ -356,12 +359,12 @@ def test_corrupt_segment_of_a_new_generation_keeps_the_old_one_and_is_tried_agai
         await eagleray.directory.refresh("words")
         while not eagleray.runtime.loaded:
             await asyncio.sleep(0.001)
-        clock.advance(LOAD_RETRY_S - 0.01)
+        clock.advance(CALL_RETRY_S - 0.01)
         await rounds(eagleray.supervisor)
         assert len(eagleray.runtime.loaded) == 1, "it must not load in a tight loop"
         assert (await eagleray.directory.next_table(None)).collections["words"].generation == 1
         store.put(key, good)
-        clock.advance(LOAD_RETRY_S)
+        clock.advance(CALL_RETRY_S)
         await table_when(eagleray.directory, serves(2))
 
     with_serving(scenario, store, tmp_path)
@@ -381,7 +384,7 @@ def test_replica_that_could_not_load_says_why_and_is_asked_to_load_again(tmp_pat
         assert f"replica words/0/0 is failed (Corrupt: {key}: " in table.unready["words"]
         assert table.collections == {}
         store.put(key, good)
-        clock.advance(LOAD_RETRY_S)
+        clock.advance(CALL_RETRY_S)
         await table_when(eagleray.directory, serves(1))
 
     with_serving(scenario, store, tmp_path)
@@ -414,7 +417,7 @@ def test_restarted_supervisor_stops_replicas_of_a_collection_deleted_meanwhile(t
     manifest_log(store, "words").delete()
 
     async def scenario(eagleray: Serving, clock: ManualClock) -> None:
-        await eagleray.supervisor.reconcile()
+        await table_when(eagleray.directory, lambda table: table.collections == {})
         assert runtime.stopped == keys_of()
         assert runtime.existing() == []
 
@@ -470,7 +473,7 @@ def test_absent_store_is_asked_again_and_stops_nothing(tmp_path: Path, caplog: p
     with caplog.at_level(logging.WARNING):
         with_serving(scenario, store, tmp_path)
     assert [record.getMessage() for record in caplog.records] == [
-        "reconcile: folders collections/: the store failed, as it was told to at call 1"
+        "reading manifests: folders collections/: the store failed, as it was told to at call 1"
     ]
 
 
@@ -554,10 +557,11 @@ def test_slow_poll_does_not_undo_what_a_refresh_saw_meanwhile(method: str, tmp_p
     async def scenario() -> None:
         runtime, clock = LocalRuntime(store, tmp_path), ManualClock()
         supervisor = Supervisor(store, runtime, SETTINGS, clock)
-        await supervisor.reconcile()
-        clock.advance(STORE_POLL_S)
+        await supervisor.poll()
+        await supervisor.take_over()
+        supervisor.reconcile()
         store.pause_at = method
-        polling = asyncio.ensure_future(supervisor.reconcile())
+        polling = asyncio.ensure_future(supervisor.poll())
         assert await asyncio.to_thread(store.looked.wait, 20)
         fill(store, "birds", seed=2)
         fill(store, "words")
@@ -571,3 +575,395 @@ def test_slow_poll_does_not_undo_what_a_refresh_saw_meanwhile(method: str, tmp_p
         supervisor.close()
 
     asyncio.run(scenario())
+
+
+# --- what must not take away what is served
+
+
+class Stubborn(GatedLoads):
+    """Replicas whose `retire` waits for ever (`hanging`) or fails (`failing`), and which cannot be started (`full`)."""
+
+    def __init__(self, store: ObjectStore, cache_dir: Path) -> None:
+        super().__init__(store, cache_dir)
+        self.hanging: set[ReplicaKey] = set()
+        self.failing: set[ReplicaKey] = set()
+        self.full: set[ReplicaKey] = set()
+        self.asked_to_retire: list[ReplicaKey] = []
+
+    def start(self, key: ReplicaKey, wanted: WantedReplica) -> None:
+        if key in self.full:
+            raise Unavailable(f"no place for {key}")
+        super().start(key, wanted)
+
+    async def retire(self, key: ReplicaKey, generation: int) -> None:
+        self.asked_to_retire.append(key)
+        if key in self.hanging:
+            await asyncio.Event().wait()
+        if key in self.failing:
+            raise Unavailable(f"{key} does not retire")
+        await super().retire(key, generation)
+
+
+async def next_generation(eagleray: Serving, number: int) -> None:
+    await asyncio.to_thread(fill, eagleray.runtime._store, count=20 + number, seed=number)
+    await eagleray.directory.refresh("words")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def test_replica_that_never_retires_does_not_hold_up_the_rounds(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+    runtime, stuck = Stubborn(store, tmp_path), ReplicaKey("words", 0, 0)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        await next_generation(eagleray, 2)
+        await table_when(eagleray.directory, serves(2))
+        runtime.hanging = {stuck}
+        clock.advance(RETIRE_AFTER_S)
+        await until(lambda: stuck in runtime.asked_to_retire)
+        await next_generation(eagleray, 3)
+        await table_when(eagleray.directory, serves(3))
+        assert (ReplicaKey("words", 1, 0), 2) in runtime.retired
+
+    with_serving(scenario, store, tmp_path, runtime)
+
+
+def test_retire_that_failed_is_asked_for_again(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+    runtime, key = Stubborn(store, tmp_path), ReplicaKey("words", 0, 0)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        await next_generation(eagleray, 2)
+        await table_when(eagleray.directory, serves(2))
+        runtime.failing = {key}
+        clock.advance(RETIRE_AFTER_S)
+        await until(lambda: key in runtime.asked_to_retire)
+        runtime.failing = set()
+        await rounds(eagleray.supervisor)
+        assert runtime.asked_to_retire.count(key) == 1, "it must not ask in a tight loop"
+        clock.advance(CALL_RETRY_S)
+        await until(lambda: (key, 2) in runtime.retired)
+        assert (await runtime.status(key)).generations == (2,)
+
+    with_serving(scenario, store, tmp_path, runtime)
+
+
+def test_replica_that_was_away_when_the_others_retired_does_so_when_it_is_back(tmp_path: Path) -> None:
+    store, key = MemoryStore(), ReplicaKey("words", 0, 1)
+    fill(store, config=DOUBLED)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        eagleray.runtime.hang(key)
+        await table_when(eagleray.directory, lambda table: "words" in table.unready)
+        fill(store, config=DOUBLED, seed=2)
+        await eagleray.directory.refresh("words")
+        await table_when(eagleray.directory, lambda table: table.collections["words"].generation == 2)
+        clock.advance(RETIRE_AFTER_S)
+        await until(lambda: len(eagleray.runtime.retired) == 3)
+        eagleray.runtime.revive(key)
+        await until(lambda: (key, 2) in eagleray.runtime.retired)
+        await table_when(eagleray.directory, serves(2))
+        assert (await eagleray.runtime.status(key)).generations == (2,)
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_no_table_before_the_storage_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "TABLE_WAIT_S", 0.05)
+    inner = MemoryStore()
+    fill(inner)
+    store = FaultyStore(inner, at=1, fault="die")
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        with pytest.raises(Unavailable, match=r"no serving table yet: folders collections/: the store failed"):
+            await eagleray.directory.next_table(None)
+        with pytest.raises(Unavailable, match="does not know the collections yet"):
+            await eagleray.directory.describe("words")
+        with pytest.raises(Unavailable, match="the store failed"):
+            await eagleray.directory.refresh("words")
+        store._dead = False
+        await table_when(eagleray.directory, lambda table: "words" in table.collections or "words" in table.unready)
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_refresh_before_the_first_read_of_all_stops_nothing(tmp_path: Path) -> None:
+    inner = MemoryStore()
+    fill(inner)
+    fill(inner, "birds")
+    runtime = LocalRuntime(inner, tmp_path)
+    for key in (*keys_of(), *keys_of("birds")):
+        runtime.start(key, WantedReplica(1, 1, 2, 0.0))
+    store = PausingStore(inner)
+    store.pause_at = "folders"
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await eagleray.directory.refresh("words")
+        assert runtime.stopped == []
+        store.go_on.set()
+        await table_when(eagleray.directory, lambda table: serves(1)(table) and serves(1, "birds")(table))
+        assert runtime.stopped == []
+
+    with_serving(scenario, store, tmp_path, runtime)
+
+
+def test_first_table_of_a_restarted_supervisor_is_whole(tmp_path: Path) -> None:
+    store, slow = MemoryStore(), ReplicaKey("words", 0, 0)
+    fill(store, config=DOUBLED)
+    runtime = LocalRuntime(store, tmp_path)
+
+    async def run() -> None:
+        async with asyncio.timeout(60):
+            async with serving(store, tmp_path, runtime=runtime) as first:
+                before = await table_when(first.directory, serves(1))
+            async with serving(store, tmp_path, runtime=runtime) as second:
+                table = await second.directory.next_table(before.stamp)
+                assert (table.collections, table.unready) == (before.collections, {})
+            runtime.hang(slow)
+            async with serving(store, tmp_path, runtime=runtime) as third:
+                table = await third.directory.next_table(before.stamp)
+                assert replicas_in(table) == [key for key in keys_of(replicas=2) if key != slow]
+                assert table.unready == {"words": "replica words/0/0 is starting"}
+
+    asyncio.run(run())
+
+
+def test_replica_that_restarts_during_a_switch_loads_what_is_served(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+    runtime = GatedLoads(store, tmp_path)
+    restarting, late = keys_of()
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        runtime.gates = {late: asyncio.Event()}
+        await next_generation(eagleray, 2)
+        await until(lambda: (restarting, 2) in runtime.loaded)
+        runtime.gates[restarting] = asyncio.Event()
+        runtime.kill(restarting)
+        await table_when(eagleray.directory, lambda table: "is dead" in table.unready.get("words", ""))
+        runtime.revive(restarting)
+        lacking = {"words": "no ready replica of shard 0 holds generation 1"}
+        table = await table_when(eagleray.directory, lambda table: table.unready == lacking)
+        assert table.collections["words"].replicas == {0: (), 1: (late,)}
+        runtime.gates[restarting].set()
+        table = await table_when(eagleray.directory, serves(1))
+        assert replicas_in(table) == keys_of()
+        clock.advance(RETIRE_AFTER_S)
+        await rounds(eagleray.supervisor)
+        assert serves(1)(await eagleray.directory.next_table(None)), "what is served must not be retired"
+        runtime.gates[late].set()
+        assert replicas_in(await table_when(eagleray.directory, serves(2))) == keys_of()
+
+    with_serving(scenario, store, tmp_path, runtime)
+
+
+def test_supervisor_that_restarts_during_a_switch_serves_what_was_served(tmp_path: Path) -> None:
+    store, late = MemoryStore(), ReplicaKey("words", 1, 0)
+    fill(store)
+    runtime = GatedLoads(store, tmp_path)
+
+    async def before(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        runtime.gates[late] = asyncio.Event()
+        await next_generation(eagleray, 2)
+        await until(lambda: (keys_of()[0], 2) in runtime.loaded)
+
+    async def after(eagleray: Serving, clock: ManualClock) -> None:
+        table = await eagleray.directory.next_table(None)
+        served = table.collections["words"]
+        assert (served.version, served.generation, sum(served.shard_points.values())) == (1, 1, 20)
+        assert (replicas_in(table), served.attributes, table.unready) == (keys_of(), ("name",), {})
+        runtime.gates[late].set()
+        await table_when(eagleray.directory, serves(2))
+
+    with_serving(before, store, tmp_path, runtime)
+    runtime.gates[late] = asyncio.Event()
+    with_serving(after, store, tmp_path, runtime)
+
+
+def test_restarted_supervisor_does_not_serve_a_collection_deleted_before_its_name_was_used_again(
+    tmp_path: Path,
+) -> None:
+    store = MemoryStore()
+    fill(store)
+    runtime = GatedLoads(store, tmp_path)
+    for key in keys_of():
+        runtime.start(key, WantedReplica(1, 1, 2, 0.0))
+    manifest_log(store, "words").delete()
+    fill(store, count=7, seed=2)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        runtime.gates = {key: asyncio.Event() for key in keys_of()}
+        table = await eagleray.directory.next_table(None)
+        assert (table.collections, table.unready) == ({}, {"words": "its replicas are loading"})
+        for gate in runtime.gates.values():
+            gate.set()
+        await table_when(eagleray.directory, serves(2))
+
+    with_serving(scenario, store, tmp_path, runtime)
+
+
+def test_corrupt_manifest_at_the_start_stops_no_replicas_and_is_told(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+    runtime = LocalRuntime(store, tmp_path)
+    for key in keys_of():
+        runtime.start(key, WantedReplica(1, 1, 2, 0.0))
+    store.put(paths.manifest("words", 2), b"{}")
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        table = await eagleray.directory.next_table(None)
+        assert set(table.unready) == {"words"}
+        assert runtime.stopped == []
+        with pytest.raises(Corrupt, match=paths.manifest("words", 2)):
+            await eagleray.directory.describe("words")
+        store.delete(paths.manifest("words", 2))
+        clock.advance(STORE_POLL_S)
+        await table_when(eagleray.directory, serves(1))
+
+    with_serving(scenario, store, tmp_path, runtime)
+
+
+def test_rounds_go_on_while_the_storage_does_not_answer(tmp_path: Path) -> None:
+    store, key = PausingStore(MemoryStore()), ReplicaKey("words", 0, 0)
+    fill(store)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        store.pause_at = "folders"
+        clock.advance(STORE_POLL_S)
+        await until(store.looked.is_set)
+        try:
+            eagleray.runtime.kill(key)
+            await table_when(eagleray.directory, lambda table: "is dead" in table.unready.get("words", ""))
+            eagleray.runtime.lose(key)
+            await until(lambda: eagleray.runtime.started == [*keys_of(), key])
+        finally:
+            store.go_on.set()
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_attributes_stay_known_while_no_replica_answers(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        for key in keys_of():
+            eagleray.runtime.kill(key)
+        table = await table_when(
+            eagleray.directory, lambda table: not any(table.collections["words"].replicas.values())
+        )
+        assert table.collections["words"].attributes == ("name",)
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_replica_that_hangs_for_long_is_replaced(tmp_path: Path) -> None:
+    store, key = MemoryStore(), ReplicaKey("words", 1, 0)
+    fill(store)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        started = asyncio.get_running_loop().time()
+        eagleray.runtime.hang(key)
+        await table_when(eagleray.directory, lambda table: "it does not answer" in table.unready.get("words", ""))
+        table = await table_when(eagleray.directory, serves(1))
+        patience_s = SILENT_TIMEOUTS_MAX * SETTINGS.replica_timeout_s
+        assert asyncio.get_running_loop().time() - started >= patience_s - 0.01
+        assert eagleray.runtime.stopped == [key]
+        assert eagleray.runtime.started == [*keys_of(), key]
+        assert replicas_in(table) == keys_of()
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_replica_that_is_starting_is_waited_for(tmp_path: Path) -> None:
+    store, key = MemoryStore(), ReplicaKey("words", 1, 0)
+    fill(store)
+    runtime = LocalRuntime(store, tmp_path)
+    runtime.start(key, WantedReplica(1, 1, 2, 0.0))
+    runtime.hang(key)  # as if Ray had no place for it: it never said anything
+    fast = replace(SETTINGS, replica_timeout_s=0.01)
+
+    async def run() -> None:
+        async with asyncio.timeout(60), serving(store, tmp_path, fast, ManualClock(), runtime) as eagleray:
+            await table_when(eagleray.directory, lambda table: "words" in table.unready)
+            await asyncio.sleep(3 * SILENT_TIMEOUTS_MAX * fast.replica_timeout_s)
+            assert runtime.stopped == []
+            runtime.revive(key)
+            await table_when(eagleray.directory, serves(1))
+
+    asyncio.run(run())
+
+
+def test_replica_that_cannot_be_started_does_not_keep_others_from_being_served(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+    fill(store, "birds")
+    runtime = Stubborn(store, tmp_path)
+    runtime.full = {ReplicaKey("birds", 0, 0)}
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        table = await table_when(eagleray.directory, serves(1))
+        assert "birds" in table.unready
+        runtime.full = set()
+        await table_when(eagleray.directory, serves(1, "birds"))
+
+    with_serving(scenario, store, tmp_path, runtime)
+
+
+@pytest.mark.parametrize("error", [EaglerayError("a bug"), RuntimeError("another")], ids=["ours", "another"])
+def test_watcher_survives_any_error_of_a_status(error: Exception, tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+    key = ReplicaKey("words", 0, 0)
+
+    class Odd(LocalRuntime):
+        odd = False
+
+        async def status(self, asked: ReplicaKey) -> ReplicaStatus:
+            if self.odd and asked == key:
+                raise error
+            return await super().status(asked)
+
+    runtime = Odd(store, tmp_path)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        runtime.odd = True
+        await table_when(eagleray.directory, lambda table: str(error) in table.unready.get("words", ""))
+        runtime.odd = False
+        await table_when(eagleray.directory, serves(1))
+
+    with_serving(scenario, store, tmp_path, runtime)
+
+
+def test_shard_that_the_new_generation_no_longer_has_is_kept_while_the_old_one_is_served(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+    runtime, late = GatedLoads(store, tmp_path), ReplicaKey("words", 0, 0)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        runtime.gates[late] = asyncio.Event()
+        fill(store, config=replace(CONFIG, shards=1), seed=2)
+        await eagleray.directory.refresh("words")
+        await rounds(eagleray.supervisor)
+        assert replicas_in(await eagleray.directory.next_table(None)) == keys_of()
+        runtime.gates[late].set()
+        assert replicas_in(await table_when(eagleray.directory, serves(2))) == keys_of(shards=1)
+        await until(lambda: runtime.stopped == [ReplicaKey("words", 1, 0)])
+
+    with_serving(scenario, store, tmp_path, runtime)

@@ -140,13 +140,48 @@ def test_commit_on_a_stale_parent_is_a_conflict_and_changes_nothing() -> None:
     assert log_of(store).newest() == won
 
 
-def test_create_overtaken_by_another_writer_is_a_conflict() -> None:
+def test_create_overtaken_by_another_of_the_same_config_returns_the_other_one() -> None:
     store = OvertakenStore()
     store.before = lambda: log_of(store, "fast").create(CONFIG)
-    with pytest.raises(Conflict):
+    manifest, created = log_of(store, "slow").create(CONFIG)
+    assert (manifest.writer, created) == ("fast-1", False)
+    assert log_of(store).newest_live() == manifest
+
+
+def test_create_overtaken_by_another_of_another_config_is_a_conflict() -> None:
+    store = OvertakenStore()
+    store.before = lambda: log_of(store, "fast").create(replace(CONFIG, dimension=5))
+    with pytest.raises(Conflict, match="'c' exists with another config"):
         log_of(store, "slow").create(CONFIG)
-    newest = log_of(store).newest_live()
-    assert newest.writer == "fast-1"
+    assert log_of(store).newest_live().writer == "fast-1"
+
+
+def test_create_overtaken_by_one_that_was_deleted_again_is_a_conflict() -> None:
+    store = OvertakenStore()
+
+    def create_and_delete() -> None:
+        log_of(store, "fast").create(CONFIG)
+        log_of(store, "fast").delete()
+
+    store.before = create_and_delete
+    with pytest.raises(Conflict, match="version 1 was committed by another writer"):
+        log_of(store, "slow").create(CONFIG)
+
+
+def test_segments_until_leaves_out_what_an_unreadable_manifest_names(caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryStore()
+    log = log_of(store)
+    parent, _ = log.create(CONFIG)
+    for number in range(3):
+        entries = (ShardEntry(0, (put_segment(store, f"s{number}"),)), ShardEntry(1))
+        parent = log.commit_generation(parent, CONFIG, entries)
+    assert log.segments_until(3) == {"s0", "s1"}
+    assert log.named_segments() == {"s0", "s1", "s2"}
+    store.put(paths.manifest("c", 3), b"{}")
+    assert log.segments_until(4) == {"s0", "s2"}
+    assert "00000000000000000003.json" in caplog.text
+    with pytest.raises(Corrupt, match=r"00000000000000000003\.json"):
+        log.named_segments()
 
 
 def test_delete_overtaken_by_an_import_is_a_conflict() -> None:

@@ -9,7 +9,7 @@ from cluster import paths
 
 def test_keys_are_pinned() -> None:
     assert paths.collections_prefix() == "collections/"
-    assert paths.collection_prefix("c") == "collections/c/"
+    assert paths.segments_prefix("c") == "collections/c/segments/"
     assert paths.manifest_prefix("c") == "collections/c/manifest/"
     assert paths.manifest("c", 7) == "collections/c/manifest/00000000000000000007.json"
     assert paths.segment_file("c", "s1", paths.ROWS) == "collections/c/segments/s1/rows.arrow"

@@ -20,8 +20,9 @@ from cluster.config import Metric
 from cluster.manifest import Manifest, ManifestLog, SegmentRef
 from cluster.object_store import ObjectStore, open_store
 from cluster.segment import Rows, SegmentDescription
+from jobs.build_plan import TaskRunner, Workers
 from jobs.import_source import Columns
-from jobs.importer import DEFAULT_MEMORY_BYTES, Importer, ImportOptions, TaskRunner, Workers
+from jobs.importer import DEFAULT_MEMORY_BYTES, Importer, ImportOptions
 from jobs.report import JobReporter, JobStatus
 from tests.fakes import ManualClock, run_tasks_here
 

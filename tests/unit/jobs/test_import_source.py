@@ -51,6 +51,18 @@ def test_source_may_be_a_file_url(tmp_path: Path) -> None:
     assert find_source(f"file://{path}", Columns()).rows == 5
 
 
+def test_source_url_is_unquoted(tmp_path: Path) -> None:
+    path = write(tmp_path / "all words %.parquet", random_table(5))
+    assert find_source(path.as_uri(), Columns()).rows == 5
+    assert find_source(str(path), Columns()).rows == 5
+
+
+def test_source_url_of_another_host_is_refused() -> None:
+    with pytest.raises(Invalid, match="names the host 'far'") as caught:
+        find_source("file://far/words.parquet", Columns())
+    assert field_of(caught.value) == "source"
+
+
 def test_source_that_does_not_exist_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"source: nothing at .*nowhere\.parquet"):
         find_source(str(tmp_path / "nowhere.parquet"), Columns())

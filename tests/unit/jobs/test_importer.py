@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from actors.shard import Shard
-from cluster import paths, segment
+from cluster import index_spec, paths, segment
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.errors import Conflict, Invalid, NotFound, Unavailable
 from cluster.file_store import FileStore
@@ -19,10 +21,12 @@ from cluster.memory_store import MemoryStore
 from cluster.object_store import ObjectStore, open_store
 from cluster.query import Hits, SearchGroup, SearchParams, ShardSearch
 from cluster.routing import Routing
+from cluster.segment import SegmentDescription
 from jobs import import_source, importer, row_reader, segment_task
+from jobs.build_plan import Workers
 from jobs.import_source import Columns
-from jobs.importer import STALE_STAGING_S
-from jobs.report import JobStatus
+from jobs.importer import STALE_STAGING_S, Importer, ImportOptions
+from jobs.report import JobReporter, JobStatus
 from jobs.row_reader import RowPlace, checked_vectors
 from tests.fakes import Fault, FaultyStore, run_tasks_here
 from tests.unit.jobs.imports import (
@@ -460,6 +464,207 @@ def test_checking_vectors_leaves_the_column_alone() -> None:
     assert column.to_pylist() == [[3.0, 4.0], [0.0, 2.0]]
 
 
+def not_utf8(values: list[bytes]) -> Any:
+    """A string column of any bytes, as a careless writer leaves it."""
+    offsets = np.cumsum([0, *map(len, values)]).astype(np.int32)
+    return pa.Array.from_buffers(
+        pa.string(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
+    )
+
+
+@pytest.mark.parametrize("column", ["id", "word", "words", "encoded"])
+def test_string_that_is_not_utf8_stops_the_import_and_is_named(column: str, tmp_path: Path) -> None:
+    good = [f"word {number}".encode() for number in range(40)]
+    bad = replaced(good, 23, b"caf\xe9")
+    one_each = pa.array(range(41), pa.int32())
+    columns = {
+        "id": not_utf8(bad if column == "id" else good),
+        "vector": fixed([[1.0, 2.0]] * 40, 2),
+        "word": not_utf8(bad if column == "word" else good),
+        "words": pa.ListArray.from_arrays(one_each, not_utf8(bad if column == "words" else good)),
+        "encoded": pa.DictionaryArray.from_arrays(
+            pa.array(range(40), pa.int32()), not_utf8(bad if column == "encoded" else good)
+        ),
+    }
+    source = write(tmp_path / "words.parquet", pa.table(columns), row_group_size=10)
+    data = new_data_url()
+    with pytest.raises(Invalid, match="Invalid UTF8") as caught:
+        run_import(data, source, columns=ALL)
+    assert str(caught.value).startswith(f"{column}: file {source}, row group 2, row 3: not a valid ")
+    assert_left_alone(open_store(data))
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_damaged_page_stops_the_import_and_its_row_group_is_named(compression: str, tmp_path: Path) -> None:
+    source = tmp_path / "words.parquet"
+    pq.write_table(random_table(3_000), source, row_group_size=1_000, compression=compression)
+    column = pq.read_metadata(source).row_group(2).column(1)
+    content = bytearray(source.read_bytes())
+    first = column.dictionary_page_offset or column.data_page_offset
+    content[first : first + 40] = b"\xff" * 40  # the header of the page
+    source.write_bytes(content)
+    data = new_data_url()
+    with pytest.raises(Invalid, match=f"^source: file {source}, row group 2 cannot be read: "):
+        run_import(data, source)
+    assert_left_alone(open_store(data))
+
+
+def test_damaged_page_of_the_first_vector_is_named(tmp_path: Path) -> None:
+    lists = pa.array(random_table(50)["vector"].to_pylist(), LIST)
+    source = write(tmp_path / "words.parquet", pa.table({"id": range(50), "vector": lists}), 50)
+    column = pq.read_metadata(source).row_group(0).column(1)
+    content = bytearray(source.read_bytes())
+    first = column.dictionary_page_offset or column.data_page_offset
+    content[first : first + 40] = b"\xff" * 40
+    source.write_bytes(content)
+    with pytest.raises(Invalid, match=r"row group 0 cannot be read: "):
+        run_import(new_data_url(), source)
+
+
+# --- one index kind ---------------------------------------------------------------------------------------------
+
+
+def test_segments_of_one_import_are_of_one_kind_though_their_counts_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_spec, "FLAT_FLOATS_MAX", 4 * 500)  # 1,000 rows over two shards: 500 each, or so
+    for floats_max, kind in ((4 * 500, "flat"), (4 * 500 - 1, "hnsw")):
+        monkeypatch.setattr(index_spec, "FLAT_FLOATS_MAX", floats_max)
+        data = new_data_url()
+        source = write(tmp_path / "words.parquet", random_table(1_000), row_group_size=1_000)
+        manifest = run_import(data, source, create={"shards": 2})
+        specs = [described(open_store(data), ref.segment_id).spec for ref in manifest.segments.values()]
+        counts = [ref.count for ref in manifest.segments.values()]
+        assert counts[0] != counts[1]
+        assert [spec["kind"] for spec in specs] == [kind, kind]
+        assert all(spec["reason"].startswith("for the import's mean segment: ") for spec in specs)
+
+
+def test_lists_of_a_segment_follow_its_own_count(tmp_path: Path) -> None:
+    data = new_data_url()
+    source = write(tmp_path / "words.parquet", random_table(2_000), row_group_size=2_000)
+    manifest = run_import(data, source, create={"shards": 3, "index": {"kind": "ivf_flat"}})
+    for ref in manifest.segments.values():
+        assert described(open_store(data), ref.segment_id).spec["params"] == {"nlist": index_spec.nlist(ref.count)}
+
+
+@pytest.mark.parametrize("kind", ["auto", "ivf_flat", "hnsw"])
+def test_segments_of_one_row_are_built(kind: str, tmp_path: Path) -> None:
+    data, table = new_data_url(), random_table(4)
+    source = write(tmp_path / "words.parquet", table)
+    manifest = run_import(data, source, create={"shards": 64, "metric": "l2", "index": {"kind": kind}})
+    assert {ref.count for ref in manifest.segments.values()} == {1}
+    assert stored(open_store(data), manifest).by_id().keys() == set(table["id"].to_pylist())
+
+
+def described(store: ObjectStore, segment_id: str) -> SegmentDescription:
+    key = paths.segment_file("words", segment_id, paths.DESCRIPTION)
+    return SegmentDescription.decode(store.get(key), key)
+
+
+# --- what a failed import leaves --------------------------------------------------------------------------------
+
+
+def segment_ids(store: ObjectStore) -> set[str]:
+    return set(store.folders("collections/words/segments/"))
+
+
+def fail_after(segments: int, error: BaseException) -> Any:
+    """A task runner that raises once so many segments are published."""
+
+    def run(function: Any, items: Any, num_cpus: float, in_flight: int) -> Iterator[tuple[int, Any]]:
+        published = 0
+        for number, event in run_tasks_here(function, items, num_cpus, in_flight):
+            yield number, event
+            published += "segment" in event
+            if published == segments:
+                raise error
+
+    return run
+
+
+@pytest.mark.parametrize("error", [Unavailable("a node is gone"), SystemExit(15), KeyboardInterrupt()])
+def test_failed_or_cancelled_import_deletes_the_segments_it_published(error: BaseException, tmp_path: Path) -> None:
+    data, source = new_data_url(), write(tmp_path / "a.parquet", random_table(50))
+    store = open_store(data)
+    before = run_import(data, source, create={"shards": 4})  # of the same job name: a manifest names its segments
+    store.put(paths.segment_file("words", f"{JOB}-000000-12345678", paths.ROWS), b"half a segment")
+    others = {f"{JOB}0-000000-12345678", f"{JOB}-000000-12345678-000000-12345678", f"x{JOB}-000000-12345678"}
+    for name in others:
+        store.put(paths.segment_file("words", name, paths.DESCRIPTION), b"of another job")
+    with pytest.raises(type(error)):
+        run_import(data, source, run_tasks=fail_after(2, error))
+    assert segment_ids(store) == {*before.segments, *others}
+    assert_left_alone(store, newest=before)
+
+
+def test_import_that_lost_to_another_writer_deletes_its_segments(tmp_path: Path) -> None:
+    data, source = new_data_url(), write(tmp_path / "a.parquet", random_table(10))
+    store = OvertakenStore(open_store(data))
+    with pytest.raises(Conflict):
+        run_import(data, source, store=store)  # type: ignore[arg-type]
+    assert segment_ids(open_store(data)) == set()
+
+
+@pytest.mark.parametrize("fault", ["fail", "lose_answer", "die"])
+def test_import_that_does_not_know_whether_it_committed_keeps_its_segments(fault: Fault, tmp_path: Path) -> None:
+    data, source = new_data_url(), write(tmp_path / "a.parquet", random_table(10))
+    store = UnknownCommitStore(open_store(data), fault)
+    with pytest.raises(Unavailable):
+        run_import(data, source, store=store)  # type: ignore[arg-type]
+    assert len(segment_ids(open_store(data))) == 1
+    newest = log_of(open_store(data)).newest()
+    assert (newest is not None) == (fault == "lose_answer")
+
+
+def test_segments_stay_where_a_manifest_that_cannot_be_read_may_name_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, source = new_data_url(), write(tmp_path / "a.parquet", random_table(10))
+    store = open_store(data)
+    run_import(data, source)
+    run_import(data, source, job_id="import-2")
+    store.put(paths.manifest("words", 1), b"{}")
+    with pytest.raises(Unavailable, match="a node is gone"):
+        run_import(data, source, run_tasks=fail_after(1, Unavailable("a node is gone")))
+    assert len(segment_ids(store)) == 3
+    assert f"the segments of job {JOB} are left behind" in caplog.text
+
+
+class OvertakenStore:
+    """Another writer commits just before the manifest is put."""
+
+    def __init__(self, inner: ObjectStore) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        log_of(self._inner).create(CollectionConfig(4))
+        return self._inner.put_if_absent(key, data)
+
+
+class UnknownCommitStore(OvertakenStore):
+    """The put of the manifest goes wrong, and so does reading it back."""
+
+    def __init__(self, inner: ObjectStore, fault: Fault) -> None:
+        super().__init__(inner)
+        self._fault = fault
+        self._asked = False
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        self._asked = True
+        if self._fault == "lose_answer":
+            self._inner.put_if_absent(key, data)
+        raise Unavailable("no answer")
+
+    def get(self, key: str) -> bytes:
+        if self._asked and "/manifest/" in key:
+            raise Unavailable("no answer")
+        return self._inner.get(key)
+
+
 # --- collections that differ, and others who commit -------------------------------------------------------------
 
 
@@ -507,16 +712,23 @@ def test_import_with_the_same_create_options_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("create", "field"),
-    [({"dimenson": 4}, "dimenson"), ({"metric": "dot"}, "metric"), ({"index": {"king": "hnsw"}}, "index.king")],
+    [
+        ({"shrads": 4}, "create.shrads"),
+        ({"metric": "dot"}, "create.metric"),
+        ({"index": {"king": "hnsw"}}, "create.index.king"),
+        ({"index": 3}, "create.index"),
+    ],
 )
+@pytest.mark.parametrize("exists", [False, True])
 def test_import_with_create_options_that_make_no_sense_is_invalid(
-    create: dict[str, Any], field: str, tmp_path: Path
+    exists: bool, create: dict[str, Any], field: str, tmp_path: Path
 ) -> None:
     data, source = new_data_url(), write(tmp_path / "a.parquet", random_table(10))
-    with pytest.raises(Invalid) as caught:
+    before = run_import(data, source) if exists else None
+    with pytest.raises(Invalid, match=rf"^{field}: ") as caught:
         run_import(data, source, create=create)
     assert [error.field for error in caught.value.errors] == [field]
-    assert_left_alone(open_store(data))
+    assert_left_alone(open_store(data), newest=before)
 
 
 def test_import_that_no_shard_could_hold_is_refused_before_a_row_is_read(tmp_path: Path) -> None:
@@ -528,6 +740,24 @@ def test_import_that_no_shard_could_hold_is_refused_before_a_row_is_read(tmp_pat
 
 def refuse_tasks(function: Any, items: Any, num_cpus: float, in_flight: int) -> Iterator[tuple[int, Any]]:
     raise AssertionError("a task was run")
+
+
+def test_builds_ask_for_what_one_node_has_free_though_faiss_uses_all_of_it(tmp_path: Path) -> None:
+    asked: list[tuple[str, float, int]] = []
+    threads: set[int] = set()
+
+    def run_tasks(function: Any, items: Any, num_cpus: float, in_flight: int) -> Iterator[tuple[int, Any]]:
+        asked.append((function.__name__, num_cpus, in_flight))
+        threads.update(getattr(item, "threads", 0) for item in items)
+        return run_tasks_here(function, [replace(i, threads=1) if hasattr(i, "threads") else i for i in items], 1, 1)
+
+    data, source = new_data_url(), write(tmp_path / "a.parquet", random_table(10))
+    options = ImportOptions("words", str(source))
+    reporter = JobReporter(open_store(data), JobStatus(JOB, "import", "words"))
+    workers = Workers(run_tasks, cpus=64, cpus_per_node=16, free_cpus=15)
+    Importer(data, open_store(data), log_of(open_store(data)), options, workers).run(JOB, reporter)
+    assert asked == [("partition_unit", 1, 64), ("build_partition", 15, 1)]
+    assert threads == {0, 16}
 
 
 def test_import_with_a_wrong_collection_name_is_invalid(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from cluster import paths
 from cluster.errors import Corrupt, NotFound
 from cluster.memory_store import MemoryStore
-from jobs.report import WRITE_PERIOD_S, JobReporter, JobStatus, read_status
+from jobs.report import FINISH_PAUSES_S, WRITE_PERIOD_S, JobReporter, JobStatus, read_status
 from tests.fakes import FaultyStore, ManualClock
 
 START = JobStatus("job-1", "import", "words")
@@ -96,6 +96,53 @@ def test_listener_is_told_every_change() -> None:
         ("build", 0.3),
         ("build", 1.0),
     ]
+
+
+def test_progress_that_cannot_be_written_is_logged_and_the_job_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    store, clock = FaultyStore(MemoryStore(), at=1, fault="die"), ManualClock()
+    reporter = JobReporter(store, START, clock=clock)
+    reporter.phase("build")
+    clock.advance(WRITE_PERIOD_S)
+    reporter.progress(0.5)
+    reporter.progress(0.6)
+    assert reporter.status.progress == 0.6
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 3  # none of the last: within the period
+    assert "the status of job job-1 could not be written" in caplog.text
+
+
+def test_finish_is_tried_again_until_it_is_written() -> None:
+    inner, pauses = MemoryStore(), []
+    store = FaultyStore(inner)
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        store.at = store.calls + 1 if len(pauses) < 3 else 0
+
+    reporter = JobReporter(store, START, clock=ManualClock(), sleep=sleep)
+    store.at = store.calls + 1
+    reporter.finish("failed", {"error": "Invalid"})
+    assert pauses == list(FINISH_PAUSES_S[:3])
+    assert read_status(inner, "job-1").state == "failed"
+
+
+def test_finish_that_cannot_be_written_at_all_ends_without_an_error() -> None:
+    pauses: list[float] = []
+    store = FaultyStore(MemoryStore(), at=2, fault="die")
+    JobReporter(store, START, clock=ManualClock(), sleep=pauses.append).finish("failed", {})
+    assert pauses == list(FINISH_PAUSES_S)
+    assert store.calls == 2 + len(FINISH_PAUSES_S)
+
+
+def test_waiting_is_told_in_the_report_until_the_job_goes_on() -> None:
+    store = MemoryStore()
+    reporter = JobReporter(store, START, clock=ManualClock())
+    reporter.waiting("waiting for 16 CPUs")
+    assert read_status(store, "job-1").report == {"message": "waiting for 16 CPUs"}
+    reporter.waiting("")
+    assert read_status(store, "job-1").report == {}
+    reporter.waiting("waiting for 16 CPUs")
+    reporter.progress(0.5)
+    assert reporter.status.report == {}
 
 
 def test_status_of_an_unknown_job_is_not_found() -> None:

@@ -12,9 +12,10 @@ import pytest
 from cluster import paths
 from cluster.arrow_rows import vectors_array
 from cluster.config import CollectionConfig, IndexConfig
+from cluster.errors import Unavailable
 from jobs.report import JobReporter, JobStatus
 from tests.unit.actors.points import brute_force, keys, random_points, random_vectors
-from tests.unit.serve.endpoint import Endpoint, Json, hit_ids, memory_url, problem, run_with_endpoint
+from tests.unit.serve.endpoint import Endpoint, Json, LocalJobs, hit_ids, memory_url, problem, run_with_endpoint
 
 JOBS = "/v1/collections/words/jobs"
 CONFIG = CollectionConfig(4, metric="l2", shards=2, index=IndexConfig(kind="flat"))
@@ -187,7 +188,7 @@ STATES: list[tuple[str | None, str]] = [
     ("RUNNING", "running"),
     ("FAILED", "failed"),
     ("STOPPED", "stopped"),
-    ("SUCCEEDED", "failed"),  # it ended without writing how
+    ("SUCCEEDED", "succeeded"),  # its end could not be written
     (None, "failed"),
 ]
 
@@ -200,8 +201,9 @@ def test_job_that_wrote_no_end_is_as_ray_says(ray_state: str | None, told: str, 
         if ray_state is not None:
             endpoint.jobs.states["import-1"] = ray_state
         status = await job(endpoint, "import-1")
-        assert (status["state"], status["phase"], status["progress"]) == (told, "build", 0.5)
-        assert status["log"] == (["Killed"] if ray_state else [])
+        progress = 1.0 if told == "succeeded" else 0.5
+        assert (status["state"], status["phase"], status["progress"]) == (told, "build", progress)
+        assert status["log"] == (["Killed"] if ray_state in ("SUCCEEDED", "FAILED", "STOPPED") else [])
         assert status["report"].get("error") == ("Crashed" if told == "failed" else None)
 
     run_with_endpoint(scenario, tmp_path)
@@ -226,6 +228,44 @@ def test_job_that_wrote_nothing_is_pending_until_ray_says_otherwise(tmp_path: Pa
         for ray_state, told in (("PENDING", "pending"), ("RUNNING", "pending"), ("FAILED", "failed")):
             endpoint.jobs.states[job_id] = ray_state
             assert (await job(endpoint, job_id))["state"] == told
+
+    run_with_endpoint(scenario, tmp_path)
+
+
+class AwayJobs(LocalJobs):
+    """A job server that does not answer."""
+
+    def job_state(self, job_id: str) -> str | None:
+        raise Unavailable("away")
+
+    def job_log_tail(self, job_id: str, lines: int) -> list[str]:
+        raise Unavailable("away")
+
+    def stop_job(self, job_id: str) -> bool:
+        raise Unavailable("away")
+
+
+def test_job_of_a_server_that_is_away_is_unavailable_unless_it_wrote_its_end(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint) -> None:
+        endpoint.services.jobs._runner = AwayJobs()
+        problem(await endpoint.http.get("/v1/jobs/import-1"), 503)
+        reporter = JobReporter(endpoint.store, RUNNING)
+        problem(await endpoint.http.get("/v1/jobs/import-1"), 503)
+        problem(await endpoint.http.delete("/v1/jobs/import-1"), 503)
+        reporter.finish("succeeded", {"points": 3})
+        assert await job(endpoint, "import-1") == asdict(reporter.status) | {"log": []}
+
+    run_with_endpoint(scenario, tmp_path)
+
+
+def test_job_that_ended_is_told_though_its_log_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(endpoint: Endpoint) -> None:
+        JobReporter(endpoint.store, RUNNING)
+        endpoint.jobs.states["import-1"] = "FAILED"
+        endpoint.services.jobs._runner.job_log_tail = AwayJobs().job_log_tail  # type: ignore[method-assign]
+        status = await job(endpoint, "import-1")
+        assert (status["state"], status["log"]) == ("failed", [])
+        assert "the log of job import-1 cannot be read" in caplog.text
 
     run_with_endpoint(scenario, tmp_path)
 

@@ -1,0 +1,74 @@
+"""What the supervisor knows of the manifests in object storage: the newest of every collection, or why it has none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from cluster.errors import Corrupt, NotFound
+from cluster.manifest import Manifest, ManifestLog, collection_names
+from cluster.object_store import ObjectStore
+
+
+class KnownManifests:
+    """`newest` by collection, without deleted ones; `unreadable` says why a newest manifest could not be read.
+
+    A collection may be in both: then `newest` is what was read before. Every read may raise Unavailable.
+    """
+
+    def __init__(self, store: ObjectStore, new_nonce: Callable[[], str]) -> None:
+        self._store = store
+        self._new_nonce = new_nonce
+        self._reading = asyncio.Lock()
+        self.newest: dict[str, Manifest] = {}
+        self.unreadable: dict[str, str] = {}
+        self.complete = asyncio.Event()  # once every collection was read; before that an absent one may exist
+
+    async def read_all(self) -> None:
+        known = self.newest.keys() | self.unreadable.keys()  # what `read` adds meanwhile is not in the list
+        names = await asyncio.to_thread(collection_names, self._store)
+        for name in names:
+            await self.read(name)
+        for name in known - set(names):
+            self._keep(name, None)
+        self.complete.set()
+
+    async def read(self, name: str) -> None:
+        """A corrupt manifest stops its own collection from changing, not the others.
+
+        One read at a time: a slow one must not bring back what a later one saw replaced.
+        """
+        async with self._reading:
+            try:
+                manifest = await asyncio.to_thread(self._log(name).newest)
+            except (Corrupt, NotFound) as error:
+                self.unreadable[name] = str(error)
+            else:
+                self._keep(name, manifest)
+
+    async def earlier(self, newest: Manifest, version: int) -> Manifest | None:
+        """An earlier version of a collection; None where it was deleted since, or cannot be read."""
+        try:
+            return await asyncio.to_thread(_earlier, self._log(newest.collection), newest, version)
+        except (Corrupt, NotFound):
+            return None
+
+    def _keep(self, name: str, manifest: Manifest | None) -> None:
+        self.unreadable.pop(name, None)
+        if manifest is None or manifest.state == "deleted":
+            self.newest.pop(name, None)
+        else:
+            self.newest[name] = manifest
+
+    def _log(self, name: str) -> ManifestLog:
+        return ManifestLog(self._store, name, self._new_nonce)
+
+
+def _earlier(log: ManifestLog, newest: Manifest, version: int) -> Manifest | None:
+    """Every version on the way is read: after a deletion the name stands for another collection."""
+    manifest = newest
+    while manifest.version > version:
+        manifest = log.read(manifest.version - 1)
+        if manifest.state == "deleted":
+            return None
+    return manifest
