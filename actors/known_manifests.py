@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable
 
 from cluster.errors import Corrupt, NotFound
@@ -19,7 +20,7 @@ class KnownManifests:
     def __init__(self, store: ObjectStore, new_nonce: Callable[[], str]) -> None:
         self._store = store
         self._new_nonce = new_nonce
-        self._reading = asyncio.Lock()
+        self._reading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.newest: dict[str, Manifest] = {}
         self.unreadable: dict[str, str] = {}
         self.complete = asyncio.Event()  # once every collection was read; before that an absent one may exist
@@ -36,9 +37,9 @@ class KnownManifests:
     async def read(self, name: str) -> None:
         """A corrupt manifest stops its own collection from changing, not the others.
 
-        One read at a time: a slow one must not bring back what a later one saw replaced.
+        One read of a collection at a time: a slow one must not bring back what a later one saw replaced.
         """
-        async with self._reading:
+        async with self._reading[name]:
             try:
                 manifest = await asyncio.to_thread(self._log(name).newest)
             except (Corrupt, NotFound) as error:

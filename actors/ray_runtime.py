@@ -75,41 +75,54 @@ class ShardActor:
     """A `Shard` in a process of its own. FAISS runs in one thread, so that the event loop stays free."""
 
     def __init__(self, settings: Settings, key: ReplicaKey, shards: int) -> None:
-        cache_dir = Path(settings.cache_dir) if settings.cache_dir else private_folder("cache")
-        self._shard = Shard(open_store(settings.data), key.collection, key.shard, cache_dir)
+        self._settings = settings
+        self._key = key
+        self._shard: Shard | None = None
         self._threads = search_threads(shards, settings, node_cores())
         self._searcher = ThreadPoolExecutor(1, "search", initializer=use_threads, initargs=(self._threads,))
         self._loader = ThreadPoolExecutor(1, "load", initializer=use_threads, initargs=(self._threads,))
         self._error = ""
         try:
-            sweep_cache(cache_dir, time.time())
-            self._loader.submit(self._shard.load).result()
+            self._loader.submit(self._load, None).result()
         except Exception as error:  # noqa: BLE001  # the process stays and says why; it will be asked to load again
-            self._error = f"{type(error).__name__}: {error}"
-            logger.error("%s: %s", key, self._error)
+            logger.error("%s: %s", key, error)
 
-    async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
-        return await asyncio.get_running_loop().run_in_executor(self._searcher, self._shard.search, request)
-
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str]) -> tuple[Any, Any]:
-        return await asyncio.to_thread(self._shard.fetch, generation, ids, columns)
-
-    async def load(self, version: int) -> None:
-        loop = asyncio.get_running_loop()
+    def _load(self, version: int | None) -> None:
         try:
-            await loop.run_in_executor(self._loader, self._shard.load, version)
+            if self._shard is None:
+                self._shard = self._open()
+            self._shard.load(version)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
             raise
         self._error = ""
 
+    def _open(self) -> Shard:
+        cache_dir = Path(self._settings.cache_dir) if self._settings.cache_dir else private_folder("cache")
+        sweep_cache(cache_dir, time.time())
+        return Shard(open_store(self._settings.data), self._key.collection, self._key.shard, cache_dir)
+
+    async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
+        return await asyncio.get_running_loop().run_in_executor(self._searcher, self._opened().search, request)
+
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str]) -> tuple[Any, Any]:
+        return await asyncio.to_thread(self._opened().fetch, generation, ids, columns)
+
+    async def load(self, version: int) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._loader, self._load, version)
+
     async def retire(self, generation: int) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._loader, self._shard.retire, generation)
+        await asyncio.get_running_loop().run_in_executor(self._loader, self._opened().retire, generation)
 
     async def status(self) -> ReplicaStatus:
-        status = self._shard.status()
+        status = self._shard.status() if self._shard else ReplicaStatus("failed")
         node, error = socket.gethostname(), self._error or status.error
         return replace(status, threads=self._threads, pid=os.getpid(), node=node, error=error)
+
+    def _opened(self) -> Shard:
+        if self._shard is None:
+            raise Unavailable(f"replica {self._key} has loaded nothing: {self._error}")
+        return self._shard
 
 
 class ActorShardClient:

@@ -98,7 +98,7 @@ def _spec(count: int, config: CollectionConfig, mean: IndexSpec | None) -> Index
         return index_spec.choose(count, config)
     index = replace(config.index, kind=mean.kind, memory_bytes=None)
     spec = index_spec.choose(count, replace(config, index=index))
-    return replace(spec, reason=f"for the import's mean segment: {mean.reason}")
+    return replace(spec, reason=f"for the mean shard: {mean.reason}")
 
 
 def _build_tuned(

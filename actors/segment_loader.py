@@ -57,43 +57,48 @@ class LoadedSegment:
         """
         knobs = params.given or widened(self.operating_point.params, k)
         rows, scores = self._index.search(queries, k + 1, knobs)
-        if not params.given:
-            self._fill_up(queries, k, rows, scores)
+        short: NDArray[np.bool_] = np.asarray((rows[:, :k] < 0).any(axis=1) & (not params.given))
+        self._ask_all_lists(queries, short, k + 1, rows, scores)
         tied = _ties_at(rows, scores, k)
         if not tied.any():
             return rows[:, :k], scores[:, :k]
-        return self._with_ties(queries, k, knobs, (rows, scores), tied)
+        more_rows, more_scores = self._index.search(queries[tied], k + TIES_MAX, knobs)
+        self._ask_all_lists(queries[tied], short[tied], k + TIES_MAX, more_rows, more_scores)
+        return _with_ties((rows, scores), (more_rows, more_scores), tied, k)
 
-    def _fill_up(
-        self, queries: NDArray[np.float32], k: int, rows: NDArray[np.int64], scores: NDArray[np.float32]
-    ) -> None:
-        """Tuned lists may hold fewer than k points: ask all lists for those queries, in place."""
-        short = (rows[:, :k] < 0).any(axis=1)
-        if short.any() and self.spec.exhaustive_params is not None:
-            rows[short], scores[short] = self._index.search(queries[short], k + 1, self.spec.exhaustive_params)
-
-    def _with_ties(
+    def _ask_all_lists(
         self,
         queries: NDArray[np.float32],
-        k: int,
-        knobs: dict[str, int],
-        found: tuple[NDArray[np.int64], NDArray[np.float32]],
-        tied: NDArray[np.bool_],
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Widen the answers of `tied` queries by all points, up to `TIES_MAX`, that score as the k-th does."""
-        more_rows, more_scores = self._index.search(queries[tied], k + TIES_MAX, knobs)
-        beyond = more_scores[:, k:] != more_scores[:, k - 1 : k]
-        more_rows[:, k:][beyond] = -1
-        rows = np.full((len(queries), more_rows.shape[1]), -1, dtype=np.int64)
-        scores = np.zeros(rows.shape, dtype=np.float32)
-        rows[:, :k], scores[:, :k] = found[0][:, :k], found[1][:, :k]
-        rows[tied], scores[tied] = more_rows, more_scores
-        return rows, scores
+        short: NDArray[np.bool_],
+        width: int,
+        rows: NDArray[np.int64],
+        scores: NDArray[np.float32],
+    ) -> None:
+        """The tuned lists may hold fewer points than asked for: search those queries again, in place."""
+        if short.any() and self.spec.exhaustive_params is not None:
+            rows[short], scores[short] = self._index.search(queries[short], width, self.spec.exhaustive_params)
 
     @property
     def operating_point(self) -> OperatingPoint:
         """The tuned point of the collection's own target."""
         return self.description.operating_points[0]
+
+
+def _with_ties(
+    found: tuple[NDArray[np.int64], NDArray[np.float32]],
+    more: tuple[NDArray[np.int64], NDArray[np.float32]],
+    tied: NDArray[np.bool_],
+    k: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """`found`, where the `tied` queries have from their wider answer `more` all that score as the k-th does."""
+    more_rows, more_scores = more
+    beyond = more_scores[:, k:] != more_scores[:, k - 1 : k]
+    more_rows[:, k:][beyond] = -1
+    rows = np.full((len(tied), more_rows.shape[1]), -1, dtype=np.int64)
+    scores = np.zeros(rows.shape, dtype=np.float32)
+    rows[:, :k], scores[:, :k] = found[0][:, :k], found[1][:, :k]
+    rows[tied], scores[tied] = more_rows, more_scores
+    return rows, scores
 
 
 def _ties_at(rows: NDArray[np.int64], scores: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
@@ -161,7 +166,7 @@ def _verified_file(
 
 def sweep_cache(cache_dir: Path, now_s: float) -> None:
     """Delete cached files that nothing has loaded for `CACHE_UNUSED_S`; who has mapped one keeps it."""
-    for path in cache_dir.glob("*"):
+    for path in cache_dir.glob("xxh3_128-*"):
         with suppress(FileNotFoundError):
             if path.stat().st_mtime < now_s - CACHE_UNUSED_S:
                 path.unlink()

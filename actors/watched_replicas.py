@@ -112,7 +112,13 @@ class WatchedReplicas:
     ) -> None:
         """Call a replica in a task of its own, unless another call to it is under way or this one failed lately."""
         if key not in self._calls and self._clock() >= self._call_after.get((key, what), 0.0):
-            self._calls[key] = asyncio.ensure_future(self._called(key, what, call, timeout_s))
+            task = asyncio.ensure_future(self._called(key, what, call, timeout_s))
+            self._calls[key] = task
+            task.add_done_callback(lambda done: self._call_done(key, done))  # also when cancelled before it began
+
+    def _call_done(self, key: ReplicaKey, task: asyncio.Task[None]) -> None:
+        if self._calls.get(key) is task:
+            del self._calls[key]
 
     async def _called(
         self, key: ReplicaKey, what: str, call: Callable[[], Awaitable[None]], timeout_s: float | None
@@ -125,8 +131,6 @@ class WatchedReplicas:
         except Exception as error:  # noqa: BLE001  # logged, and done again later
             log_failure(f"{key}: {what}", error)
             self._call_after[key, what] = self._clock() + CALL_RETRY_S
-        finally:
-            del self._calls[key]
 
     async def _watch(self, key: ReplicaKey) -> None:
         """Ask a replica for its status for ever; a call that is late is waited for, not repeated."""
@@ -186,7 +190,7 @@ class WatchedReplicas:
         if watcher is not None and watcher is not asyncio.current_task():
             watcher.cancel()
         if key in self._calls:
-            self._calls[key].cancel()
+            self._calls.pop(key).cancel()
         self._call_after = {(k, what): at for (k, what), at in self._call_after.items() if k != key}
         self._wake.set()
 

@@ -26,7 +26,7 @@ class IndexConfig:
     """Which index the shards build.
 
     `kind="auto"` lets `cluster.index_spec.choose` decide. `target_recall` is recall@10 against exact search;
-    1.0 asks for exact search. `memory_bytes` bounds the index of one segment (None: no bound).
+    1.0 asks for exact search. `memory_bytes` bounds the indexes of one shard (None: no bound).
     """
 
     kind: IndexKindChoice = "auto"

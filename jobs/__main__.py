@@ -55,9 +55,10 @@ def import_command(
     options = ImportOptions(collection, source, columns, _json_object(create), memory_bytes, seed)
     ray_runtime.connect(address)
     settings = Settings(data=data, namespace=namespace) if data else ray_runtime.settings_of_supervisor(namespace)
+    settings.check_shared()
     submission_id = _submission_id()
     name = job_id or submission_id or new_job_id("import")
-    run_import(settings, options, JobStatus(name, "import", collection, submitted=submission_id is not None))
+    run_import(settings, options, JobStatus(name, "import", collection, submitted=submission_id == name))
 
 
 def _submission_id() -> str | None:

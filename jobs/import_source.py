@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from cluster.config import IdType
-from cluster.errors import Invalid, NotFound
+from cluster.errors import Invalid, NotFound, Unavailable
 from cluster.object_store import path_of_url
 from cluster.segment import RESERVED_COLUMNS
 
@@ -69,7 +69,10 @@ def read_batches(url: str, unit: Unit, rows: int, columns: list[str]) -> Iterato
         except pa.ArrowMemoryError:
             raise
         except (pa.ArrowException, OSError) as error:
-            raise Invalid.at("source", f"file {unit.file}, row group {group} cannot be read: {error}") from error
+            message = f"file {unit.file}, row group {group} cannot be read: {error}"
+            if isinstance(error, OSError) and urlsplit(url).scheme not in ("", "file"):
+                raise Unavailable(f"source: {message}") from error  # the network, most likely: try again
+            raise Invalid.at("source", message) from error
 
 
 def open_file(url: str, file: str) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any
 
@@ -113,10 +113,11 @@ class Importer:
         else:
             config = new_config(options, source)
         _check_fits(config, source, options)
-        index_spec.choose(ceil(source.rows / config.shards), config)  # refuses now what no shard could build
-        partitions = config.shards * segments_per_shard(source.rows, config, options.memory_bytes)
+        whole = index_spec.choose(ceil(source.rows / config.shards), config)  # refuses now what no shard could hold
+        same_kind = replace(config, index=replace(config.index, kind=whole.kind, memory_bytes=None))
+        partitions = config.shards * segments_per_shard(source.rows, same_kind, options.memory_bytes)
         count = ceil(source.rows / partitions)
-        mean = index_spec.choose(count, config)
+        mean = replace(index_spec.choose(count, same_kind), reason=whole.reason)
         needed = segment_bytes(mean, count, config.dimension)
         builds = plan_builds(min(partitions, source.rows), needed, options.memory_bytes, self._workers)
         return ImportPlan(parent, config, source, partitions, mean, builds)

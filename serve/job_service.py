@@ -18,6 +18,7 @@ from serve.schemas import ImportBody
 
 JOB_ID = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 LOG_LINES = 50
+UNFINISHED = ("running", "pending")
 ENTRYPOINT_CHARACTERS = 30_000  # Linux takes 128 KiB in one argument, and a character may be 4 bytes
 ENDED_STATES = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "stopped"}  # Ray's, and ours
 NO_REPORT = "the job ended without a report; its log may tell"
@@ -66,11 +67,13 @@ class JobService:
                 raise NotFound(f"no job {job_id!r}") from None
             written = JobStatus(job_id, job_id.split("-", 1)[0], "", state="pending")
         answer = asdict(written)
-        if written.submitted and written.state in ("running", "pending"):
+        if written.submitted and written.state in UNFINISHED:
             if unknown is not None:
                 raise unknown
             answer |= _state_of_unfinished(written, state)
-        return answer | {"log": self._log_tail(job_id) if state in ENDED_STATES else []}
+        return answer | {
+            "log": self._log_tail(job_id) if answer["state"] not in UNFINISHED and state is not None else []
+        }
 
     def _ray_state(self, job_id: str) -> tuple[str | None, Unavailable | None]:
         """What Ray says of a job, or why it cannot be asked."""

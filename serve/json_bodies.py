@@ -52,5 +52,8 @@ def _values(column: Any) -> list[Any]:
     try:
         values: list[Any] = column.to_pylist()
     except (ValueError, OverflowError):
-        values = column.cast(pa.int64() if pa.types.is_duration(column.type) else pa.string()).to_pylist()
+        try:
+            values = column.cast(pa.int64() if pa.types.is_duration(column.type) else pa.string()).to_pylist()
+        except pa.ArrowNotImplementedError:  # nested: each value as Arrow prints it
+            values = [str(value) if value.is_valid else None for value in column]
     return values

@@ -234,7 +234,7 @@ def _application(options: UpOptions) -> Iterator[None]:
         yield
     finally:
         if options.address is not None:
-            ray_serve.delete(APPLICATION)
+            ray_serve.shutdown()  # all of it: there was none before
             ray_runtime.stop_actors(options.settings.namespace)
 
 

@@ -200,9 +200,14 @@ def _query(
     )
 
 
+def answer_numbers(hits: int, config: CollectionConfig, with_vectors: bool) -> int:
+    """The size of an answer, as `Limits.answer_numbers` counts it."""
+    return hits * (HIT_NUMBERS + (config.dimension if with_vectors else 0))
+
+
 def check_answer(hits: int, config: CollectionConfig, with_vectors: bool, field: str, limits: Limits) -> None:
     """Invalid where so many hits could make an answer over `answer_numbers`."""
-    numbers = hits * (HIT_NUMBERS + (config.dimension if with_vectors else 0))
+    numbers = answer_numbers(hits, config, with_vectors)
     if numbers > limits.answer_numbers:
         raise Invalid.at(
             field,

@@ -75,3 +75,16 @@ def test_k_of_about_all_points_gives_all_of_them(kind: str, k: int, tmp_path: Pa
     hits = search(shard, vectors[:3], k)
     assert hits.counts.tolist() == [min(k, 1_000)] * 3
     assert len(set(hits.ids.to_pylist()[: min(k, 1_000)])) == min(k, 1_000)
+
+
+def test_lists_too_short_for_k_and_ties_at_the_last_hit_still_give_k_hits(tmp_path: Path) -> None:
+    """5 points near the query in a list of their own, 200 equal ones far away: all lists must be asked twice."""
+    random = np.random.default_rng(6)
+    vectors = np.concatenate([0.01 * random.standard_normal((5, 4)), np.full((200, 4), 50.0)])
+    index = IndexConfig("ivf_flat")
+    shard = shard_of(CollectionConfig(4, "l2", index=index), vectors, tmp_path)
+    segment = shard._views[1].segments[0]
+    assert segment.spec.params["nlist"] > 1
+    hits = search(shard, np.zeros((1, 4)), 10)
+    assert hits.ids.to_pylist()[5:] == [5, 6, 7, 8, 9]
+    assert sorted(hits.ids.to_pylist()[:5]) == [0, 1, 2, 3, 4]

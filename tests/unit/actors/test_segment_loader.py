@@ -205,9 +205,11 @@ def test_sweep_deletes_only_what_was_not_loaded_for_long(tmp_path: Path) -> None
     config, store = config_of("flat"), MemoryStore()
     ref = publish(store, "words", config, points_of(config))
     segment = load(store, ref, config, tmp_path)
-    (tmp_path / "old").write_bytes(b"x")
+    (tmp_path / "xxh3_128-old").write_bytes(b"x")
+    (tmp_path / "mine").write_bytes(b"not of the cache")
     for path in tmp_path.iterdir():
         os.utime(path, (0.0, 0.0))
     load(store, ref, config, tmp_path)  # from the cache: in use again
     sweep_cache(tmp_path, time.time())
-    assert sorted(tmp_path.iterdir()) == sorted(cached_path(tmp_path, e) for e in segment.description.files.values())
+    kept = [cached_path(tmp_path, entry) for entry in segment.description.files.values()]
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "mine"])

@@ -537,7 +537,7 @@ def test_segments_of_one_import_are_of_one_kind_though_their_counts_differ(
         counts = [ref.count for ref in manifest.segments.values()]
         assert counts[0] != counts[1]
         assert [spec["kind"] for spec in specs] == [kind, kind]
-        assert all(spec["reason"].startswith("for the import's mean segment: ") for spec in specs)
+        assert all(spec["reason"].startswith("for the mean shard: ") for spec in specs)
 
 
 def test_lists_of_a_segment_follow_its_own_count(tmp_path: Path) -> None:
