@@ -22,8 +22,9 @@ START_TIMEOUT_S = 120.0
 class RunningServer:
     """`eagleray up` on a free port; `start` and `stop` may be repeated over the same data."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, *options: str) -> None:
         self.data = data
+        self.options = options
         self.port = free_ports(1)[0]
         self.target = f"http://127.0.0.1:{self.port}"
         self.client = Client(self.target)
@@ -32,6 +33,7 @@ class RunningServer:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "serve.cli", "up", "--data", str(self.data), "--port", str(self.port)]
+        command += self.options
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         self._process = subprocess.Popen(command, start_new_session=True, **pipes)
         assert self._process.stdout is not None
