@@ -63,7 +63,6 @@ def test_tasks_that_no_node_can_take_say_so_and_end(monkeypatch: pytest.MonkeyPa
     told: list[str] = []
     with pytest.raises(Unavailable, match="given up waiting for a node with 64 free CPUs"):
         list(ray_jobs.run_tasks(count_up, [3], num_cpus=64, in_flight=1, waiting=told.append))
-    assert len(told) >= 2
     assert "2 is all of the largest node" in told[0]
 
 
