@@ -204,8 +204,4 @@ def _new_jobs_client() -> Any:
     return JobSubmissionClient(ray.get_runtime_context().gcs_address)
 
 
-_server = JobServer(_new_jobs_client)
-submit_job = _server.submit_job
-job_state = _server.job_state
-job_log_tail = _server.job_log_tail
-stop_job = _server.stop_job
+job_server = JobServer(_new_jobs_client)

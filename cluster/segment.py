@@ -17,10 +17,12 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from cluster import paths
 from cluster.arrow_rows import gather, vector_type, vectors_view
 from cluster.config import CollectionConfig
 from cluster.errors import Corrupt
 from cluster.ids import ID_ARROW_TYPE, hash_ids
+from cluster.object_store import ObjectStore
 
 FORMAT = 1
 BATCH_BYTES = 16 * 1024 * 1024  # of vectors in one record batch of rows.arrow
@@ -118,6 +120,12 @@ def verify_file(path: Path, expected: FileEntry, name: str) -> None:
             f"{name}: {actual.size_bytes} bytes with checksum {actual.checksum}; "
             f"written were {expected.size_bytes} bytes with {expected.checksum}"
         )
+
+
+def delete_segment(store: ObjectStore, collection: str, segment_id: str) -> None:
+    """Delete all files of a segment; no error where some or all are gone."""
+    for name in paths.SEGMENT_FILES:
+        store.delete(paths.segment_file(collection, segment_id, name))
 
 
 def rows_per_batch(config: CollectionConfig) -> int:

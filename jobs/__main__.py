@@ -11,8 +11,6 @@ from functools import partial
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from actors import ray_jobs, ray_runtime
 from cluster.config import Settings
@@ -22,7 +20,8 @@ from cluster.object_store import open_store
 from jobs.build_plan import Workers
 from jobs.import_source import Columns
 from jobs.importer import DEFAULT_MEMORY_BYTES, Importer, ImportOptions
-from jobs.report import JobReporter, JobStatus
+from jobs.progress_bar import progress_bar, rate_note
+from jobs.report import JobReporter, JobStatus, new_job_id
 
 SERVED_TIMEOUT_S = 600.0
 MEMORY_HELP = "Most bytes that the indexes being built at one time take on one node."
@@ -67,10 +66,6 @@ def _submission_id() -> str | None:
     return str(json.loads(config)["metadata"]["job_submission_id"]) if config else None
 
 
-def new_job_id(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex[:16]}"
-
-
 def parse_attributes(text: str) -> tuple[str, ...] | str:
     return "all" if text == "all" else tuple(name for name in text.split(",") if name)
 
@@ -92,7 +87,11 @@ def run_import(settings: Settings, options: ImportOptions, status: JobStatus) ->
     """
     store = open_store(settings.data)
     log = ManifestLog(store, options.collection, lambda: uuid.uuid4().hex)
-    with _progress_bar() as listener:
+    with progress_bar("starting") as show:
+
+        def listener(now: JobStatus) -> None:
+            show(now.phase, now.progress, rate_note(now.rate) or str(now.report.get("message", "")))
+
         reporter = JobReporter(store, status, listener)
         try:
             manifest = Importer(settings.data, store, log, options, _workers(reporter)).run(status.job_id, reporter)
@@ -125,26 +124,6 @@ def _wait_until_served(namespace: str, manifest: Manifest) -> dict[str, Any]:
         logger.warning("generation %d of %r is not served yet", manifest.generation, manifest.collection, exc_info=True)
         return {"served": False, "message": f"committed, but not served yet: {error}"}
     return {"served": True}
-
-
-class _progress_bar:
-    """A progress bar on standard error, with the job's phase, share and rate."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, TextColumn("{task.fields[rate]}"), console=Console(stderr=True))
-
-    def __enter__(self) -> Any:
-        self._progress.start()
-        self._task = self._progress.add_task("starting", total=1.0, rate="")
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def _show(self, status: JobStatus) -> None:
-        rate = f"{status.rate:,.0f} rows/s" if status.rate else str(status.report.get("message", ""))
-        self._progress.update(self._task, completed=status.progress, description=status.phase, rate=rate)
 
 
 def main() -> None:

@@ -44,10 +44,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of an import, their common schema and their units."""
+    """What the files of an import hold: their units of work, and the columns as they are to be stored."""
 
-    url: str
-    schema: Any
     units: tuple[Unit, ...]
     dimension: int | None
     id_type: IdType
@@ -96,7 +94,7 @@ def find_source(url: str, columns: Columns) -> Source:
     attributes = _attributes(schema, columns)
     first = next((unit for unit in units if unit.rows), None)
     dimension = _dimension(schema, columns, first, url)
-    return Source(url, schema, tuple(units), dimension, _id_type(schema, columns), attributes)
+    return Source(tuple(units), dimension, _id_type(schema, columns), attributes)
 
 
 def _resolve(url: str) -> tuple[Any, str]:

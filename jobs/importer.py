@@ -21,6 +21,7 @@ from cluster.errors import Conflict, EaglerayError, FieldError, Invalid
 from cluster.index_spec import IndexSpec
 from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry
 from cluster.object_store import ObjectStore
+from cluster.segment import delete_segment
 from jobs.build_plan import Builds, Workers, plan_builds, segment_bytes, segments_per_shard
 from jobs.import_source import Columns, Source, find_source
 from jobs.report import JobReporter
@@ -198,8 +199,7 @@ class Importer:
         prefix = paths.segments_prefix(collection)
         found = {name for name in self._store.folders(prefix) if is_segment_of(job_id, name)}
         for name in found - self._log.named_segments() if found else ():
-            for file in paths.SEGMENT_FILES:
-                self._store.delete(paths.segment_file(collection, name, file))
+            delete_segment(self._store, collection, name)
 
     def _delete_staging(self, job_id: str = "", older_than_s: float = 0.0) -> None:
         """Delete one job's pieces, or all that are older than that."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -35,6 +36,10 @@ class JobStatus:
     rate: float = 0.0
     remaining_s: float | None = None
     report: dict[str, Any] = field(default_factory=dict)
+
+
+def new_job_id(kind: str) -> str:
+    return f"{kind}-{uuid.uuid4().hex[:16]}"
 
 
 def read_status(store: ObjectStore, job_id: str) -> JobStatus:

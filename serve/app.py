@@ -21,15 +21,6 @@ MAX_ONGOING_REQUESTS = 1_000  # per endpoint process; Serve's default of 5 would
 logger = logging.getLogger(__name__)
 
 
-class _RayJobs:
-    """`JobRunner` over Ray's job server."""
-
-    submit_job = staticmethod(ray_jobs.submit_job)
-    job_state = staticmethod(ray_jobs.job_state)
-    job_log_tail = staticmethod(ray_jobs.job_log_tail)
-    stop_job = staticmethod(ray_jobs.stop_job)
-
-
 @ray_serve.ingress()
 class _Endpoint:
     """One endpoint process: a coordinator behind HTTP. The first one starts the supervisor."""
@@ -44,7 +35,7 @@ class _Endpoint:
             coordinator=Coordinator(directory, settings.limits, metrics),
             directory=directory,
             store=store,
-            jobs=JobService(store, _RayJobs(), settings.namespace),
+            jobs=JobService(store, ray_jobs.job_server, settings.namespace),
             metrics=metrics,
             exchange=directory,
             limits=settings.limits,

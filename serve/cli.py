@@ -10,16 +10,15 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Invalid
+from jobs.progress_bar import progress_bar, rate_note
 from serve.client import Client
 
 app = typer.Typer(help="Eagleray: a sharded vector index on Ray.", no_args_is_help=True, add_completion=False)
 out = Console()
-err = Console(stderr=True)
 
 TargetOption = Annotated[
     str, typer.Option("--target", envvar="EAGLERAY_TARGET", help="The HTTP endpoint of a running Eagleray.")
@@ -133,15 +132,12 @@ def import_command(
         "create": create | ({"index": index_config} if index_config else {}),
         **_given(memory_bytes=memory_bytes),
     }
-    columns = (TextColumn("{task.description:>9}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=err, disable=as_json) as progress:
-        bar = progress.add_task("submitted", total=1.0, rate="")
+    with progress_bar("submitted", hidden=as_json) as show:
 
-        def show(status: dict[str, Any]) -> None:
-            rate = status["report"].get("message") or (f"{status['rate']:,.0f} rows/s" if status["rate"] else "")
-            progress.update(bar, completed=status["progress"], description=status["phase"], rate=rate)
+        def listener(now: dict[str, Any]) -> None:
+            show(now["phase"], now["progress"], now["report"].get("message") or rate_note(now["rate"]))
 
-        status = Client(target).run_job(collection, body, show)
+        status = Client(target).run_job(collection, body, listener)
     report = status["report"]
     told = f"{report['points']:,} points, generation {report['generation']}" if "points" in report else "imported"
     _show(as_json, status, f"collection {collection}: {told} {report.get('message', '')}".rstrip())

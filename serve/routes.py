@@ -19,7 +19,6 @@ from starlette.routing import Route
 
 from actors.coordinator import Coordinator
 from actors.shard_client import Directory, ServedCollection
-from cluster import paths
 from cluster.config import Limits, check_collection_name
 from cluster.errors import Corrupt, EaglerayError, Exhausted, Invalid, NotFound, Unavailable
 from cluster.ids import id_array
@@ -27,6 +26,8 @@ from cluster.index_spec import choose
 from cluster.manifest import Manifest, ManifestLog
 from cluster.object_store import ObjectStore
 from cluster.query import Query
+from cluster.segment import delete_segment
+from jobs.report import new_job_id
 from serve import arrow_bodies, metrics
 from serve.arrow_bodies import ARROW
 from serve.descriptions import describe_collection, describe_unreadable
@@ -227,7 +228,7 @@ class Routes:
             check_create(body.create)
         elif not self._known(name):
             raise NotFound(f"no collection {name!r}; give create to have the import make it")
-        job_id = f"import-{uuid.uuid4().hex[:16]}"
+        job_id = new_job_id("import")
         await asyncio.to_thread(self._services.jobs.submit_import, job_id, name, body)
         return _json({"job_id": job_id}, 202)
 
@@ -311,8 +312,7 @@ class Routes:
     def _delete_segments(self, name: str, version: int) -> None:
         """What manifests up to `version` named, and no more: another writer may already be filling a new collection."""
         for segment_id in self._log(name).segments_until(version):
-            for file in paths.SEGMENT_FILES:
-                self._services.store.delete(paths.segment_file(name, segment_id, file))
+            delete_segment(self._services.store, name, segment_id)
 
     async def _json_body(self, request: Request) -> bytes:
         if _content_type(request) not in ("", JSON):
