@@ -19,6 +19,7 @@ from actors.shard_client import Directory, ServedCollection, ServingTable
 from cluster.config import Limits
 from cluster.errors import EaglerayError, NotFound, Unavailable
 from cluster.query import Hits, Query, SearchResult, coverage_of
+from cluster.recent_queries import RecentQueries
 from cluster.topk import join_queries, merge_hits
 
 FOLLOW_RETRY_S = 0.5
@@ -38,7 +39,7 @@ class _ShardLane:
 
 
 class Coordinator:
-    """Answers queries from the serving table that `follow` keeps current."""
+    """Answers queries from the serving table that `follow` keeps current, and keeps a sample of them (`recent`)."""
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Coordinator:
         self._clock = clock
         self._lanes: dict[tuple[str, int], _ShardLane] = {}
         self.table: ServingTable | None = None
+        self.recent = RecentQueries(limits.recent_queries, clock)
 
     async def follow(self) -> None:
         """Keep the table current, for ever. While the supervisor is away the last table is served."""
@@ -75,6 +77,7 @@ class Coordinator:
             lanes[place].batcher.window = self._limits.calls_in_flight_per_replica * max(1, len(keys))
         self._lanes = lanes
         self.table = table
+        self.recent.keep_only({name: served.config for name, served in table.collections.items()}, table.unready)
 
     def _new_lane(self, collection: str, shard: int) -> _ShardLane:
         replicas = ReplicaSet(self._directory.client, self._clock)
@@ -112,7 +115,14 @@ class Coordinator:
             reasons = "; ".join(f"shard {s}: {_reason(calls[s], query)}" for s in coverage.missing)
             raise Unavailable(f"coverage {coverage.shards:.3f}: {reasons}", coverage=coverage.to_dict())
         hits = merge_hits([answers[shard] for shard in sorted(answers)], query.k, served.config.metric)
+        self._remember(collection, served, query)
         return SearchResult(hits, coverage, served.generation)
+
+    def _remember(self, collection: str, served: ServedCollection, query: Query) -> None:
+        """Offer an answered query to the sample, unless the collection was deleted or replaced meanwhile."""
+        now = self.table.collections.get(collection) if self.table else None
+        if now is not None and now.config == served.config and not query.params.exact:
+            self.recent.offer(collection, query.vectors, served.config.metric)
 
     async def _search_shard(
         self, collection: str, served: ServedCollection, shard: int, query: Query, key: GroupKey

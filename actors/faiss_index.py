@@ -1,16 +1,15 @@
-"""The one module that imports FAISS: build, search, save and load an index. Labels are row numbers.
+"""The module that imports FAISS: build, search, save and load an index. Labels are row numbers.
 
-Rules kept here: cosine is L2 on unit vectors; k is clamped; a label -1 never leaves; search parameters go with
-the call; a loaded index is memory-mapped and never mutated; callers' arrays are never written to; threads are
-set per calling thread (`use_threads`).
+Rules kept here: cosine is L2 on unit vectors; k is clamped; search parameters and row selections go with the call,
+as objects of the class that each level of the index asks for; a loaded index is memory-mapped and never mutated;
+callers' arrays are never written to; threads are set per calling thread (`use_threads`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,8 @@ from numpy.typing import NDArray
 from actors.faiss_library import check_faiss_installation
 from cluster.config import Metric
 from cluster.errors import Corrupt, Invalid
-from cluster.index_spec import TRAINING_POINTS_PER_CENTROID, IndexSpec
+from cluster.index_spec import TRAINING_POINTS_PER_CENTROID, IndexSpec, fewest_training_points
+from cluster.row_selection import RowSelection
 
 check_faiss_installation()  # a missing or doubled FAISS says so, instead of failing in ways that hide the cause
 import faiss  # noqa: E402
@@ -26,6 +26,35 @@ import faiss  # noqa: E402
 Vectors = NDArray[np.float32]
 Rows = NDArray[np.int64]
 NEVER = 2**31 - 1  # a number of query floats that no batch has
+FACTORY_SIZES = re.compile(r"(?:IVF|HNSW|NSG|PQ|RQ|LSQ|PRQ|PLSQ|PCA|PCAR|PCAW|OPQ|Pad|RR|L2norm|ITQ)(\d+)")
+FACTORY_BITS = re.compile(r"x(\d+)")
+FACTORY_SIZE_MAX, FACTORY_BITS_MAX = 1_048_576, 12
+COARSE_EF_MIN = 64  # candidates kept by a graph over the centroids: at least, and at least twice the lists asked for
+
+
+class SearchableIndex(Protocol):
+    """One index of one segment, on whatever device. Labels are row numbers 0 to `count` - 1."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def knobs(self) -> tuple[str, ...]:
+        """The search parameters it takes."""
+        ...
+
+    @property
+    def lists(self) -> int:
+        """Inverted lists; 0 where it has none."""
+        ...
+
+    def add(self, vectors: Vectors) -> None: ...
+
+    def search(
+        self, queries: Vectors, k: int, params: dict[str, float], selection: RowSelection | None = None
+    ) -> tuple[Rows, Vectors]: ...
+
+    def save(self, path: Path) -> None: ...
 
 
 def use_threads(threads: int) -> None:
@@ -33,56 +62,92 @@ def use_threads(threads: int) -> None:
     faiss.omp_set_num_threads(threads)
 
 
+def threads_in_use() -> int:
+    """FAISS's threads of the calling thread."""
+    return int(faiss.omp_get_max_threads())
+
+
 def library_facts() -> dict[str, str]:
     """Version and instruction set of the FAISS in use, for segment descriptions and status."""
     return {"faiss": faiss.__version__, "simd": faiss.SIMDConfig.get_level_name()}
 
 
+def check_factory(factory: str, dimension: int, metric: Metric) -> None:
+    """Invalid, with FAISS's own reason, where a factory string does not make an index that can be served.
+
+    Parts so large that making the empty index takes gigabytes are refused before FAISS sees them.
+    """
+    sizes = [int(number) for number in FACTORY_SIZES.findall(factory)]
+    bits = [int(number) for number in FACTORY_BITS.findall(factory)]
+    too_large = any(not 1 <= size <= FACTORY_SIZE_MAX for size in sizes) or max(bits, default=1) > FACTORY_BITS_MAX
+    if "IMI" in factory or too_large:
+        bounds = f"sizes must be 1 to {FACTORY_SIZE_MAX}, codes at most {FACTORY_BITS_MAX} bits, and IMI is not taken"
+        raise Invalid.at("index.factory", f"{factory!r}: {bounds}")
+    try:
+        index = faiss.index_factory(dimension, factory, faiss_metric(metric))
+    except (RuntimeError, MemoryError) as error:
+        reason = re.split(r"\.cpp:\d+: |Error: ", str(error))[-1].strip()
+        raise Invalid.at(
+            "index.factory",
+            f"FAISS cannot make {factory!r} for {dimension} dimensions: {reason}; "
+            "such as HNSW32,SQ8 or IVF1024,PQ48x4fsr would do",
+        ) from None
+    if any(isinstance(level, faiss.IndexIDMap) for level in _levels(index)):
+        raise Invalid.at("index.factory", f"{factory!r} maps ids; labels must be row numbers: leave IDMap out")
+
+
 def build_index(spec: IndexSpec, dimension: int, metric: Metric, sample: Vectors, seed: int) -> FaissIndex:
-    """A trained, empty index. `sample` is what `training_points` asks for, shape (n, dimension)."""
-    index = _new_index(spec, dimension, _faiss_metric(metric))
-    if spec.kind == "ivf_flat":
-        index.cp.seed = seed
-        index.cp.max_points_per_centroid = TRAINING_POINTS_PER_CENTROID
-        index.cp.min_points_per_centroid = 1  # the policy keeps 39; a forced kind on few points is its user's choice
+    """A trained, empty index. `sample` is what `IndexSpec.training_points` asks for, shape (n, dimension)."""
+    index = faiss.index_factory(dimension, spec.factory_string(dimension), faiss_metric(metric))
+    kept = [_prepare(level, spec, seed) for level in _levels(index)]
     if not index.is_trained:
-        index.train(np.ascontiguousarray(sample, dtype=np.float32))
+        sample = np.ascontiguousarray(sample, dtype=np.float32)
+        repeats = -(-fewest_training_points(spec) // max(1, len(sample)))
+        index.train(np.tile(sample, (repeats, 1)) if repeats > 1 else sample)
+    del kept  # FAISS held only pointers
     return FaissIndex(index, spec, metric)
 
 
-def training_points(spec: IndexSpec, count: int) -> int:
-    """How many of `count` vectors the index trains on."""
-    if spec.kind == "ivf_flat":
-        return min(count, spec.params["nlist"] * TRAINING_POINTS_PER_CENTROID)
-    return 0 if spec.codes == "float32" else min(count, 1)
+def _prepare(level: Any, spec: IndexSpec, seed: int) -> list[Any]:
+    """Set what a factory string cannot say, before training; returns what must live until that is over."""
+    if isinstance(level, faiss.IndexHNSW) and spec.kind == "hnsw":
+        level.hnsw.efConstruction = spec.params["ef_construction"]
+    if isinstance(level, faiss.IndexIVF):
+        level.cp.seed = seed
+        level.cp.max_points_per_centroid = TRAINING_POINTS_PER_CENTROID
+        level.cp.min_points_per_centroid = 1  # the policy keeps 39; a forced kind on few points is its user's choice
+    quantizer = getattr(level, "pq", None)
+    if quantizer is not None:
+        quantizer.cp.seed = seed
+        quantizer.cp.min_points_per_centroid = 1
+    if not isinstance(level, faiss.IndexPreTransform):
+        return []
+    transforms = [faiss.downcast_VectorTransform(level.chain.at(number)) for number in range(level.chain.size())]
+    return [_prepared_rotation(each, seed) for each in transforms if isinstance(each, faiss.OPQMatrix)]
 
 
-def _new_index(spec: IndexSpec, dimension: int, metric: int) -> Any:
-    half = spec.codes == "float16"
-    if spec.kind == "flat":
-        return faiss.IndexFlat(dimension, metric)
-    if spec.kind == "hnsw":
-        m = spec.params["m"]
-        index = (
-            faiss.IndexHNSWSQ(dimension, faiss.ScalarQuantizer.QT_fp16, m, metric)
-            if half
-            else faiss.IndexHNSWFlat(dimension, m, metric)
+def _prepared_rotation(rotation: Any, seed: int) -> Any:
+    """The quantizer that an OPQ rotation trains with, as others are prepared."""
+    quantizer = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
+    quantizer.cp.seed = seed
+    quantizer.cp.min_points_per_centroid = 1
+    rotation.pq = quantizer
+    return quantizer
+
+
+def _levels(index: Any) -> list[Any]:
+    """The index and those it wraps, outermost first, each as its own class."""
+    levels = [faiss.downcast_index(index)]
+    while True:
+        inner = getattr(levels[-1], "base_index", None) or (
+            levels[-1].index if isinstance(levels[-1], faiss.IndexPreTransform) else None
         )
-        index.hnsw.efConstruction = spec.params["ef_construction"]
-        return index
-    quantizer = faiss.IndexFlat(dimension, metric)
-    lists = spec.params["nlist"]
-    index = (
-        faiss.IndexIVFScalarQuantizer(quantizer, dimension, lists, faiss.ScalarQuantizer.QT_fp16, metric, False)
-        if half
-        else faiss.IndexIVFFlat(quantizer, dimension, lists, metric)
-    )
-    quantizer.this.disown()  # the IVF index frees it
-    index.own_fields = True
-    return index
+        if inner is None:
+            return levels
+        levels.append(faiss.downcast_index(inner))
 
 
-def _faiss_metric(metric: Metric) -> int:
+def faiss_metric(metric: Metric) -> int:
     return int(faiss.METRIC_INNER_PRODUCT if metric == "ip" else faiss.METRIC_L2)
 
 
@@ -92,12 +157,20 @@ def to_scores(distances: Vectors, metric: Metric) -> Vectors:
 
 
 class FaissIndex:
-    """One index of one segment."""
+    """`SearchableIndex` on the CPU."""
 
     def __init__(self, index: Any, spec: IndexSpec, metric: Metric) -> None:
         self._index = index
         self._spec = spec
         self._metric = metric
+        levels = _levels(index)
+        innermost = levels[-1]
+        self.lists = int(innermost.nlist) if isinstance(innermost, faiss.IndexIVF) else 0
+        self.knobs = (
+            *(("nprobe",) if self.lists else ()),
+            *(("ef_search",) if isinstance(innermost, faiss.IndexHNSW) else ()),
+            *(("rerank",) if spec.rerank_store != "none" or isinstance(levels[0], faiss.IndexRefine) else ()),
+        )
 
     @property
     def count(self) -> int:
@@ -107,96 +180,77 @@ class FaissIndex:
         """Append vectors, shape (n, dimension); their labels follow those already there."""
         self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
 
-    def search(self, queries: Vectors, k: int, params: dict[str, int]) -> tuple[Rows, Vectors]:
-        """(labels, scores), both (n, min(k, count)); a label is -1 where fewer were found."""
+    def search(
+        self, queries: Vectors, k: int, params: dict[str, float], selection: RowSelection | None = None
+    ) -> tuple[Rows, Vectors]:
+        """(labels, scores), both (n, min(k, count)); a label is -1 where fewer were found.
+
+        Only rows of the selection are found. Invalid where a parameter is not one of `knobs`.
+        """
         k = min(k, self.count)
         if k == 0 or len(queries) == 0:
             return np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
-        distances, labels = self._index.search(queries, k, params=self._search_parameters(params))
-        return labels, to_scores(distances, self._metric)
-
-    def _search_parameters(self, params: dict[str, int]) -> Any:
-        unknown = params.keys() - {self._spec.search_param}
+        unknown = params.keys() - set(self.knobs)
         if unknown:
-            known = self._spec.search_param or "none"
+            known = ", ".join(self.knobs) or "none"
             raise Invalid.at(f"params.{min(unknown)}", f"does not fit a {self._spec.kind} index; it takes: {known}")
-        if not params:
-            return None
-        if self._spec.kind == "hnsw":
-            return faiss.SearchParametersHNSW(efSearch=params["ef_search"])
-        return faiss.SearchParametersIVF(nprobe=min(params["nprobe"], self._index.nlist))
+        selector = None if selection is None else faiss.IDSelectorBitmap(selection.bits)
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        parameters = _search_parameters(self._index, params, selector)
+        distances, labels = self._index.search(queries, k, params=parameters)
+        return labels, to_scores(distances, self._metric)
 
     def save(self, path: Path) -> None:
         faiss.write_index(self._index, str(path))
 
 
+def _search_parameters(index: Any, params: dict[str, float], selector: Any) -> Any:
+    """FAISS's parameters for one call, nested as the index is; None where there is nothing to say."""
+    index = faiss.downcast_index(index)
+    chosen = {} if selector is None else {"sel": selector}
+    if isinstance(index, faiss.IndexRefine):
+        base = _search_parameters(index.base_index, params, selector)
+        factor = max(1.0, params.get("rerank", 1.0))
+        return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=base)
+    if isinstance(index, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=_search_parameters(index.index, params, selector))
+    if isinstance(index, faiss.IndexIVF):
+        return _list_parameters(index, params, chosen)
+    if isinstance(index, faiss.IndexHNSW):
+        found = {"efSearch": int(params["ef_search"])} if "ef_search" in params else {}
+        return faiss.SearchParametersHNSW(**found, **chosen) if found or chosen else None
+    return faiss.SearchParameters(**chosen) if chosen else None
+
+
+def _list_parameters(index: Any, params: dict[str, float], chosen: dict[str, Any]) -> Any:
+    nprobe = min(int(params.get("nprobe", index.nprobe)), index.nlist)
+    if isinstance(faiss.downcast_index(index.quantizer), faiss.IndexHNSW):
+        chosen = chosen | {"quantizer_params": faiss.SearchParametersHNSW(efSearch=max(COARSE_EF_MIN, 2 * nprobe))}
+    return faiss.SearchParametersIVF(nprobe=nprobe, **chosen)
+
+
 def load_index(path: Path, spec: IndexSpec, dimension: int, metric: Metric, count: int, name: str) -> FaissIndex:
-    """Memory-map a saved index; Corrupt, naming the object, where it is not the one described."""
+    """Memory-map a saved index; Corrupt, naming the object, where it is not the one described.
+
+    Sets for the whole process when a batch of exact distances is a matrix product (`blas_threshold`); the lists of
+    an l2 index may be found by FAISS's own threshold, where it is inexact the tuning has seen it.
+    """
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise Corrupt(f"{name}: FAISS cannot read it: {error}") from error
     facts = (index.d, index.ntotal, index.metric_type)
-    if facts != (dimension, count, _faiss_metric(metric)):
+    if facts != (dimension, count, faiss_metric(metric)):
         raise Corrupt(f"{name}: (dimension, count, metric) are {facts}, described as {(dimension, count, metric)}")
-    if spec.kind == "flat":
-        faiss.cvar.distance_compute_blas_threshold = _blas_threshold(metric, dimension)
+    if spec.kind == "flat" or metric != "l2":
+        faiss.cvar.distance_compute_blas_threshold = blas_threshold(metric, dimension)
     return FaissIndex(index, spec, metric)
 
 
-def _blas_threshold(metric: Metric, dimension: int) -> int:
+def blas_threshold(metric: Metric, dimension: int) -> int:
     """From how many floats of queries on exact search multiplies matrices; it pays from about 8 vectors on.
 
     Never for l2: FAISS then takes |x|^2 + |q|^2 - 2xq in float32, which cancels. Points of 64 dimensions at offset
     1,000 with spread 0.1 had recall 1.0 asked one by one and 0.0 in a batch of 16. Unit vectors (cosine) are safe.
     """
     return NEVER if metric == "l2" else 8 * dimension
-
-
-@contextmanager
-def _exact_distances(metric: Metric, dimension: int) -> Iterator[None]:
-    """For a brute-force search inside a build, whose training wants FAISS's own threshold."""
-    before = faiss.cvar.distance_compute_blas_threshold
-    faiss.cvar.distance_compute_blas_threshold = _blas_threshold(metric, dimension)
-    try:
-        yield
-    finally:
-        faiss.cvar.distance_compute_blas_threshold = before
-
-
-def exact_search(
-    queries: Vectors, blocks: Iterable[tuple[int, Vectors]], k: int, metric: Metric
-) -> tuple[Rows, Vectors]:
-    """Brute force over (first row, vectors) blocks: (rows, scores), both (queries, k), best first; -1 where none."""
-    rows = np.full((len(queries), k), -1, dtype=np.int64)
-    worst = -np.inf if metric == "ip" else np.inf
-    distances = np.full((len(queries), k), worst, dtype=np.float32)
-    for first, vectors in blocks:
-        part = _knn(queries, vectors, min(k, len(vectors)), metric)
-        rows, distances = _best_of(rows, distances, part[0] + first, part[1], k, metric)
-    return rows, to_scores(distances, metric)
-
-
-def _knn(queries: Vectors, vectors: Vectors, k: int, metric: Metric) -> tuple[Rows, Vectors]:
-    with _exact_distances(metric, queries.shape[1]):
-        distances, rows = faiss.knn(queries, np.ascontiguousarray(vectors), k, metric=_faiss_metric(metric))
-    return rows, distances
-
-
-def _best_of(
-    rows: Rows, distances: Vectors, more_rows: Rows, more_distances: Vectors, k: int, metric: Metric
-) -> tuple[Rows, Vectors]:
-    all_rows = np.concatenate([rows, more_rows], axis=1)
-    all_distances = np.concatenate([distances, more_distances], axis=1)
-    cost = -all_distances if metric == "ip" else all_distances
-    order = np.argsort(cost, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(all_rows, order, 1), np.take_along_axis(all_distances, order, 1)
-
-
-def blocks_until(blocks: Iterable[tuple[int, Vectors]], stop: int) -> Iterator[tuple[int, Vectors]]:
-    """The part of consecutive blocks below row `stop`."""
-    for first, vectors in blocks:
-        if first >= stop:
-            return
-        yield first, vectors[: stop - first]

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from actors.faiss_index import use_threads
+from actors.recall_observer import RecallObserver
 from actors.scratch import private_folder
 from actors.segment_loader import sweep_cache
 from actors.shard import ReplicaStatus, Shard
@@ -81,11 +82,13 @@ class ShardActor:
         self._threads = search_threads(shards, settings, node_cores())
         self._searcher = ThreadPoolExecutor(1, "search", initializer=use_threads, initargs=(self._threads,))
         self._loader = ThreadPoolExecutor(1, "load", initializer=use_threads, initargs=(self._threads,))
+        self._observer = RecallObserver(self._search, settings.observed_share, settings.observed_duty)
         self._error = ""
         try:
             self._loader.submit(self._load, None).result()
         except Exception as error:  # noqa: BLE001  # the process stays and says why; it will be asked to load again
             logger.error("%s: %s", key, error)
+        self._observer.start()
 
     def _load(self, version: int | None) -> None:
         try:
@@ -103,7 +106,15 @@ class ShardActor:
         return Shard(open_store(self._settings.data), self._key.collection, self._key.shard, cache_dir)
 
     async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
-        return await asyncio.get_running_loop().run_in_executor(self._searcher, self._opened().search, request)
+        return await asyncio.get_running_loop().run_in_executor(self._searcher, self._search_observed, request)
+
+    def _search_observed(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
+        outcomes = self._search(request)
+        self._observer.offer(request, outcomes)
+        return outcomes
+
+    def _search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
+        return self._opened().search(request)
 
     async def fetch(self, generation: int, ids: Any, columns: Sequence[str]) -> tuple[Any, Any]:
         return await asyncio.to_thread(self._opened().fetch, generation, ids, columns)
@@ -117,7 +128,8 @@ class ShardActor:
     async def status(self) -> ReplicaStatus:
         status = self._shard.status() if self._shard else ReplicaStatus("failed")
         node, error = socket.gethostname(), self._error or status.error
-        return replace(status, threads=self._threads, pid=os.getpid(), node=node, error=error)
+        observed = tuple(told for generation in status.generations if (told := self._observer.observed(generation)))
+        return replace(status, threads=self._threads, pid=os.getpid(), node=node, error=error, observed=observed)
 
     def _opened(self) -> Shard:
         if self._shard is None:

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from actors.faiss_index import (
-    FaissIndex,
-    blocks_until,
-    build_index,
-    exact_search,
-    library_facts,
-    training_points,
-    use_threads,
-)
-from actors.tuner import TUNING_K, held_out_count, tune, tuning_queries
-from cluster import index_spec, paths
-from cluster.config import CollectionConfig
+from actors.code_check import CHECKED_ROWS, codes_fit
+from actors.exact_search import blocks_until, exact_search
+from actors.faiss_index import build_index, library_facts, use_threads
+from actors.segment_searcher import SegmentSearcher
+from actors.tuner import HELD_OUT_MAX, TUNING_K, Knobs, held_out_count, tune, tuning_queries
+from cluster import index_costs, paths
+from cluster.config import Codes, CollectionConfig
+from cluster.index_costs import REFERENCE, Rates
+from cluster.index_policy import IndexPlan, like, plan_index, stronger, with_codes, with_store
 from cluster.index_spec import IndexSpec
 from cluster.manifest import SegmentRef
 from cluster.object_store import ObjectStore
@@ -36,6 +34,7 @@ from cluster.segment import (
 )
 from cluster.topk import recall_at_k
 
+REAL_QUERIES_MIN = 500  # fewer say less about the next ones than rows with noise do
 SELF_TEST_ROWS = 32
 Progress = Callable[[float], None]
 
@@ -44,27 +43,29 @@ Progress = Callable[[float], None]
 class BuildOptions:
     """How to build: FAISS threads, the seed of every random choice, and a callback told the share done, 0 to 1.
 
-    `mean` is the index of the mean segment of an import; all its segments take that kind (None: as this one's count
-    has it).
+    `plan` is the choice for the mean segment of an import; all its segments take that kind (None: as this one's count
+    has it). `rates` are what its times were predicted with. `queries` (n, d) are real ones to tune with.
     """
 
     threads: int = 1
     seed: int = 0
     progress: Progress = lambda share: None
-    mean: IndexSpec | None = None
+    plan: IndexPlan | None = None
+    rates: Rates = REFERENCE
+    queries: NDArray[np.float32] | None = None
 
 
 def build_segment(
     folder: Path, segment_id: str, config: CollectionConfig, count: int, per_batch: int, options: BuildOptions
 ) -> SegmentDescription:
     """Index the `count` rows of `folder/rows.arrow`; writes `index.faiss` and `segment.json` beside them."""
-    started = time.perf_counter()
     use_threads(options.threads)
     rows = Rows(folder / paths.ROWS, count, config.dimension, per_batch)
-    spec = _spec(count, config, options.mean)
-    index, points = _build_tuned(rows, spec, config, options)
-    self_test = _self_test(index, rows, config, points[0])
-    index.save(folder / paths.INDEX)
+    plan = options.plan or plan_index(count, config, options.rates)
+    built = _build_best(rows, _spec(rows, config, plan, options.plan is not None), config, options)
+    self_test = _self_test(built, rows, config)
+    built.searcher.index.save(folder / paths.INDEX)
+    files = {name: checksum_file(folder / name) for name in (paths.ROWS, paths.INDEX)}
     description = SegmentDescription(
         segment_id=segment_id,
         count=count,
@@ -74,69 +75,124 @@ def build_segment(
         vector_dtype=config.vector_dtype,
         rows_per_batch=per_batch,
         attributes={field.name: str(field.type) for field in rows.schema if field.name not in ROW_COLUMNS},
-        spec=spec.to_dict(),
-        operating_points=points,
+        spec=built.spec.to_dict(),
+        operating_points=built.points,
         self_test=self_test,
-        files={name: checksum_file(folder / name) for name in (paths.ROWS, paths.INDEX)},
-        built=_build_facts(started, options),
+        files=files,
+        built=_build_facts(built, options),
+        considered=tuple(candidate.to_dict() for candidate in plan.considered),
     )
     (folder / paths.DESCRIPTION).write_bytes(description.encode())
     return description
 
 
-def _build_facts(started: float, options: BuildOptions) -> dict[str, Any]:
-    seconds = round(time.perf_counter() - started, 3)
-    return library_facts() | {"seconds": seconds, "threads": options.threads, "seed": options.seed}
+@dataclass(frozen=True)
+class _Built:
+    """A finished index, what it was tuned to, and what it took."""
+
+    searcher: SegmentSearcher
+    spec: IndexSpec
+    points: tuple[OperatingPoint, ...]
+    predicted_s: float
+    build_s: float  # train and add
+    tune_s: float
+    tuned_on: str
 
 
-def _spec(count: int, config: CollectionConfig, mean: IndexSpec | None) -> IndexSpec:
-    """The kind of the mean segment, with parameters for this one's own count.
+def _build_facts(built: _Built, options: BuildOptions) -> dict[str, Any]:
+    return library_facts() | {
+        "predicted_seconds": round(built.predicted_s, 3),
+        "seconds": round(built.build_s, 3),
+        "tuning_seconds": round(built.tune_s, 3),
+        "tuned_on": built.tuned_on,
+        "threads": options.threads,
+        "seed": options.seed,
+    }
+
+
+def _spec(rows: Rows, config: CollectionConfig, plan: IndexPlan, for_the_mean: bool) -> IndexSpec:
+    """The planned kind with parameters for this segment's own count, and codes that its vectors survive.
 
     Hashing gives segments slightly different counts: choosing by them could mix kinds, or find the last too large.
     """
-    if mean is None:
-        return index_spec.choose(count, config)
-    index = replace(config.index, kind=mean.kind, memory_bytes=None)
-    spec = index_spec.choose(count, replace(config, index=index))
-    return replace(spec, reason=f"for the mean shard: {mean.reason}")
+    spec = like(plan.spec, rows.count, config)
+    if for_the_mean:
+        spec = replace(spec, reason=f"for the mean shard: {spec.reason}")
+    if config.index.kind != "auto":
+        return spec
+    sample = rows.vectors(0, min(rows.count, CHECKED_ROWS))
+    lossy_store = spec.rerank_store
+    if lossy_store in ("float16", "sq8") and not codes_fit(sample, lossy_store, config.metric):
+        spec = with_store(spec, "rows", rows.count, config, f"{lossy_store} would lose neighbours of these vectors")
+    if spec.kind == "hnsw" and not codes_fit(sample, spec.codes, config.metric):
+        fitting: Codes = "sq8" if spec.codes == "float16" and codes_fit(sample, "sq8", config.metric) else "float32"
+        spec = with_codes(spec, fitting, rows.count, config, f"{spec.codes} would lose neighbours of these vectors")
+    return spec
 
 
-def _build_tuned(
-    rows: Rows, spec: IndexSpec, config: CollectionConfig, options: BuildOptions
-) -> tuple[FaissIndex, tuple[OperatingPoint, ...]]:
+def _build_best(rows: Rows, spec: IndexSpec, config: CollectionConfig, options: BuildOptions) -> _Built:
+    """Build and tune; where the target is missed and something stronger fits, that as well: the better one counts."""
+    best = _build_tuned(rows, spec, config, options)
+    while not best.points[0].met and (better := stronger(best.spec, rows.count, config)) is not None:
+        again = _build_tuned(rows, better, config, options)
+        if again.points[0].recall <= best.points[0].recall:
+            break
+        best = again
+    return best
+
+
+def _build_tuned(rows: Rows, spec: IndexSpec, config: CollectionConfig, options: BuildOptions) -> _Built:
     """Rows are in hash order, so that the first ones are a random training sample and the last ones a random test."""
-    sample = rows.vectors(0, training_points(spec, rows.count))
+    clock = time.perf_counter
+    started = clock()
+    sample = rows.vectors(0, spec.training_points(rows.count))
     index = build_index(spec, config.dimension, config.metric, sample, options.seed)
-    known = rows.count if spec.search_param is None else rows.count - held_out_count(rows.count)
+    knobs = Knobs(spec.tuned_knobs if spec.kind != "factory" else index.knobs, rows.count, index.lists)
+    known = rows.count - held_out_count(rows.count) if knobs.names else rows.count
     for first, vectors in blocks_until(rows.blocks(), known):
         index.add(vectors)
         options.progress((first + len(vectors)) / rows.count * 0.8)
-    points = _tune(index, spec, rows, known, config)
+    searcher = SegmentSearcher(index, spec, rows, config.metric)
+    added = clock()
+    queries, tuned_on = _tuning_set(rows, known, config, options)
+    points = tune(searcher, knobs, queries, _truth(queries, rows, known, knobs, config), config.index.target_recall)
+    tuned = clock()
     options.progress(0.95)
     if known < rows.count:
         index.add(rows.vectors(known, rows.count))
-    return index, points
+    predicted_s = index_costs.build_seconds(spec, rows.count, config.dimension, options.rates)
+    build_s = added - started + clock() - tuned
+    return _Built(searcher, spec, points, predicted_s, build_s, tuned - added, tuned_on)
 
 
-def _tune(
-    index: FaissIndex, spec: IndexSpec, rows: Rows, known: int, config: CollectionConfig
-) -> tuple[OperatingPoint, ...]:
+def _tuning_set(
+    rows: Rows, known: int, config: CollectionConfig, options: BuildOptions
+) -> tuple[NDArray[np.float32], str]:
+    """(queries, what they are): real ones where there are enough, else made of rows that were held out."""
+    real = options.queries
+    if real is not None and len(real) >= REAL_QUERIES_MIN:
+        return real[-HELD_OUT_MAX:], f"{min(len(real), HELD_OUT_MAX)} recent queries"
     held_out = rows.vectors(known, rows.count)
     if len(held_out) == 0:  # exact, or too few rows to keep any out: ask the rows themselves
         held_out = rows.vectors(max(0, rows.count - 10), rows.count)
-    queries = tuning_queries(held_out, config.metric)
-    truth = np.empty((0, TUNING_K), dtype=np.int64)
-    if spec.search_param is not None:
-        truth, _ = exact_search(queries, blocks_until(rows.blocks(), known), TUNING_K, config.metric)
-    return tune(index, spec, queries, truth, config.index.target_recall)
+    sample = rows.vectors(0, min(rows.count, HELD_OUT_MAX))
+    return tuning_queries(held_out, sample, config.metric, options.seed), f"{len(held_out)} rows with noise"
 
 
-def _self_test(index: FaissIndex, rows: Rows, config: CollectionConfig, point: OperatingPoint) -> SelfTest:
+def _truth(
+    queries: NDArray[np.float32], rows: Rows, known: int, knobs: Knobs, config: CollectionConfig
+) -> NDArray[np.int64]:
+    if not knobs.names:
+        return np.empty((0, TUNING_K), dtype=np.int64)
+    return exact_search(queries, blocks_until(rows.blocks(), known), TUNING_K, config.metric)[0]
+
+
+def _self_test(built: _Built, rows: Rows, config: CollectionConfig) -> SelfTest:
     """Record the exact neighbours of the last rows, and the recall the finished index has on them."""
     first = max(0, rows.count - SELF_TEST_ROWS)
     queries = rows.vectors(first, rows.count)
     truth, _ = exact_search(queries, rows.blocks(), TUNING_K, config.metric)
-    found, _ = index.search(queries, TUNING_K, point.params)
+    found, _ = built.searcher.search(queries, TUNING_K, built.points[0].params)
     recall = float(recall_at_k(found, truth).mean())
     neighbours = tuple(tuple(row for row in line if row >= 0) for line in truth.tolist())
     return SelfTest(tuple(range(first, rows.count)), neighbours, recall)

@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.faiss_index import FaissIndex, load_index
+from actors.faiss_index import SearchableIndex, load_index
+from actors.segment_searcher import SegmentSearcher
 from cluster import paths
 from cluster.config import Metric
-from cluster.errors import Corrupt
+from cluster.errors import Corrupt, Invalid
 from cluster.index_spec import IndexSpec
 from cluster.manifest import SegmentRef
 from cluster.object_store import ObjectStore
 from cluster.query import SearchParams
+from cluster.row_selection import RowSelection
 from cluster.segment import (
     FileEntry,
     OperatingPoint,
@@ -40,43 +42,66 @@ TIES_MAX = 256  # points that tie with the k-th hit; among more, which are retur
 class LoadedSegment:
     """One searchable segment: memory-mapped rows and index, and the ids in memory."""
 
-    def __init__(self, description: SegmentDescription, rows: Rows, index: FaissIndex, metric: Metric) -> None:
+    def __init__(self, description: SegmentDescription, rows: Rows, index: SearchableIndex, metric: Metric) -> None:
         self.description = description
         self.rows = rows
         self.metric = metric
         self.spec = IndexSpec.from_dict(description.spec)
         self.ids = rows.ids()
-        self._index = index
+        self.searcher = SegmentSearcher(index, self.spec, rows, metric)
 
     def search(
-        self, queries: NDArray[np.float32], k: int, params: SearchParams
+        self, queries: NDArray[np.float32], k: int, params: SearchParams, selection: RowSelection | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(rows, scores), both (n, width), best first, row -1 where there is none.
+        """(rows, scores), both (n, width), best first, row -1 where there is none; rows of the selection only.
 
         Width is min(k, count), or more where points tie with the k-th: the caller orders them by id and cuts.
         """
-        knobs = params.given or widened(self.operating_point.params, k)
-        rows, scores = self._index.search(queries, k + 1, knobs)
-        short: NDArray[np.bool_] = np.asarray((rows[:, :k] < 0).any(axis=1) & (not params.given))
-        self._ask_all_lists(queries, short, k + 1, rows, scores)
+        rows, scores = self._found(queries, k + 1, k, params, selection)
         tied = _ties_at(rows, scores, k)
         if not tied.any():
             return rows[:, :k], scores[:, :k]
-        more_rows, more_scores = self._index.search(queries[tied], k + TIES_MAX, knobs)
-        self._ask_all_lists(queries[tied], short[tied], k + TIES_MAX, more_rows, more_scores)
-        return _with_ties((rows, scores), (more_rows, more_scores), tied, k)
+        more = self._found(queries[tied], k + TIES_MAX, k, params, selection)
+        return _with_ties((rows, scores), more, tied, k)
 
-    def _ask_all_lists(
+    def _found(
         self,
         queries: NDArray[np.float32],
-        short: NDArray[np.bool_],
         width: int,
-        rows: NDArray[np.int64],
-        scores: NDArray[np.float32],
-    ) -> None:
-        """The tuned lists may hold fewer points than asked for: search those queries again, in place."""
-        if short.any() and self.spec.exhaustive_params is not None:
-            rows[short], scores[short] = self._index.search(queries[short], width, self.spec.exhaustive_params)
+        k: int,
+        params: SearchParams,
+        selection: RowSelection | None,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The best `width` rows by brute force, by raw knobs, or by the operating point, which always fills up k."""
+        if params.exact:
+            return self.searcher.exact(queries, width, selection)
+        if params.given:
+            return self.searcher.search(queries, width, params.given, selection)
+        knobs = widened(self.operating_point_for(params.target_recall).params, k)
+        rows, scores = self.searcher.search(queries, width, knobs, selection)
+        wanted = min(k, rows.shape[1], selection.kept if selection else rows.shape[1])
+        short: NDArray[np.bool_] = np.asarray((rows[:, :wanted] < 0).any(axis=1))
+        if short.any() and self.spec.exhaustive_params is not None:  # the tuned lists hold fewer points than asked for
+            knobs = knobs | self.spec.exhaustive_params
+            rows[short], scores[short] = self.searcher.search(queries[short], width, knobs, selection)
+        return rows, scores
+
+    def operating_point_for(self, target_recall: float | None) -> OperatingPoint:
+        """The cheapest tuned point for a target: the lowest that is no lower; Invalid above the highest that was met.
+
+        None takes the collection's own.
+        """
+        if target_recall is None:
+            return self.operating_point
+        points = sorted(self.description.operating_points, key=lambda point: point.target_recall)
+        for point in points:
+            if point.target_recall >= target_recall and point.met:
+                return point
+        met = [point.target_recall for point in points if point.met]
+        reached = f"up to {max(met):g}" if met else "none"
+        raise Invalid.at(
+            "params.target_recall", f"{target_recall:g} is not reached here; tuned are targets {reached}: or ask exact"
+        )
 
     @property
     def operating_point(self) -> OperatingPoint:
@@ -109,13 +134,16 @@ def _ties_at(rows: NDArray[np.int64], scores: NDArray[np.float32], k: int) -> ND
     return tied
 
 
-def widened(params: dict[str, int], k: int) -> dict[str, int]:
+def widened(params: dict[str, float], k: int) -> dict[str, float]:
     """Tuned parameters, which hold for k = 10, for a larger k (docs/decisions/0002-index-policy.md)."""
     if k <= 10:
         return params
+    wider = dict(params)
     if "ef_search" in params:
-        return {"ef_search": k + params["ef_search"]}
-    return {name: ceil(value * (1.0 + log10(k / 10.0))) for name, value in params.items()}
+        wider["ef_search"] = k + params["ef_search"]
+    if "nprobe" in params:
+        wider["nprobe"] = ceil(params["nprobe"] * (1.0 + log10(k / 10.0)))
+    return wider
 
 
 def load_segment(

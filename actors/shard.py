@@ -47,7 +47,8 @@ class ShardView:
 class ReplicaStatus:
     """What a replica says of itself. `error` is why it serves nothing, where that is so.
 
-    `points` and `segments` are those of its newest generation; `attributes` are names by generation.
+    `points` and `segments` are those of its newest generation; `attributes` are names by generation. `observed` has
+    the recall of live queries (`RecallObserver.observed`), for each generation of which some were evaluated.
     """
 
     state: ReplicaState
@@ -60,6 +61,7 @@ class ReplicaStatus:
     error: str = ""
     segments: tuple[dict[str, Any], ...] = field(default=())
     attributes: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    observed: tuple[dict[str, Any], ...] = ()
 
 
 class Shard:
@@ -204,9 +206,13 @@ def _segment_facts(segment: LoadedSegment) -> dict[str, Any]:
         "count": description.count,
         "index_kind": segment.spec.kind,
         "index_params": segment.spec.params,
+        "codes": segment.spec.codes,
+        "rerank_store": segment.spec.rerank_store,
         "index_bytes": description.files["index.faiss"].size_bytes,
         "rows_bytes": description.files["rows.arrow"].size_bytes,
+        "predicted_bytes": segment.spec.predicted_bytes,
         "reason": segment.spec.reason,
+        "considered": list(description.considered),
         "operating_points": [vars(point) for point in description.operating_points],
         "attributes": description.attributes,
         "built": description.built,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from actors.shard import ReplicaStatus
@@ -178,9 +179,11 @@ class WatchedReplicas:
         return True
 
     def _set_status(self, key: ReplicaKey, status: ReplicaStatus) -> None:
-        if key in self._keys and self._statuses.get(key) != status:
+        before = self._statuses.get(key)
+        if key in self._keys and before != status:
             self._statuses[key] = status
-            self._wake.set()
+            if before is None or replace(before, observed=()) != replace(status, observed=()):
+                self._wake.set()  # the observed recall is told, nothing is decided by it
 
     def _forget(self, key: ReplicaKey) -> None:
         """A replica's process is gone for good: the next round starts another if it is wanted."""

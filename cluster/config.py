@@ -12,27 +12,67 @@ from cluster.errors import FieldError, Invalid
 Metric = Literal["cosine", "l2", "ip"]
 IdType = Literal["int64", "string"]
 VectorDtype = Literal["float32", "float16"]
-IndexKindChoice = Literal["auto", "flat", "ivf_flat", "hnsw"]
+IndexKindChoice = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_rabitq", "factory"]
+Codes = Literal["float32", "float16", "sq8"]
+RerankStore = Literal["none", "rows", "sq8", "float16", "float32"]
 Device = Literal["cpu", "gpu"]
 
 COLLECTION_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 DIMENSION_MAX = 65_536
 SHARDS_MAX = 1_024
 REPLICAS_MAX = 16
+FACTORY_CHARACTERS_MAX = 200
+
+
+KIND_OPTIONS: dict[str, tuple[str, ...]] = {
+    "auto": (),
+    "flat": (),
+    "hnsw": ("m", "ef_construction", "codes", "rerank_store"),
+    "ivf_flat": ("nlist", "codes", "rerank_store"),
+    "ivf_sq8": ("nlist", "rerank_store"),
+    "ivf_pq": ("nlist", "pq_m", "pq_bits", "rerank_store"),
+    "ivf_rabitq": ("nlist", "rerank_store"),
+    "factory": ("factory", "rerank_store"),
+}
+ALWAYS_TOLD = ("kind", "target_recall", "device", "memory_bytes")
+ALL_OPTIONS = tuple(dict.fromkeys(name for names in KIND_OPTIONS.values() for name in names))
+OPTION_RANGES = {"m": (2, 128), "ef_construction": (4, 2_000), "nlist": (1, 1_048_576), "pq_m": (1, 65_536)}
+OPTION_CHOICES: dict[str, tuple[object, ...]] = {
+    "codes": get_args(Codes),
+    "pq_bits": (4, 8),
+    "rerank_store": get_args(RerankStore),
+}
 
 
 @dataclass(frozen=True)
 class IndexConfig:
     """Which index the shards build.
 
-    `kind="auto"` lets `cluster.index_spec.choose` decide. `target_recall` is recall@10 against exact search;
-    1.0 asks for exact search. `memory_bytes` bounds the indexes of one shard (None: no bound).
+    `kind="auto"` lets `cluster.index_policy.choose` decide. `target_recall` is recall@10 against exact search;
+    1.0 asks for exact search. `memory_bytes` bounds the indexes of one shard, `build_seconds` the time to build one
+    on two cores (None: no bound). `churn` is the share of points that are expected to be deleted or replaced between
+    two rebuilds. The fields after it go with a named kind (`KIND_OPTIONS`); None lets the policy set them.
     """
 
     kind: IndexKindChoice = "auto"
     target_recall: float = 0.95
     device: Device = "cpu"
     memory_bytes: int | None = None
+    build_seconds: float | None = None
+    churn: float = 0.0
+    codes: Codes | None = None
+    m: int | None = None
+    ef_construction: int | None = None
+    nlist: int | None = None
+    pq_m: int | None = None
+    pq_bits: int | None = None
+    rerank_store: RerankStore | None = None
+    factory: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the kind that were given, by name."""
+        return {name: value for name in ALL_OPTIONS if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -53,7 +93,10 @@ class CollectionConfig:
             raise Invalid("; ".join(f"{e.field}: {e.message}" for e in errors), errors)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data; of the index only what was given beyond the first four fields."""
+        defaults = asdict(IndexConfig())
+        index = {k: v for k, v in asdict(self.index).items() if k in ALWAYS_TOLD or v != defaults[k]}
+        return asdict(self) | {"index": index}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CollectionConfig:
@@ -100,6 +143,38 @@ def _config_errors(config: CollectionConfig) -> list[FieldError]:
         errors.append(FieldError("index.target_recall", f"must be over 0 and at most 1, not {recall!r}"))
     if index.memory_bytes is not None:
         check_int("index.memory_bytes", index.memory_bytes, 1, 2**63 - 1)
+    if index.build_seconds is not None and not (_is_number(index.build_seconds) and index.build_seconds > 0):
+        errors.append(FieldError("index.build_seconds", f"must be a number over 0, not {index.build_seconds!r}"))
+    if not (_is_number(index.churn) and 0.0 <= index.churn <= 1.0):
+        errors.append(FieldError("index.churn", f"must be a number from 0 to 1, not {index.churn!r}"))
+    if index.kind in KIND_OPTIONS:
+        errors += _option_errors(index)
+    return errors
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _option_errors(index: IndexConfig) -> list[FieldError]:
+    """Options of another kind, or out of range; the message says what would work."""
+    errors = []
+    for name, value in index.options.items():
+        field_name = f"index.{name}"
+        if name not in KIND_OPTIONS[index.kind]:
+            kinds = ", ".join(kind for kind, names in KIND_OPTIONS.items() if name in names)
+            errors.append(FieldError(field_name, f"does not go with kind {index.kind}; it goes with: {kinds}"))
+        elif name in OPTION_RANGES:
+            low, high = OPTION_RANGES[name]
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                errors.append(FieldError(field_name, f"must be an integer from {low} to {high}, not {value!r}"))
+        elif name in OPTION_CHOICES and value not in OPTION_CHOICES[name]:
+            choices = ", ".join(map(str, OPTION_CHOICES[name]))
+            errors.append(FieldError(field_name, f"must be one of {choices}, not {value!r}"))
+        elif name == "factory" and (not isinstance(value, str) or not value or len(value) > FACTORY_CHARACTERS_MAX):
+            errors.append(FieldError(field_name, f"must be text of 1 to {FACTORY_CHARACTERS_MAX} characters"))
+    if index.kind == "factory" and index.factory is None:
+        errors.append(FieldError("index.factory", "is required with kind factory, such as IVF1024,SQ8"))
     return errors
 
 
@@ -115,6 +190,8 @@ class Limits:
     """Every bound of the endpoint and the coordinator, by name (docs/http-api.md, "Limits").
 
     `answer_numbers` bounds the memory of an answer: a hit counts as 4 numbers, and its vector as its dimension.
+    `recent_queries` is how many vectors of a collection's searches a coordinator keeps for its next import to tune
+    on; 0 keeps none, and deletes what was kept.
     """
 
     body_bytes: int = 64 * 1024 * 1024
@@ -126,11 +203,13 @@ class Limits:
     queued_vectors_per_shard: int = 65_536
     batch_vectors: int = 512
     calls_in_flight_per_replica: int = 2
+    recent_queries: int = 1_000
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise Invalid.at(f"limits.{name}", f"must be an integer from 1 on, not {value!r}")
+            least = 0 if name == "recent_queries" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise Invalid.at(f"limits.{name}", f"must be an integer from {least} on, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +219,8 @@ class Settings:
     `data` is the storage URL. `shard_cpus` is what a replica asks of Ray (0: no admission control, for one
     machine); `shard_threads` is what FAISS uses per replica (None: its `shard_cpus`, or where these are 0 the node's
     cores divided by the collection's shards). `cache_dir` keeps downloaded segments (None: a private folder under the
-    system's temporary directory).
+    system's temporary directory). `observed_share` of the live queries is answered exactly as well, to tell their
+    recall (0: none); a replica spends at most the share `observed_duty` of one core's time on that.
     """
 
     data: str
@@ -150,6 +230,8 @@ class Settings:
     cache_dir: str | None = None
     reconcile_period_s: float = 1.0
     replica_timeout_s: float = 5.0
+    observed_share: float = 0.001
+    observed_duty: float = 0.02
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -159,6 +241,10 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise Invalid.at(name, f"must be a number over 0, not {value!r}")
+        if not (_is_number(self.observed_share) and 0.0 <= self.observed_share <= 1.0):
+            raise Invalid.at("observed_share", f"must be a number from 0 (off) to 1, not {self.observed_share!r}")
+        if not (_is_number(self.observed_duty) and 0.0 < self.observed_duty <= 1.0):
+            raise Invalid.at("observed_duty", f"must be a number over 0 and at most 1, not {self.observed_duty!r}")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Settings:

@@ -1,41 +1,48 @@
-"""The adaptive policy: which index fits a segment. A pure, versioned function of plain data.
+"""What an index is built of: kind, parameters, codes, rerank store; its FAISS factory string and its knobs.
 
-Numbers come from docs/decisions/0002-index-policy.md: measured on faiss-cpu 1.15.1.
+`cluster.index_policy` chooses one, `cluster.index_costs` predicts what it costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, log2, sqrt
 from typing import Any, Literal
 
-from cluster.config import CollectionConfig, IndexConfig
-from cluster.errors import Invalid
+from cluster.config import Codes, RerankStore
 
-POLICY_VERSION = 1
-IndexKind = Literal["flat", "ivf_flat", "hnsw"]
+IndexKind = Literal["flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_rabitq", "factory"]
 
-FLAT_FLOATS_MAX = 6_000_000  # count x dimension that one core scans in about 1 ms
+POLICY_VERSION = 2
 POINTS_PER_CENTROID_MIN = 39  # below it FAISS warns that k-means is starved
 TRAINING_POINTS_PER_CENTROID = 128  # recall grows up to here: .942 at 10, .958 at 39, .972 at 128 and at 190
-HNSW_EF_CONSTRUCTION = 100
-MEMORY_MARGIN = 1.15  # of the predicted bytes, for what the prediction leaves out
-
-EF_SEARCH_GRID = (16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024)
-NPROBE_GRID = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+TRAINING_POINTS_FACTORY = 100_000  # for a factory string, whose parts are not known
+TRAINING_POINTS_SQ8 = 20_000  # the range of each dimension
+TRAINING_POINTS_PQ = 256 * 256  # FAISS takes at most 256 a centroid of a sub-quantizer
+GRAPH_COARSE_LISTS = 16_384  # from so many lists on a graph finds the nearest centroids faster than a scan
+KNOB_STEP = 1.12  # neighbouring values of a search grid
+EF_SEARCH_MAX = 2_048
+RERANK_GRID = (2, 4, 8, 16, 32, 128)
+REFINED_KINDS = ("ivf_pq", "ivf_rabitq", "factory")  # their codes rank candidates too roughly to be taken as they are
 
 
 @dataclass(frozen=True)
 class IndexSpec:
-    """An index to build: its kind, its build parameters, the bytes it should take and why it was chosen."""
+    """An index to build: kind, build parameters, the bytes it should take in memory and why it was chosen.
+
+    `codes` is how graphs, flat indexes and `ivf_flat` keep vectors. `rerank_store` is where candidates' exact
+    distances come from: "rows" (the segment's own memory-mapped rows), a copy inside the index, or "none".
+    """
 
     kind: IndexKind
     params: dict[str, int]
-    codes: Literal["float32", "float16"]
+    codes: Codes
     predicted_bytes: int
     reason: str
     policy_version: int = POLICY_VERSION
+    rerank_store: RerankStore = "none"
+    factory: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,95 +52,96 @@ class IndexSpec:
         return cls(**data)
 
     @property
-    def search_param(self) -> str | None:
-        """The name of the one knob that trades recall for speed; None where the search is exact."""
-        return {"flat": None, "ivf_flat": "nprobe", "hnsw": "ef_search"}[self.kind]
+    def is_exact(self) -> bool:
+        """True where every search visits every point at full precision."""
+        return self.kind == "flat"
 
     @property
-    def exhaustive_params(self) -> dict[str, int] | None:
-        """Search parameters that visit every point, where the kind has some."""
-        return {"nprobe": self.params["nlist"]} if self.kind == "ivf_flat" else None
-
-    def search_grid(self) -> tuple[int, ...]:
-        """Values of `search_param` to try, cheapest first."""
+    def tuned_knobs(self) -> tuple[str, ...]:
+        """Search parameters that the tuner walks, for all kinds but `factory` (there the index tells)."""
+        if self.kind == "flat":
+            return ()
         if self.kind == "hnsw":
-            return EF_SEARCH_GRID
-        if self.kind == "ivf_flat":
-            nlist = self.params["nlist"]
-            return (*(value for value in NPROBE_GRID if value < nlist), nlist)
-        return ()
+            return ("ef_search",)
+        return ("nprobe", "rerank") if self.kind in REFINED_KINDS and self.rerank_store != "none" else ("nprobe",)
+
+    @property
+    def rerank(self) -> float:
+        """Candidates per hit whose exact distance is computed, where the search does not say."""
+        return 2.0 if "sq8" in (self.codes, self.rerank_store) or self.kind == "ivf_sq8" else 1.0
+
+    @property
+    def exhaustive_params(self) -> dict[str, float] | None:
+        """Search parameters that visit every point, where the kind has some."""
+        return {"nprobe": self.params["nlist"]} if self.kind.startswith("ivf") else None
+
+    def training_points(self, count: int) -> int:
+        """How many of `count` vectors the index trains on: 128 per centroid, as the memory of a build has them."""
+        wanted = 1 if self.codes == "float16" else 0
+        if self.kind == "factory":
+            wanted = TRAINING_POINTS_FACTORY
+        if self.kind.startswith("ivf"):
+            wanted = self.params["nlist"] * TRAINING_POINTS_PER_CENTROID
+        if self.kind == "ivf_pq":
+            wanted = max(wanted, min(TRAINING_POINTS_PQ, 256 << self.params["pq_bits"]))
+        if "sq8" in (self.codes, self.rerank_store) or self.kind == "ivf_sq8":
+            wanted = max(wanted, TRAINING_POINTS_SQ8)
+        return min(count, wanted)
+
+    def factory_string(self, dimension: int) -> str:
+        """The string FAISS's `index_factory` builds the index from."""
+        base = self.factory or _FACTORIES[self.kind](self, dimension)
+        return base + _STORES[self.rerank_store]
 
 
-def choose(count: int, config: CollectionConfig) -> IndexSpec:
-    """The index for `count` points. Raises Invalid, with the numbers, when nothing fits the memory bound."""
-    index = config.index
-    if index.device == "gpu":
-        raise Invalid.at("index.device", "this version has no GPU index kinds; use cpu")
-    if index.kind != "auto":
-        spec = _SPECS[index.kind](count, config, f"{index.kind} was asked for")
-        _refuse_over_memory([spec], index)
-        return spec
-    candidates = _candidates(count, config)
-    fitting = [spec for spec in candidates if _fits(spec, index)]
-    if not fitting:
-        _refuse_over_memory(candidates, index)
-    return fitting[0]
+_CODES = {"float32": "Flat", "float16": "SQfp16", "sq8": "SQ8"}
+_STORES = {"none": "", "rows": "", "sq8": ",Refine(SQ8)", "float16": ",Refine(SQfp16)", "float32": ",RFlat"}
 
 
-def _candidates(count: int, config: CollectionConfig) -> list[IndexSpec]:
-    """Specs in order of preference."""
-    floats = count * config.dimension
-    if config.index.target_recall >= 1.0:
-        return [_flat(count, config, "target recall 1.0 asks for exact search")]
-    if floats <= FLAT_FLOATS_MAX:
-        why = f"{count} x {config.dimension} = {floats} floats are scanned exactly in about a millisecond"
-        return [_flat(count, config, why)]
-    return [
-        _hnsw(count, config, f"{count} points: a graph is fastest and fits the memory"),
-        _ivf_flat(count, config, f"{count} points: a graph would not fit the memory, inverted lists do"),
-    ]
+def _flat(spec: IndexSpec, dimension: int) -> str:
+    return _CODES[spec.codes]
 
 
-def _fits(spec: IndexSpec, index: IndexConfig) -> bool:
-    return index.memory_bytes is None or spec.predicted_bytes * MEMORY_MARGIN <= index.memory_bytes
+def _hnsw(spec: IndexSpec, dimension: int) -> str:
+    return f"HNSW{spec.params['m']},{_CODES[spec.codes]}"
 
 
-def _refuse_over_memory(specs: list[IndexSpec], index: IndexConfig) -> None:
-    if any(_fits(spec, index) for spec in specs):
-        return
-    needs = ", ".join(f"{spec.kind} {ceil(spec.predicted_bytes * MEMORY_MARGIN)}" for spec in specs)
-    raise Invalid.at(
-        "index.memory_bytes",
-        f"{index.memory_bytes} bytes for one shard's index are too few; needed are: {needs}. "
-        "Raise it, use more shards, or store float16",
-    )
+def _lists(spec: IndexSpec) -> str:
+    lists = spec.params["nlist"]
+    return f"IVF{lists}_HNSW32" if lists >= GRAPH_COARSE_LISTS else f"IVF{lists}"
 
 
-def _code_bytes(config: CollectionConfig) -> int:
-    return config.dimension * (4 if config.vector_dtype == "float32" else 2)
+def _ivf_flat(spec: IndexSpec, dimension: int) -> str:
+    return f"{_lists(spec)},{_CODES[spec.codes]}"
 
 
-def _flat(count: int, config: CollectionConfig, reason: str) -> IndexSpec:
-    return IndexSpec("flat", {}, "float32", count * config.dimension * 4, reason)
+def _ivf_sq8(spec: IndexSpec, dimension: int) -> str:
+    return f"{_lists(spec)},SQ8"
 
 
-def _hnsw(count: int, config: CollectionConfig, reason: str) -> IndexSpec:
-    m = 16 if count < 1_000_000 else 32
-    links = 8 * m + 16  # 2M neighbours of 4 bytes on the ground level, upper levels, offsets: measured
-    params = {"m": m, "ef_construction": HNSW_EF_CONSTRUCTION}
-    return IndexSpec("hnsw", params, config.vector_dtype, count * (_code_bytes(config) + links), reason)
+def _ivf_pq(spec: IndexSpec, dimension: int) -> str:
+    """Zeros are appended where the sub-quantizers do not divide the dimension; 4 bits take the fast scan.
+
+    Without `np`, 8 bits train codes for a Hamming filter that is not used: 1.5 s a sub-quantizer.
+    """
+    m, bits = spec.params["pq_m"], spec.params["pq_bits"]
+    padded = m * ceil(dimension / m)
+    pad = f"Pad{padded}," if padded != dimension else ""
+    return f"{pad}{_lists(spec)},PQ{m}x{bits}" + ("fsr" if bits == 4 else "np")
 
 
-def _ivf_flat(count: int, config: CollectionConfig, reason: str) -> IndexSpec:
-    lists = nlist(count)
-    stored = count * (_code_bytes(config) + 8) + lists * config.dimension * 4
-    return IndexSpec("ivf_flat", {"nlist": lists}, config.vector_dtype, stored, reason)
+def _ivf_rabitq(spec: IndexSpec, dimension: int) -> str:
+    """A random rotation first: one bit a dimension presumes that dimensions are alike."""
+    return f"RR,{_lists(spec)},RaBitQfs"
 
 
-_SPECS: dict[str, Callable[[int, CollectionConfig, str], IndexSpec]] = {
+_FACTORIES = {
     "flat": _flat,
     "hnsw": _hnsw,
     "ivf_flat": _ivf_flat,
+    "ivf_sq8": _ivf_sq8,
+    "ivf_pq": _ivf_pq,
+    "ivf_rabitq": _ivf_rabitq,
 }
 
 
@@ -143,4 +151,31 @@ def nlist(count: int) -> int:
         lists = 1 << round(log2(4 * sqrt(max(1, count))))
     else:
         lists = 16_384 if count < 10_000_000 else 65_536
+    return clamped_nlist(lists, count)
+
+
+def clamped_nlist(lists: int, count: int) -> int:
     return max(1, min(lists, count // POINTS_PER_CENTROID_MIN))
+
+
+def knob_grid(low: int, high: int) -> tuple[int, ...]:
+    """Integers from `low` to `high`, both included, each about `KNOB_STEP` times the one before."""
+    values, value = [low], float(low)
+    while values[-1] < high:
+        value = max(value * KNOB_STEP, values[-1] + 1)
+        values.append(min(high, round(value)))
+    return tuple(values)
+
+
+def fewest_training_points(spec: IndexSpec) -> int:
+    """Below so many vectors FAISS refuses to train the index."""
+    return 1 << spec.params["pq_bits"] if spec.kind == "ivf_pq" else 1
+
+
+def search_grid(knob: str, count: int, lists: int) -> Sequence[int]:
+    """Values of a knob to try, cheapest first, for an index of `count` points with `lists` inverted lists."""
+    if knob == "ef_search":
+        return knob_grid(10, max(10, min(EF_SEARCH_MAX, count)))
+    if knob == "nprobe":
+        return knob_grid(1, max(1, lists))
+    return RERANK_GRID

@@ -46,5 +46,14 @@ def staging_piece(collection: str, job_id: str, partition: int, unit: int) -> st
     return f"{staging_prefix(collection, job_id)}{partition:06d}/{unit:08d}.arrow"
 
 
+def queries_prefix(collection: str) -> str:
+    return f"collections/{collection}/queries/"
+
+
+def recent_queries(collection: str, coordinator: str) -> str:
+    """Where a coordinator leaves a sample of the queries it answered."""
+    return f"{queries_prefix(collection)}{coordinator}.arrow"
+
+
 def job_status(job_id: str) -> str:
     return f"jobs/{job_id}/status.json"

@@ -11,15 +11,24 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class SearchParams:
-    """Raw knobs of one search; None takes the tuned operating point. Which apply depends on the index kind."""
+    """How one search is done. Without anything given: at the tuned operating point of the collection's own target.
+
+    `target_recall` takes the operating point of that target, `exact` asks every stored vector, whatever the index.
+    The others are raw knobs, which must fit the index kind: inverted lists visited, candidates kept in a graph
+    search, and candidates per hit (1.0 or more) whose exact distance is computed.
+    """
 
     nprobe: int | None = None
     ef_search: int | None = None
+    rerank: float | None = None
+    target_recall: float | None = None
+    exact: bool = False
 
     @property
-    def given(self) -> dict[str, int]:
-        """The knobs that were set, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+    def given(self) -> dict[str, float]:
+        """The raw knobs that were set, by name."""
+        knobs = {"nprobe": self.nprobe, "ef_search": self.ef_search, "rerank": self.rerank}
+        return {name: value for name, value in knobs.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -41,14 +41,19 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """Search parameters with what was measured for them on this segment (recall@10, milliseconds at batch 1)."""
+    """Search parameters with what was measured for them on this segment.
+
+    `recall` is recall@10 over all tuning queries, `recall_low` the lower end of its one-sided 95% interval;
+    `latency_ms` is for one query at a time, `queries_per_s` for batches of 256 (0: not measured).
+    """
 
     target_recall: float
-    params: dict[str, int]
+    params: dict[str, float]
     recall: float
     recall_low: float
     latency_ms: float
     met: bool
+    queries_per_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class SegmentDescription:
     self_test: SelfTest
     files: dict[str, FileEntry]
     built: dict[str, Any] = field(default_factory=dict)
+    considered: tuple[dict[str, Any], ...] = ()  # `index_policy.Candidate` of every index that was thought of
     format: int = FORMAT
 
     def encode(self) -> bytes:
@@ -92,6 +98,7 @@ class SegmentDescription:
             raw["operating_points"] = tuple(OperatingPoint(**point) for point in raw["operating_points"])
             test = raw["self_test"]
             raw["self_test"] = SelfTest(tuple(test["rows"]), tuple(tuple(row) for row in test["truth"]), test["recall"])
+            raw["considered"] = tuple(raw.get("considered", ()))
             raw["files"] = {key: FileEntry(**entry) for key, entry in raw["files"].items()}
             return cls(**raw)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -160,18 +167,42 @@ class Rows:
         self.dimension = dimension
         self._per_batch = rows_per_batch
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            mapped = pa.memory_map(str(path)).read_buffer()
+            reader = pa.ipc.open_file(mapped)
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         except pa.ArrowInvalid as error:
             raise Corrupt(f"{path}: not an Arrow file: {error}") from error
         self.schema = reader.schema
         self._check_shape(path)
+        self._vector_numbers, self._batch_starts = self._numbers(mapped)
         self._first_hashes = np.array([batch.column("id_hash")[0].as_py() for batch in self._batches], dtype=np.uint64)
 
     def _check_shape(self, path: Path) -> None:
         sizes = [batch.num_rows for batch in self._batches]
         if sum(sizes) != self.count or any(size != self._per_batch for size in sizes[:-1]):
             raise Corrupt(f"{path}: batches of {sizes[:3]}... rows do not make up {self.count} rows")
+
+    def _numbers(self, mapped: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """The whole file as overlapping runs of `dimension` numbers, and which run each batch's vectors begin with.
+
+        One index into the runs gathers rows of many batches at once.
+        """
+        starts = np.zeros(len(self._batches), dtype=np.int64)
+        dtype = np.dtype(np.float32)
+        for number, batch in enumerate(self._batches):
+            view = vectors_view(batch.column("vector"))
+            dtype = view.dtype
+            starts[number] = (view.__array_interface__["data"][0] - mapped.address) // dtype.itemsize
+        flat = np.frombuffer(mapped, dtype=dtype, count=mapped.size // dtype.itemsize)
+        runs = max(0, len(flat) - self.dimension + 1)
+        shape, strides = (runs, self.dimension), (dtype.itemsize, dtype.itemsize)
+        return np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False), starts
+
+    def gather_vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Vectors of any rows, shape (*rows.shape, dimension) float32: a copy."""
+        batch, row = np.divmod(rows, self._per_batch)
+        vectors: NDArray[Any] = self._vector_numbers[self._batch_starts[batch] + row * self.dimension]
+        return vectors.astype(np.float32, copy=False)
 
     def vectors(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop as float32, shape (stop - start, dimension). A view where possible: do not write."""

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Protocol, TypeVar
 
-from actors.faiss_index import training_points
-from cluster import index_spec
 from cluster.config import CollectionConfig
+from cluster.index_policy import MEMORY_MARGIN, like
 from cluster.index_spec import IndexSpec
 
 T = TypeVar("T")
@@ -48,17 +47,17 @@ class Builds:
 
 def segment_bytes(spec: IndexSpec, count: int, dimension: int) -> int:
     """Memory of building a segment: its index, the float32 sample it is trained on, and the margin of both."""
-    sample = training_points(spec, count) * dimension * 4
-    return ceil((spec.predicted_bytes + sample) * index_spec.MEMORY_MARGIN)
+    sample = spec.training_points(count) * dimension * 4
+    return ceil((spec.predicted_bytes + sample) * MEMORY_MARGIN)
 
 
-def segments_per_shard(rows: int, config: CollectionConfig, memory_bytes: int) -> int:
-    """The fewest segments of equal size, of at most `memory_bytes` each, that a shard's mean share of rows takes."""
+def segments_per_shard(rows: int, spec: IndexSpec, config: CollectionConfig, memory_bytes: int) -> int:
+    """The fewest segments like `spec`, of at most `memory_bytes` each, that a shard's mean share of rows takes."""
     per_shard = ceil(rows / config.shards)
     segments = 1
     while segments < per_shard:
         count = ceil(per_shard / segments)
-        needed = segment_bytes(index_spec.choose(count, config), count, config.dimension)
+        needed = segment_bytes(like(spec, count, config), count, config.dimension)
         if needed <= memory_bytes:
             break
         segments = min(per_shard, max(segments + 1, ceil(segments * needed / memory_bytes)))

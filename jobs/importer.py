@@ -15,21 +15,27 @@ from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any
 
-from cluster import index_spec, paths
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster import index_costs, paths
 from cluster.config import CollectionConfig, check_collection_name
 from cluster.errors import Conflict, EaglerayError, FieldError, Invalid
-from cluster.index_spec import IndexSpec
+from cluster.index_costs import REFERENCE, Rates
+from cluster.index_policy import IndexPlan, like, plan_index
 from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry
 from cluster.object_store import ObjectStore
+from cluster.recent_queries import read_queries
 from cluster.segment import delete_segment
 from jobs.build_plan import Builds, Workers, plan_builds, segment_bytes, segments_per_shard
 from jobs.import_source import Columns, Source, find_source
 from jobs.report import JobReporter
 from jobs.row_reader import UnitTask, partition_unit
-from jobs.segment_task import SegmentTask, build_partition, is_segment_of
+from jobs.segment_task import SegmentTask, build_partition, is_segment_of, measure_partition
 
 STALE_STAGING_S = 24 * 3600.0  # of a killed import: deleted by the next one
 PARTITION_SHARE = 0.3  # of the whole, for the progress bar
+MEASURED_MIN = 50_000  # rows of a segment whose build takes much longer than measuring how long
 DEFAULT_MEMORY_BYTES = 4 * 1024**3
 logger = logging.getLogger(__name__)
 
@@ -59,8 +65,29 @@ class ImportPlan:
     config: CollectionConfig
     source: Source
     partitions: int  # shards x segments per shard
-    mean: IndexSpec  # of a segment of the mean count: all are of its kind, and about its size
+    index: IndexPlan  # of a shard of the mean count: all its segments are of that kind
     builds: Builds
+    rates: Rates = REFERENCE
+
+    @property
+    def count(self) -> int:
+        """Rows of the mean segment."""
+        return ceil(self.source.rows / self.partitions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the job's status: what is going to be built, what it should take, and what else was considered."""
+        spec = like(self.index.spec, self.count, self.config)
+        seconds = index_costs.build_seconds(spec, self.count, self.config.dimension, self.rates)
+        waves = ceil(self.partitions / self.builds.at_once)
+        return {
+            "index": spec.to_dict() | {"reason": self.index.spec.reason},
+            "segments": self.partitions,
+            "points_per_segment": self.count,
+            "predicted_bytes": spec.predicted_bytes * self.partitions,
+            "predicted_build_seconds": round(seconds * waves, 1),
+            "rates_measured": self.rates.measured,
+            "considered": [candidate.to_dict() for candidate in self.index.considered],
+        }
 
 
 class Importer:
@@ -92,6 +119,7 @@ class Importer:
     def _build_all(self, plan: ImportPlan, job_id: str, reporter: JobReporter) -> dict[int, SegmentRef]:
         try:
             pieces = self._partition(plan, job_id, reporter)
+            plan = self._measured(plan, job_id, pieces, reporter)
             return self._build(plan, job_id, pieces, reporter)
         except BaseException:  # cancelled, too: SystemExit
             self._clean_up("segments", job_id, self._delete_segments)
@@ -114,14 +142,32 @@ class Importer:
         else:
             config = new_config(options, source)
         _check_fits(config, source, options)
-        whole = index_spec.choose(ceil(source.rows / config.shards), config)  # refuses now what no shard could hold
-        same_kind = replace(config, index=replace(config.index, kind=whole.kind, memory_bytes=None))
-        partitions = config.shards * segments_per_shard(source.rows, same_kind, options.memory_bytes)
+        index = plan_index(ceil(source.rows / config.shards), config)  # refuses now what no shard could hold
+        partitions = config.shards * segments_per_shard(source.rows, index.spec, config, options.memory_bytes)
         count = ceil(source.rows / partitions)
-        mean = replace(index_spec.choose(count, same_kind), reason=whole.reason)
-        needed = segment_bytes(mean, count, config.dimension)
+        needed = segment_bytes(like(index.spec, count, config), count, config.dimension)
         builds = plan_builds(min(partitions, source.rows), needed, options.memory_bytes, self._workers)
-        return ImportPlan(parent, config, source, partitions, mean, builds)
+        return ImportPlan(parent, config, source, partitions, index, builds)
+
+    def _measured(
+        self, plan: ImportPlan, job_id: str, pieces: dict[int, dict[int, int]], reporter: JobReporter
+    ) -> ImportPlan:
+        """The plan with rates measured on a sample of the rows, where the build is long enough to be worth it."""
+        if plan.count >= MEASURED_MIN and plan.index.spec.kind != "flat":
+            reporter.phase("measure")
+            task = self._segment_task(plan, job_id, min(pieces), pieces[min(pieces)])
+            for _, event in self._workers.run_tasks(measure_partition, [task], plan.builds.num_cpus, 1):
+                plan = self._replanned(plan, event["rates"])
+        reporter.plan(plan.to_dict())
+        return plan
+
+    def _replanned(self, plan: ImportPlan, rates: Rates) -> ImportPlan:
+        """`build_seconds` may ask for another index once the rates are known; its builds are planned anew."""
+        index = plan_index(ceil(plan.source.rows / plan.config.shards), plan.config, rates)
+        needed = segment_bytes(like(index.spec, plan.count, plan.config), plan.count, plan.config.dimension)
+        partitions = min(plan.partitions, plan.source.rows)
+        builds = plan_builds(partitions, needed, self._options.memory_bytes, self._workers)
+        return replace(plan, rates=rates, index=index, builds=builds)
 
     def _partition(self, plan: ImportPlan, job_id: str, reporter: JobReporter) -> dict[int, dict[int, int]]:
         """partition -> unit number -> rows."""
@@ -157,7 +203,8 @@ class Importer:
         """partition -> its published segment."""
         reporter.phase("build")
         builds = plan.builds
-        tasks = [self._segment_task(plan, job_id, p, pieces[p]) for p in sorted(pieces)]
+        queries = self._recent_queries(plan)
+        tasks = [replace(self._segment_task(plan, job_id, p, pieces[p]), queries=queries) for p in sorted(pieces)]
         shares = [0.0] * len(tasks)
         refs: dict[int, SegmentRef] = {}
         for number, event in self._workers.run_tasks(build_partition, tasks, builds.num_cpus, builds.at_once):
@@ -169,6 +216,12 @@ class Importer:
             reporter.progress(min(0.99, whole), int(rows))
         return refs
 
+    def _recent_queries(self, plan: ImportPlan) -> NDArray[np.float32] | None:
+        """Real queries to tune on, where the collection exists and was asked some."""
+        if plan.parent is None or plan.parent.state == "deleted":
+            return None
+        return read_queries(self._store, self._options.collection, plan.config, self._options.seed)
+
     def _segment_task(self, plan: ImportPlan, job_id: str, partition: int, units: dict[int, int]) -> SegmentTask:
         by_number = {unit.number: unit for unit in plan.source.units}
         return SegmentTask(
@@ -179,7 +232,8 @@ class Importer:
             units=tuple(by_number[number] for number in sorted(units)),
             count=sum(units.values()),
             config=plan.config,
-            mean=plan.mean,
+            plan=plan.index,
+            rates=plan.rates,
             attributes=plan.source.attributes,
             id_column=self._options.columns.id,
             threads=plan.builds.threads,

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 class JobStatus:
     """`progress` is the share done, 0 to 1; `rate` is rows per second of the phase.
 
-    `report` is the outcome; while the job waits, its `message` says for what.
+    `report` is the outcome; while the job waits, its `message` says for what. `plan` is what is going to be built,
+    as soon as that is known, with the bytes and seconds it should take.
     """
 
     job_id: str
@@ -36,6 +37,7 @@ class JobStatus:
     rate: float = 0.0
     remaining_s: float | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
 
 
 def new_job_id(kind: str) -> str:
@@ -87,6 +89,10 @@ class JobReporter:
         remaining = spent * (1.0 - share) / share if share > 0.01 else None
         rate = self.status.rate if rows_done is None else rows_done / max(1e-6, now - self._phase_started)
         self._update(replace(self.status, progress=share, rate=rate, remaining_s=remaining, report={}))
+
+    def plan(self, plan: dict[str, Any]) -> None:
+        """Report what is going to be built."""
+        self._update(replace(self.status, plan=plan), force=True)
 
     def waiting(self, message: str) -> None:
         """Report what the job waits for, until it goes on ("")."""

@@ -17,12 +17,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from actors.build_rates import SAMPLE_POINTS, measure_rates
+from actors.faiss_index import use_threads
 from actors.segment_builder import BuildOptions, build_segment, publish_segment
 from cluster import paths
-from cluster.arrow_rows import gather
+from cluster.arrow_rows import gather, vectors_view
 from cluster.config import CollectionConfig
 from cluster.errors import Invalid
-from cluster.index_spec import IndexSpec
+from cluster.index_costs import Rates
+from cluster.index_policy import IndexPlan
 from cluster.object_store import ObjectStore, open_store
 from cluster.segment import rows_per_batch, rows_schema, write_rows
 from jobs.import_source import Unit
@@ -35,7 +38,8 @@ GATHER_SHARE = 0.2  # of a segment's time, for the progress bar: reading pieces 
 class SegmentTask:
     """Everything a task needs to build one partition's segment.
 
-    `units` are those with rows in it; `mean` is the index of the import's mean segment, whose kind all of them take.
+    `units` are those with rows in it; `plan` is the choice for the import's mean segment, whose kind all of them take.
+    `queries` are real ones to tune with, (n, d), where there are some.
     """
 
     data: str
@@ -45,11 +49,13 @@ class SegmentTask:
     units: tuple[Unit, ...]
     count: int
     config: CollectionConfig
-    mean: IndexSpec
+    plan: IndexPlan
+    rates: Rates
     attributes: dict[str, Any]
     id_column: str
     threads: int
     seed: int
+    queries: NDArray[np.float32] | None = None
 
 
 @dataclass
@@ -106,6 +112,20 @@ def is_segment_of(job_id: str, segment_id: str) -> bool:
     return re.fullmatch(rf"{re.escape(job_id)}-\d{{6,}}-[0-9a-f]{{8}}", segment_id) is not None
 
 
+def measure_partition(task: SegmentTask) -> Iterator[dict[str, Any]]:
+    """Yields {"rates": Rates}: how fast this node builds from the partition's vectors."""
+    use_threads(task.threads)
+    with tempfile.TemporaryDirectory(prefix="eagleray-build-") as name:
+        pieces = _open_pieces(task, open_store(task.data), Path(name))
+        parts, found = [], 0
+        for batch in pieces.batches:
+            parts.append(vectors_view(batch.column("vector").slice(0, SAMPLE_POINTS - found)))
+            found += len(parts[-1])
+            if found >= SAMPLE_POINTS:
+                break
+        yield {"rates": measure_rates(np.concatenate(parts), task.config.metric, task.threads)}
+
+
 def build_partition(task: SegmentTask) -> Iterator[dict[str, Any]]:
     """Build and publish one segment. Yields {"share": 0..1}, and at last {"segment": SegmentRef fields}."""
     store = open_store(task.data)
@@ -155,7 +175,7 @@ def _build(task: SegmentTask, folder: Path, segment_id: str) -> Iterator[dict[st
 
     def work() -> None:
         try:
-            options = BuildOptions(task.threads, task.seed, progress.put, task.mean)
+            options = BuildOptions(task.threads, task.seed, progress.put, task.plan, task.rates, task.queries)
             build_segment(folder, segment_id, task.config, task.count, rows_per_batch(task.config), options)
         except BaseException as error:  # noqa: BLE001  # carried to the caller's thread, nothing is lost
             failure.append(error)

@@ -1,4 +1,4 @@
-"""The command line: `eagleray up`, `down`, `create`, `import`, `search`, `status`, `delete`."""
+"""The command line: `eagleray up`, `down`, `create`, `import`, `search`, `status`, `explain`, `plan`, `delete`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,26 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Invalid
 from jobs.progress_bar import progress_bar, rate_note
 from serve.client import Client
+from serve.explain import explanation, plan_line, print_explanation
+from serve.index_options import (
+    BuildSecondsOption,
+    ChurnOption,
+    IndexMemoryOption,
+    IndexOptionsOption,
+    KindOption,
+    TargetRecallOption,
+    given,
+    index_fields,
+)
+from serve.tables import print_collection, print_hits
 
 app = typer.Typer(help="Eagleray: a sharded vector index on Ray.", no_args_is_help=True, add_completion=False)
-out = Console()
+out = Console(markup=False, highlight=False)  # attributes and reasons may hold brackets
 
 TargetOption = Annotated[
     str, typer.Option("--target", envvar="EAGLERAY_TARGET", help="The HTTP endpoint of a running Eagleray.")
@@ -75,8 +86,12 @@ def create(
     shards: Annotated[int, typer.Option(min=1)] = 1,
     replicas: Annotated[int, typer.Option(min=1)] = 1,
     vector_dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
-    index: Annotated[str, typer.Option(help="Index kind: auto, flat, ivf_flat or hnsw.")] = "auto",
-    target_recall: Annotated[float, typer.Option(help="Recall@10 to tune for.")] = 0.95,
+    index: KindOption = None,
+    target_recall: TargetRecallOption = None,
+    index_memory_bytes: IndexMemoryOption = None,
+    build_seconds: BuildSecondsOption = None,
+    churn: ChurnOption = None,
+    index_options: IndexOptionsOption = None,
     target: TargetOption = DEFAULT_TARGET,
     as_json: JsonOption = False,
 ) -> None:
@@ -88,16 +103,18 @@ def create(
         "shards": shards,
         "replicas": replicas,
         "vector_dtype": vector_dtype,
-        "index": {"kind": index, "target_recall": target_recall},
+        "index": index_fields(index, target_recall, index_memory_bytes, build_seconds, churn, index_options),
     }
-    answer = Client(target).create(collection, config)
+    with Client(target) as client:
+        answer = client.create(collection, config)
     _show(as_json, answer, f"collection {collection}: {'ready' if answer['ready'] else answer['reason']}")
 
 
 @app.command()
 def delete(collection: str, target: TargetOption = DEFAULT_TARGET, as_json: JsonOption = False) -> None:
     """Delete a collection and its points."""
-    Client(target).delete(collection)
+    with Client(target) as client:
+        client.delete(collection)
     _show(as_json, {"deleted": collection}, f"collection {collection} is deleted")
 
 
@@ -112,40 +129,56 @@ def import_command(
     shards: Annotated[int | None, typer.Option(help="Of a new collection.", min=1)] = None,
     replicas: Annotated[int | None, typer.Option(help="Of a new collection.", min=1)] = None,
     vector_dtype: Annotated[str | None, typer.Option(help="Of a new collection: float32 or float16.")] = None,
-    index: Annotated[str | None, typer.Option(help="Of a new collection: auto, flat, ivf_flat or hnsw.")] = None,
-    target_recall: Annotated[float | None, typer.Option(help="Of a new collection: recall@10 to tune for.")] = None,
+    index: KindOption = None,
+    target_recall: TargetRecallOption = None,
+    index_memory_bytes: IndexMemoryOption = None,
+    build_seconds: BuildSecondsOption = None,
+    churn: ChurnOption = None,
+    index_options: IndexOptionsOption = None,
     memory_bytes: Annotated[
         int | None, typer.Option(help="Most bytes that the indexes being built at one time take on one node.", min=1)
     ] = None,
     target: TargetOption = DEFAULT_TARGET,
     as_json: JsonOption = False,
 ) -> None:
-    """Import vectors: all rows of the source become the collection's points, or nothing changes."""
-    create = _given(metric=metric, shards=shards, replicas=replicas, vector_dtype=vector_dtype)
-    index_config = _given(kind=index, target_recall=target_recall)
+    """Import vectors: all rows of the source become the collection's points, or nothing changes.
+
+    Options of the index are those of a new collection.
+    """
+    create = given(metric=metric, shards=shards, replicas=replicas, vector_dtype=vector_dtype)
+    index_config = index_fields(index, target_recall, index_memory_bytes, build_seconds, churn, index_options)
     body = {
         "kind": "import",
-        "source": source if "://" in source else str(Path(source).expanduser().absolute()),
+        "source": _source_url(source),
         "id_column": id_column,
         "vector_column": vector_column,
         "attribute_columns": "all" if attribute_columns == "all" else [a for a in attribute_columns.split(",") if a],
         "create": create | ({"index": index_config} if index_config else {}),
-        **_given(memory_bytes=memory_bytes),
+        **given(memory_bytes=memory_bytes),
     }
-    with progress_bar("submitted", hidden=as_json) as show:
-
-        def listener(now: dict[str, Any]) -> None:
-            show(now["phase"], now["progress"], now["report"].get("message") or rate_note(now["rate"]))
-
-        status = Client(target).run_job(collection, body, listener)
+    with Client(target) as client:
+        status = _follow_import(client, collection, body, as_json)
     report = status["report"]
     told = f"{report['points']:,} points, generation {report['generation']}" if "points" in report else "imported"
     _show(as_json, status, f"collection {collection}: {told} {report.get('message', '')}".rstrip())
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
+def _source_url(source: str) -> str:
+    return source if "://" in source else str(Path(source).expanduser().absolute())
+
+
+def _follow_import(client: Client, collection: str, body: dict[str, Any], quiet: bool) -> dict[str, Any]:
+    """Run the job under a progress bar; what it is going to build is told once that is known."""
+    plans: list[dict[str, Any]] = []
+    with progress_bar("submitted", hidden=quiet) as show:
+
+        def listener(now: dict[str, Any]) -> None:
+            show(now["phase"], now["progress"], now["report"].get("message") or rate_note(now["rate"]))
+            if now["plan"] and not plans and not quiet:
+                plans.append(now["plan"])
+                print(plan_line(now["plan"]))
+
+        return client.run_job(collection, body, listener)
 
 
 @app.command()
@@ -155,24 +188,30 @@ def search(
     vector_file: Annotated[Path | None, typer.Option(help="A .npy file of shape (d,) or (n, d).")] = None,
     k: Annotated[int, typer.Option("-k", "--k", min=1)] = 10,
     with_attributes: Annotated[str, typer.Option(help="Comma-separated attributes to show.")] = "",
+    exact: Annotated[bool, typer.Option("--exact", help="Compare every vector, whatever the index.")] = False,
+    target_recall: Annotated[float | None, typer.Option(help="Take what was tuned for this recall@10.")] = None,
+    nprobe: Annotated[int | None, typer.Option(help="Inverted lists to visit.")] = None,
+    ef_search: Annotated[int | None, typer.Option(help="Candidates to keep in a graph search.")] = None,
+    rerank: Annotated[float | None, typer.Option(help="Candidates per hit to compare exactly.")] = None,
     target: TargetOption = DEFAULT_TARGET,
     as_json: JsonOption = False,
 ) -> None:
     """Show the nearest points of a stored point or of vectors in a file."""
-    client = Client(target)
     if (point_id is None) == (vector_file is None):
         raise Invalid("give either --id or --vector-file")
-    if point_id is not None:
-        vectors = client.vector_of(collection, _typed_id(client, collection, point_id))
-    else:
-        vectors = _read_vectors(vector_file)
     attributes = [name for name in with_attributes.split(",") if name]
-    answer = client.search(collection, vectors, k=k, with_attributes=attributes)
+    params = given(nprobe=nprobe, ef_search=ef_search, rerank=rerank, target_recall=target_recall)
+    with Client(target) as client:
+        if point_id is not None:
+            vectors = client.vector_of(collection, _typed_id(client, collection, point_id))
+        else:
+            vectors = _read_vectors(vector_file)
+        answer = client.search(collection, vectors, k=k, params=params, exact=exact, with_attributes=attributes)
     if as_json:
         print(json.dumps(answer))
         return
     for number, hits in enumerate(answer["results"]):
-        _print_hits(hits, attributes, f"query {number}" if len(answer["results"]) > 1 else "")
+        print_hits(out, hits, attributes, f"query {number}" if len(answer["results"]) > 1 else "")
 
 
 def _typed_id(client: Client, collection: str, text: str) -> int | str:
@@ -194,14 +233,6 @@ def _read_vectors(path: Path | None) -> Any:
     return np.atleast_2d(vectors)
 
 
-def _print_hits(hits: list[dict[str, Any]], attributes: list[str], title: str) -> None:
-    table = Table("id", "score", *attributes, title=title or None)
-    for hit in hits:
-        values = hit.get("attributes", {})
-        table.add_row(str(hit["id"]), f"{hit['score']:.4f}", *(str(values.get(name)) for name in attributes))
-    out.print(table)
-
-
 @app.command()
 def status(
     collection: Annotated[str | None, typer.Argument(help="One collection; all without it.")] = None,
@@ -209,39 +240,69 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show collections, their shards, replicas and indexes."""
-    client = Client(target)
-    found = [client.collection(collection)] if collection else client.collections()
+    with Client(target) as client:
+        found = [client.collection(collection)] if collection else client.collections()
     if as_json:
         print(json.dumps(found[0] if collection else {"collections": found}))
         return
     if not found:
         out.print("no collections")
     for each in found:
-        _print_collection(each)
+        print_collection(out, each)
 
 
-def _print_collection(description: dict[str, Any]) -> None:
-    config = {"dimension": "?", "metric": "?"} | description["config"]
-    state = "ready" if description["ready"] else f"not ready: {description['reason']}"
-    out.print(
-        f"[bold]{description['name']}[/bold]  {description['points']:,} points, {config['dimension']} dimensions, "
-        f"{config['metric']}, generation {description['generation']}, {state}"
-    )
-    table = Table("shard", "points", "replicas", "index", "bytes", "recall@10", "at", "ms")
-    for shard in description["shards"]:
-        replicas = ", ".join(f"{r['state']} {r['error']}".strip() for r in shard["replicas"])
-        for segment in shard["segments"] or [None]:
-            table.add_row(str(shard["shard"]), f"{shard['points']:,}", replicas, *_segment_cells(segment))
-    out.print(table)
+@app.command()
+def explain(collection: str, target: TargetOption = DEFAULT_TARGET, as_json: JsonOption = False) -> None:
+    """Show which index each segment has and why, what else was considered, and what was measured."""
+    with Client(target) as client:
+        description = client.collection(collection)
+    if as_json:
+        print(json.dumps(explanation(description)))
+    else:
+        print_explanation(out, description)
 
 
-def _segment_cells(segment: dict[str, Any] | None) -> list[str]:
-    if segment is None:
-        return ["-"] * 5
-    point = segment["operating_points"][0]
-    params = ", ".join(f"{name} {value}" for name, value in point["params"].items()) or "exact"
-    size = f"{segment['index_bytes'] / 2**20:,.1f} MiB"
-    return [segment["index_kind"], size, f"{point['recall']:.3f}", params, f"{point['latency_ms']:.2f}"]
+@app.command()
+def plan(
+    count: Annotated[int | None, typer.Option(help="Points of the collection.", min=0)] = None,
+    dimension: Annotated[int | None, typer.Option(help="Numbers in each vector.", min=1)] = None,
+    source: Annotated[str | None, typer.Option(help="Parquet source to plan for, instead of a count.")] = None,
+    id_column: Annotated[str, typer.Option(help="Column of ids of the source.")] = "id",
+    vector_column: Annotated[str, typer.Option(help="Column of vectors of the source.")] = "vector",
+    metric: Annotated[str, typer.Option(help="cosine, l2 or ip.")] = "cosine",
+    shards: Annotated[int, typer.Option(min=1)] = 1,
+    vector_dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    index: KindOption = None,
+    target_recall: TargetRecallOption = None,
+    memory_bytes: Annotated[
+        int | None,
+        typer.Option("--memory-bytes", "--index-memory-bytes", help="Most bytes of one shard's index.", min=1),
+    ] = None,
+    build_seconds: BuildSecondsOption = None,
+    churn: ChurnOption = None,
+    index_options: IndexOptionsOption = None,
+    threads: Annotated[int | None, typer.Option(help="To measure a source with; all cores.", min=1)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which index a collection would get and what it should take; needs no server.
+
+    With --source the times are measured on this machine and these vectors.
+    """
+    from serve.plan import plan_for, print_plan
+
+    fields = {
+        "metric": metric,
+        "shards": shards,
+        "vector_dtype": vector_dtype,
+        "index": index_fields(index, target_recall, memory_bytes, build_seconds, churn, index_options),
+        **given(dimension=dimension),
+    }
+    url = None if source is None else _source_url(source)
+    planned = plan_for(fields, count, url, id_column, vector_column, threads)
+    if as_json:
+        print(json.dumps(planned.to_dict()))
+    else:
+        print_plan(out, planned)
 
 
 def _show(as_json: bool, content: Any, text: str) -> None:

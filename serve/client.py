@@ -22,7 +22,7 @@ class Client:
     """Calls to one endpoint; problems come back as our errors."""
 
     def __init__(self, target: str, timeout_s: float = 60.0) -> None:
-        self._target = target
+        self.target = target
         self._http = httpx.Client(base_url=target, timeout=timeout_s)
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
@@ -30,13 +30,19 @@ class Client:
         try:
             response = self._http.request(method, path, json=body)
         except httpx.HTTPError as error:
-            raise Unavailable(f"{self._target} does not answer: {error}; is `eagleray up` running?") from error
+            raise Unavailable(f"{self.target} does not answer: {error}; is `eagleray up` running?") from error
         if response.is_success:
             return response.json() if response.content else None
         raise _error_of(response)
 
     def close(self) -> None:
         self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def collections(self) -> list[dict[str, Any]]:
         return list(self.call("GET", "/v1/collections")["collections"])

@@ -51,6 +51,9 @@ def _shard(shard: int, points: int, statuses: dict[ReplicaKey, ReplicaStatus]) -
         "points": points,
         "replicas": [_replica(key, status) for key, status in sorted(statuses.items())],
         "segments": segments,
+        "observed": [
+            {"replica": key.replica} | facts for key, status in sorted(statuses.items()) for facts in status.observed
+        ],
     }
 
 

@@ -65,7 +65,7 @@ class _Families:
 
 def render(snapshots: dict[str, list[Metric]], descriptions: list[dict[str, Any]]) -> bytes:
     """Prometheus text: every coordinator's counts under its label, and the shards' gauges."""
-    families = [*_merged(snapshots), *_gauges(descriptions)]
+    families = [*_merged(snapshots), *_gauges(descriptions), *_observed_gauges(descriptions)]
     return generate_latest(_Families(families))
 
 
@@ -100,3 +100,28 @@ def _gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
             for kind, size in sizes.items():
                 index.add_metric((*place, kind), size)
     return [points, index, ready]
+
+
+def _observed_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
+    """The recall that live queries had against exact answers, per replica and generation."""
+    labels = ("collection", "shard", "replica", "generation")
+    what = "recall@min(k, 10) of the sampled live queries"
+    gauges = {
+        "recall": GaugeMetricFamily("eagleray_observed_recall", f"Mean {what}.", labels=labels),
+        "low": GaugeMetricFamily(
+            "eagleray_observed_recall_low", f"Lower end of the 95% interval of the {what}.", labels=labels
+        ),
+        "high": GaugeMetricFamily(
+            "eagleray_observed_recall_high", f"Upper end of the 95% interval of the {what}.", labels=labels
+        ),
+        "queries": GaugeMetricFamily(
+            "eagleray_observed_queries", "Queries that the observed recall is the mean of.", labels=labels
+        ),
+    }
+    for description in descriptions:
+        for shard in description["shards"]:
+            for observed in shard["observed"]:
+                place = (description["name"], *(str(n) for n in (shard["shard"], observed["replica"])))
+                for name, gauge in gauges.items():
+                    gauge.add_metric((*place, str(observed["generation"])), observed[name])
+    return list(gauges.values())

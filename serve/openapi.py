@@ -81,7 +81,7 @@ def _paths() -> Json:
         },
         "/v1/jobs/{job_id}": {
             "parameters": job,
-            "get": _operation("A job's state, progress, report and log", {200: _json("Job")}, 400, 404, 503),
+            "get": _operation("A job's state, plan, progress, report and log", {200: _json("Job")}, 400, 404, 503),
             "delete": _operation("Stop a job", {204: {"description": "Told to stop"}}, 400, 404, 503),
         },
         "/healthz": {"get": _operation("Alive", {200: _json("Status")})},
@@ -154,7 +154,13 @@ def _answers() -> Json:
         replica=integer, state=string, node=string, pid=integer, threads=integer, error=string,
         generations=_list(integer),
     )  # fmt: skip
-    shard = _object(shard=integer, points=integer, replicas=_list(replica), segments=_list(anything))
+    observed = _object(
+        replica=integer, generation=integer, recall=number, low=number, high=number, queries=integer, k=integer,
+        dropped=integer,
+    )  # fmt: skip
+    shard = _object(
+        shard=integer, points=integer, replicas=_list(replica), segments=_list(anything), observed=_list(observed)
+    )
     problem = _object(type=string, title=string, status=integer, detail=string)
     problem["properties"] |= {"errors": _list(_object(field=string, message=string)), "coverage": coverage}
     return {
@@ -186,6 +192,7 @@ def _answers() -> Json:
             rate=number,
             remaining_s={"anyOf": [number, {"type": "null"}]},
             report=anything,
+            plan=anything,
             log=_list(string),
         ),
     }

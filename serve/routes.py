@@ -22,10 +22,11 @@ from actors.shard_client import Directory, ServedCollection
 from cluster.config import Limits, check_collection_name
 from cluster.errors import Corrupt, EaglerayError, Exhausted, Invalid, NotFound, Unavailable
 from cluster.ids import id_array
-from cluster.index_spec import choose
+from cluster.index_policy import choose
 from cluster.manifest import Manifest, ManifestLog
 from cluster.object_store import ObjectStore
 from cluster.query import Query
+from cluster.recent_queries import delete_queries
 from cluster.segment import delete_segment
 from jobs.report import new_job_id
 from serve import arrow_bodies, metrics
@@ -35,6 +36,7 @@ from serve.job_service import JobService
 from serve.json_bodies import points_of, search_answer
 from serve.openapi import openapi_json
 from serve.problems import problem_response
+from serve.query_samples import QuerySamples
 from serve.schemas import (
     CollectionBody,
     FetchBody,
@@ -53,6 +55,7 @@ JSON = "application/json"
 READY_WAIT_S = 30.0  # how long a create or delete waits to be visible; it is committed either way
 FETCH_TIMEOUT_S = 10.0
 METRICS_PERIOD_S = 2.0
+LAST_SAMPLES_S = 5.0
 LARGE_BODY_BYTES = 1024 * 1024  # larger bodies are decoded, and larger answers encoded, beside the event loop:
 LARGE_NUMBERS = 20_000  # 5,000 hits take some 10 ms
 T = TypeVar("T")
@@ -80,8 +83,10 @@ class Services:
 
 
 def build_app(services: Services) -> Starlette:
-    """The ASGI application. While it runs it follows the supervisor and leaves its counts there."""
+    """The ASGI application. While it runs it follows the supervisor, leaves its counts there, and samples of queries
+    in the store."""
     endpoint = Routes(services)
+    samples = QuerySamples(services.coordinator, services.store, services.name, services.limits.recent_queries)
     collection = "/v1/collections/{collection}"
     routes = [
         _route(f"{collection}/points:search", POST=endpoint.search),
@@ -107,12 +112,15 @@ def build_app(services: Services) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        tasks = [asyncio.ensure_future(services.coordinator.follow()), asyncio.ensure_future(endpoint.leave_metrics())]
+        for_ever = (services.coordinator.follow(), endpoint.leave_metrics(), samples.leave_for_ever())
+        tasks = [asyncio.ensure_future(work) for work in for_ever]
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
+            with contextlib.suppress(TimeoutError):  # a sample is not worth a shutdown that takes long
+                await asyncio.wait_for(samples.leave(), LAST_SAMPLES_S)
 
     async def on_error(request: Request, error: Exception) -> Response:
         return problem_response(request, error)
@@ -218,6 +226,7 @@ class Routes:
         last = await asyncio.to_thread(self._log(name).delete)
         await self._services.directory.refresh(name)
         await self._wait_for(lambda: not self._known(name))
+        await asyncio.to_thread(delete_queries, self._services.store, name)
         await asyncio.to_thread(self._delete_segments, name, last.version)
         return Response(status_code=204)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -11,46 +11,86 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from cluster.config import DIMENSION_MAX, REPLICAS_MAX, SHARDS_MAX, CollectionConfig, Limits
+from actors.faiss_index import check_factory
+from cluster.config import (
+    DIMENSION_MAX,
+    FACTORY_CHARACTERS_MAX,
+    OPTION_RANGES,
+    REPLICAS_MAX,
+    SHARDS_MAX,
+    Codes,
+    CollectionConfig,
+    Device,
+    IdType,
+    IndexKindChoice,
+    Limits,
+    Metric,
+    RerankStore,
+    VectorDtype,
+)
 from cluster.errors import FieldError, Invalid
-from cluster.index_spec import choose
+from cluster.index_policy import choose
 from cluster.query import Query, SearchParams
 from cluster.vectors import as_searched, vector_problem
 
 HIT_NUMBERS = 4  # a hit takes the memory of about four numbers (436 MiB for a million)
+CANDIDATES_MAX = 65_536  # whose exact distance one query may ask for, k x rerank
 T = TypeVar("T", bound=Struct)
 Knob = Annotated[int, Meta(ge=1, le=65_536)]  # FAISS sets aside 8 bytes x ef_search for each query it works on
+Rerank = Annotated[float, Meta(ge=1.0, le=1_000.0)]
+Recall = Annotated[float, Meta(gt=0.0, le=1.0)]
+
+
+def _range(option: str) -> Meta:
+    low, high = OPTION_RANGES[option]
+    return Meta(ge=low, le=high)
 
 
 class IndexBody(Struct, forbid_unknown_fields=True):
-    """Which index the shards build."""
+    """Which index the shards build; null leaves an option to the policy."""
 
-    kind: Literal["auto", "flat", "ivf_flat", "hnsw"] = "auto"
-    target_recall: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.95
-    device: Literal["cpu", "gpu"] = "cpu"
+    kind: IndexKindChoice = "auto"
+    target_recall: Recall = 0.95
+    device: Device = "cpu"
     memory_bytes: Annotated[int, Meta(ge=1, le=2**63 - 1)] | None = None
+    build_seconds: Annotated[float, Meta(gt=0.0)] | None = None
+    churn: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    codes: Codes | None = None
+    m: Annotated[int, _range("m")] | None = None
+    ef_construction: Annotated[int, _range("ef_construction")] | None = None
+    nlist: Annotated[int, _range("nlist")] | None = None
+    pq_m: Annotated[int, _range("pq_m")] | None = None
+    pq_bits: Literal[4, 8] | None = None
+    rerank_store: RerankStore | None = None
+    factory: Annotated[str, Meta(min_length=1, max_length=FACTORY_CHARACTERS_MAX)] | None = None
 
 
 class CollectionBody(Struct, forbid_unknown_fields=True):
     """A collection to create."""
 
     dimension: Annotated[int, Meta(ge=1, le=DIMENSION_MAX)]
-    metric: Literal["cosine", "l2", "ip"] = "cosine"
-    id_type: Literal["int64", "string"] = "int64"
+    metric: Metric = "cosine"
+    id_type: IdType = "int64"
     shards: Annotated[int, Meta(ge=1, le=SHARDS_MAX)] = 1
     replicas: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] = 1
-    vector_dtype: Literal["float32", "float16"] = "float32"
+    vector_dtype: VectorDtype = "float32"
     index: IndexBody = msgspec.field(default_factory=IndexBody)
 
-    def to_config(self) -> CollectionConfig:
-        return CollectionConfig.from_dict(msgspec.to_builtins(self))
+    def to_config(self, check_factory_string: bool = True) -> CollectionConfig:
+        """Invalid where options do not go together, or FAISS makes no index of the factory string."""
+        config = CollectionConfig.from_dict(msgspec.to_builtins(self))
+        if check_factory_string and config.index.factory is not None:
+            check_factory(config.index.factory, config.dimension, config.metric)
+        return config
 
 
 class SearchParamsBody(Struct, forbid_unknown_fields=True):
-    """Raw knobs; the tuned operating point without them."""
+    """Raw knobs, or the target whose tuned operating point is taken; without either the collection's own target."""
 
     nprobe: Knob | None = None
     ef_search: Knob | None = None
+    rerank: Rerank | None = None
+    target_recall: Recall | None = None
 
 
 class SearchBody(Struct, forbid_unknown_fields=True):
@@ -62,6 +102,7 @@ class SearchBody(Struct, forbid_unknown_fields=True):
     timeout_ms: Annotated[float, Meta(gt=0.0)] = 1_000.0
     min_coverage: Annotated[float, Meta(ge=0.0, le=1.0)] = 1.0
     params: SearchParamsBody = msgspec.field(default_factory=SearchParamsBody)
+    exact: bool = False
     with_attributes: list[str] = []
     with_vectors: bool = False
 
@@ -74,6 +115,9 @@ class SearchOptions(Struct, forbid_unknown_fields=True):
     min_coverage: Annotated[float, Meta(ge=0.0, le=1.0)] = 1.0
     nprobe: Knob | None = None
     ef_search: Knob | None = None
+    rerank: Rerank | None = None
+    target_recall: Recall | None = None
+    exact: bool = False
     with_attributes: str = ""
     with_vectors: bool = False
 
@@ -132,11 +176,29 @@ def decode_options(parameters: Sequence[tuple[str, str]]) -> SearchOptions:
 def check_create(create: dict[str, Any]) -> None:
     """Refuse now what an import job would refuse: the config of a new collection, whose dimension the file may give."""
     try:
-        choose(0, msgspec.convert({"dimension": 1, **create}, CollectionBody).to_config())
-    except (msgspec.ValidationError, Invalid) as error:
-        wrong = error if isinstance(error, Invalid) else _invalid(error)
-        fields = tuple(FieldError(f"create.{e.field}", e.message) for e in wrong.errors)
-        raise Invalid("; ".join(f"{e.field}: {e.message}" for e in fields), fields) from None
+        body = _collection_body({"dimension": 1, **create})
+        if "dimension" not in create and body.index.pq_m is not None:
+            body.dimension = body.index.pq_m  # the file's must be no less
+        choose(0, body.to_config(check_factory_string="dimension" in create))
+    except Invalid as error:
+        raise _invalid_fields(FieldError(f"create.{e.field}", e.message) for e in error.errors) from None
+
+
+def check_config(fields: dict[str, Any]) -> CollectionConfig:
+    """The config that a PUT with these fields would make; Invalid as the endpoint's."""
+    return _collection_body(fields).to_config()
+
+
+def _collection_body(fields: dict[str, Any]) -> CollectionBody:
+    try:
+        return msgspec.convert(fields, CollectionBody)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _invalid_fields(errors: Iterable[FieldError]) -> Invalid:
+    fields = tuple(errors)
+    return Invalid("; ".join(f"{e.field}: {e.message}" for e in fields), fields)
 
 
 def _invalid(error: msgspec.ValidationError) -> Invalid:
@@ -156,8 +218,15 @@ def json_query(body: SearchBody, config: CollectionConfig, limits: Limits) -> Qu
         raise Invalid.at("vectors", "give either vectors or vector")
     rows = body.vectors if body.vectors is not None else [body.vector or []]
     name = "vectors[{}]" if body.vectors is not None else "vector"
-    options = SearchOptions(body.k, body.timeout_ms, body.min_coverage, with_vectors=body.with_vectors)
-    params = SearchParams(body.params.nprobe, body.params.ef_search)
+    options = SearchOptions(
+        body.k,
+        body.timeout_ms,
+        body.min_coverage,
+        **msgspec.structs.asdict(body.params),
+        exact=body.exact,
+        with_vectors=body.with_vectors,
+    )
+    params = _search_params(options, "params.")
     vectors = _rows_to_vectors(rows, config.dimension, name, limits)
     return _query(vectors, name, options, params, tuple(body.with_attributes), config, limits)
 
@@ -168,8 +237,28 @@ def arrow_query(vectors: NDArray[Any], options: SearchOptions, config: Collectio
         raise Invalid.at("vector", f"has {vectors.shape[1]} numbers, the collection's dimension is {config.dimension}")
     _check_count(len(vectors), limits)
     attributes = tuple(name for name in options.with_attributes.split(",") if name)
-    params = SearchParams(options.nprobe, options.ef_search)
+    params = _search_params(options, "")
     return _query(vectors.astype(np.float32, copy=False), "vector[{}]", options, params, attributes, config, limits)
+
+
+def _search_params(options: SearchOptions, prefix: str) -> SearchParams:
+    """Invalid where the accuracy is asked for in two ways, or too many candidates are."""
+    params = SearchParams(options.nprobe, options.ef_search, options.rerank, options.target_recall, options.exact)
+    knobs = list(params.given)
+    if params.exact:
+        also, other = [*knobs, *(["target_recall"] if params.target_recall is not None else [])], "exact"
+    else:
+        also, other = (knobs, f"{prefix}target_recall") if params.target_recall is not None else ([], "")
+    if also:
+        raise _invalid_fields(FieldError(prefix + name, f"does not go with {other}: leave one out") for name in also)
+    candidates = options.k * (params.rerank or 1.0)
+    if params.rerank is not None and candidates > CANDIDATES_MAX:
+        raise Invalid.at(
+            f"{prefix}rerank",
+            f"{params.rerank:g} x k {options.k} are {candidates:.0f} candidates, at most {CANDIDATES_MAX} are taken: "
+            f"rerank up to {CANDIDATES_MAX / options.k:.1f}, or a smaller k",
+        )
+    return params
 
 
 def _query(

@@ -11,21 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from actors.faiss_index import exact_search, load_index, use_threads
+from actors.exact_search import exact_search
+from actors.faiss_index import use_threads
 from actors.segment_builder import publish_segment
 from actors.segment_loader import LoadedSegment, load_segment
 from actors.shard import Shard
-from cluster import paths
 from cluster.arrow_rows import vectors_view
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.ids import ID_ARROW_TYPE
-from cluster.index_spec import IndexSpec
 from cluster.memory_store import MemoryStore
 from cluster.object_store import open_store
 from cluster.query import SearchParams
 from cluster.topk import recall_at_k
 from cluster.vectors import as_searched
-from tests.unit.actors.points import Points, build, in_row_order
+from tests.unit.actors.points import Points, build, in_row_order, load
 from tests.unit.jobs.imports import new_data_url, run_import
 
 pytestmark = pytest.mark.recall
@@ -69,9 +68,7 @@ def test_recall_of_unseen_queries_reaches_the_target_after_build_and_after_load(
     description = build(tmp_path, "s1", config, points, per_batch=4_096)
     point = description.operating_points[0]
     assert point.met, point
-    spec = IndexSpec.from_dict(description.spec)
-    built = load_index(tmp_path / paths.INDEX, spec, DIMENSION, "l2", COUNT, "index.faiss")
-    found, scores = built.search(queries, K, point.params)
+    found, scores = load(tmp_path, config, description).search(queries, K, SearchParams())
 
     store = MemoryStore()
     ref = publish_segment(store, "clusters", tmp_path, "s1")

@@ -1,4 +1,4 @@
-"""Random collections for the tests of actors: points, segments built from them, and brute force over them."""
+"""Random collections for the tests of actors: points, indexes and segments built from them, brute force over them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,45 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from actors.faiss_index import FaissIndex, build_index, load_index
 from actors.segment_builder import BuildOptions, build_segment, publish_segment
+from actors.segment_loader import LoadedSegment
 from cluster import paths
 from cluster.arrow_rows import vectors_array
-from cluster.config import CollectionConfig, Metric
+from cluster.config import CollectionConfig, IndexConfig, Metric, VectorDtype
 from cluster.ids import ID_ARROW_TYPE, hash_ids
+from cluster.index_policy import choose
+from cluster.index_spec import IndexSpec
 from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry
 from cluster.object_store import ObjectStore
 from cluster.query import Hits, Query
 from cluster.routing import Routing
-from cluster.segment import rows_schema, write_rows
+from cluster.segment import Rows, SegmentDescription, rows_schema, write_rows
 
 Vectors = NDArray[np.float32]
+ONE_THREAD = BuildOptions(threads=1, seed=7)
+METRICS: tuple[Metric, ...] = ("cosine", "l2", "ip")
+FACTORIES = ("HNSW16,SQ8", "IVF32,PQ4x4fsr", "OPQ4_8,IVF32,PQ4", "IVF32,Flat,RFlat")
+INDEXES: dict[str, IndexConfig] = {  # every kind with every way of keeping vectors
+    "flat": IndexConfig("flat"),
+    "hnsw float32": IndexConfig("hnsw", codes="float32"),
+    "hnsw float16": IndexConfig("hnsw", codes="float16"),
+    "hnsw sq8": IndexConfig("hnsw", codes="sq8"),
+    "ivf_flat float32": IndexConfig("ivf_flat", codes="float32"),
+    "ivf_flat float16": IndexConfig("ivf_flat", codes="float16"),
+    "ivf_flat sq8": IndexConfig("ivf_flat", codes="sq8"),
+    "ivf_sq8": IndexConfig("ivf_sq8"),
+    "ivf_pq rows": IndexConfig("ivf_pq", rerank_store="rows"),
+    "ivf_pq 8 bits": IndexConfig("ivf_pq", pq_bits=8, rerank_store="rows"),
+    "ivf_pq padded": IndexConfig("ivf_pq", pq_m=5, rerank_store="rows"),
+    "ivf_pq sq8": IndexConfig("ivf_pq", rerank_store="sq8"),
+    "ivf_pq float16": IndexConfig("ivf_pq", rerank_store="float16"),
+    "ivf_pq float32": IndexConfig("ivf_pq", rerank_store="float32"),
+    "ivf_rabitq rows": IndexConfig("ivf_rabitq", rerank_store="rows"),
+    "ivf_rabitq sq8": IndexConfig("ivf_rabitq", rerank_store="sq8"),
+    "ivf_rabitq float16": IndexConfig("ivf_rabitq", rerank_store="float16"),
+    **{factory: IndexConfig("factory", factory=factory) for factory in FACTORIES},
+}
 
 
 @dataclass(frozen=True)
@@ -77,15 +104,50 @@ def points_of_shard(points: Points, shards: int, shard: int) -> Points:
     return points.take(np.flatnonzero(Routing(shards).shards_of_ids(points.ids) == shard))
 
 
-def build(folder: Path, segment_id: str, config: CollectionConfig, points: Points, per_batch: int = 64) -> Any:
-    """Write `rows.arrow` of points in row order and build their segment; its description."""
+def spec_of(
+    index: IndexConfig, count: int, dimension: int, metric: Metric = "l2", dtype: VectorDtype = "float32"
+) -> IndexSpec:
+    return choose(count, CollectionConfig(dimension, metric, index=index, vector_dtype=dtype))
+
+
+def built_index(spec: IndexSpec, metric: Metric, vectors: Vectors, seed: int = 3) -> FaissIndex:
+    """An index of all vectors, added in two parts."""
+    sample = vectors[: spec.training_points(len(vectors))]
+    index = build_index(spec, vectors.shape[1], metric, sample, seed)
+    half = len(vectors) // 2
+    index.add(vectors[:half])
+    index.add(vectors[half:])
+    return index
+
+
+def wide_open(index: FaissIndex) -> dict[str, float]:
+    """Search parameters that visit every point, with 30 candidates for each hit."""
+    values = {"nprobe": float(index.lists), "ef_search": float(index.count), "rerank": 30.0}
+    return {name: values[name] for name in index.knobs}
+
+
+def write_points(folder: Path, config: CollectionConfig, points: Points, per_batch: int = 64) -> Rows:
+    """Write `rows.arrow` of points in row order."""
     schema = rows_schema(config, {"name": pa.large_string()})
     arrays = [points.ids, vectors_array(points.vectors), pa.array(hash_ids(points.ids)), pa.array(points.names)]
     columns = [array.cast(field.type) for array, field in zip(arrays, schema, strict=True)]
     whole = pa.record_batch(columns, schema=schema)
     batches = [pa.concat_batches([whole.slice(at, per_batch)]) for at in range(0, len(points), per_batch)]
     write_rows(folder / paths.ROWS, schema, iter(batches))
-    return build_segment(folder, segment_id, config, len(points), per_batch, BuildOptions(threads=1, seed=7))
+    return Rows(folder / paths.ROWS, len(points), config.dimension, per_batch)
+
+
+def build(
+    folder: Path,
+    segment_id: str,
+    config: CollectionConfig,
+    points: Points,
+    per_batch: int = 64,
+    options: BuildOptions = ONE_THREAD,
+) -> SegmentDescription:
+    """Write `rows.arrow` of points in row order and build their segment."""
+    write_points(folder, config, points, per_batch)
+    return build_segment(folder, segment_id, config, len(points), per_batch, options)
 
 
 def publish(store: ObjectStore, collection: str, config: CollectionConfig, points: Points) -> SegmentRef:
@@ -94,6 +156,15 @@ def publish(store: ObjectStore, collection: str, config: CollectionConfig, point
         segment_id = f"segment-{uuid.uuid4().hex}"
         build(Path(name), segment_id, config, points)
         return publish_segment(store, collection, Path(name), segment_id)
+
+
+def load(folder: Path, config: CollectionConfig, description: SegmentDescription) -> LoadedSegment:
+    """The segment that was built in a folder, as a replica has it."""
+    spec = IndexSpec.from_dict(description.spec)
+    rows = Rows(folder / paths.ROWS, description.count, config.dimension, description.rows_per_batch)
+    path = folder / paths.INDEX
+    index = load_index(path, spec, config.dimension, config.metric, description.count, paths.INDEX)
+    return LoadedSegment(description, rows, index, config.metric)
 
 
 def manifest_log(store: ObjectStore, collection: str) -> ManifestLog:
@@ -130,6 +201,18 @@ def brute_force(points: Points, queries: Vectors, k: int, metric: Metric) -> lis
     asked = queries.astype(np.float64)
     costs = -(asked @ stored.T) if metric == "ip" else _squared_distances(asked, stored)
     return [[point_id for _, point_id in sorted(zip(line, ids, strict=True))[:k]] for line in costs.tolist()]
+
+
+def true_rows_of(
+    points: Points, queries: Vectors, k: int, metric: Metric
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(rows, scores), both (queries, k), of the best k points in float64; cosine by distance of the stored vectors."""
+    scores = all_scores(points, queries, metric)
+    stored = points.vectors.astype(np.float64)
+    if metric == "cosine":  # as the index has it, for vectors that rounding has made a little longer or shorter
+        scores = 1.0 - _squared_distances(queries.astype(np.float64), stored) / 2.0
+    rows = np.argsort(scores if metric == "l2" else -scores, axis=1, kind="stable")[:, :k]
+    return rows, np.take_along_axis(scores, rows, axis=1)
 
 
 def ids_per_query(hits: Hits) -> list[list[int | str]]:

@@ -291,6 +291,76 @@ def test_request_over_the_queue_bound_is_exhausted(tmp_path: Path) -> None:
     with_system(scenario, config, tmp_path, limits=Limits(batch_vectors=2, queued_vectors_per_shard=8))
 
 
+def test_answered_queries_are_kept_as_they_were_searched(tmp_path: Path) -> None:
+    config = config_of(2, metric="cosine")
+
+    async def scenario(system: System) -> None:
+        queries = random_vectors(config, 20, seed=12)
+        await asyncio.gather(*(system.coordinator.search("words", query(queries[at : at + 4])) for at in (0, 4, 8)))
+        await system.coordinator.search("words", query(queries[12:], params=SearchParams(exact=True)))
+        sample = system.coordinator.recent.sample("words")
+        assert sample is not None
+        assert sample.metric == "cosine"
+        assert sorted(sample.vectors.tolist()) == sorted(queries[:12].tolist())
+
+    with_system(scenario, config, tmp_path)
+
+
+def test_no_more_queries_are_kept_than_the_limit(tmp_path: Path) -> None:
+    config = config_of(1, metric="l2")
+
+    async def scenario(system: System) -> None:
+        for seed in range(4):
+            await system.coordinator.search("words", query(random_vectors(config, 9, seed)))
+        sample = system.coordinator.recent.sample("words")
+        assert sample is not None
+        assert len(sample.vectors) == 10
+
+    async def nothing_kept(system: System) -> None:
+        await system.coordinator.search("words", query(random_vectors(config, 9, seed=1)))
+        assert system.coordinator.recent.changed() == []
+
+    with_system(scenario, config, tmp_path, limits=Limits(recent_queries=10))
+    with_system(nothing_kept, config, tmp_path, limits=Limits(recent_queries=0))
+
+
+def test_queries_without_an_answer_are_not_kept(tmp_path: Path) -> None:
+    config = config_of(2, metric="l2")
+
+    async def scenario(system: System) -> None:
+        system.eagleray.runtime.kill(ReplicaKey("words", 1, 0))
+        with pytest.raises(Unavailable):
+            await system.coordinator.search("words", query(random_vectors(config, 3, seed=1)))
+        assert system.coordinator.recent.changed() == []
+
+    with_system(scenario, config, tmp_path)
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced"])
+def test_queries_of_a_collection_that_is_gone_are_forgotten(change: str, tmp_path: Path) -> None:
+    config = config_of(1, metric="l2")
+
+    async def scenario(system: System) -> None:
+        coordinator, queries = system.coordinator, random_vectors(config, 3, seed=1)
+        table = coordinator.table
+        assert table is not None
+        served = table.collections["words"]
+        other = {"words": replace(served, config=replace(config, metric="ip"))} if change == "replaced" else {}
+        await coordinator.search("words", query(queries))
+        coordinator.apply(replace(table, stamp="next"))
+        assert coordinator.recent.changed() == ["words"]
+        system.eagleray.runtime.hang(ReplicaKey("words", 0, 0))
+        late = asyncio.ensure_future(coordinator.search("words", query(queries)))
+        while len(system.batches.seen) < 2:  # asked before, answered after the change
+            await asyncio.sleep(0.001)
+        coordinator.apply(ServingTable("last", other, {}))
+        system.eagleray.runtime.revive(ReplicaKey("words", 0, 0))
+        await late
+        assert coordinator.recent.changed() == []
+
+    with_system(scenario, config, tmp_path)
+
+
 @pytest.mark.parametrize("id_type", ["int64", "string"])
 def test_fetch_over_shards_keeps_the_order_asked(id_type: str, tmp_path: Path) -> None:
     config = config_of(3, id_type=id_type)

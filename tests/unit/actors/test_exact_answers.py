@@ -15,6 +15,8 @@ from cluster.memory_store import MemoryStore
 from cluster.query import Hits, SearchGroup, SearchParams, ShardSearch
 from tests.unit.actors.points import Points, commit, in_row_order
 
+KINDS = ["flat", "ivf_flat", "hnsw", "ivf_sq8", "ivf_pq", "ivf_rabitq"]
+
 
 def shard_of(config: CollectionConfig, vectors: Any, folder: Path, segments: int = 1) -> Shard:
     """A loaded shard whose point i has id i and the i-th vector."""
@@ -53,7 +55,7 @@ def test_flat_l2_of_one_dimension_tells_neighbours_apart_in_a_batch(tmp_path: Pa
 
 
 @pytest.mark.parametrize("segments", [1, 2])
-@pytest.mark.parametrize("kind", ["flat", "ivf_flat", "hnsw"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_points_that_tie_at_the_last_hit_come_with_the_smallest_ids(kind: str, segments: int, tmp_path: Path) -> None:
     """20 equal points nearest to the query: the three with the smallest ids, whatever the order of rows."""
     random = np.random.default_rng(4)
@@ -66,7 +68,7 @@ def test_points_that_tie_at_the_last_hit_come_with_the_smallest_ids(kind: str, s
     assert hits.ids.to_pylist()[:3] == [100, 101, 102]
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivf_flat", "hnsw"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [999, 1_000, 1_500])
 def test_k_of_about_all_points_gives_all_of_them(kind: str, k: int, tmp_path: Path) -> None:
     vectors = np.random.default_rng(5).standard_normal((1_000, 8))

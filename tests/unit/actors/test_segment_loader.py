@@ -9,20 +9,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import actors.segment_searcher
 from actors.faiss_index import load_index
+from actors.rerank import rerank
 from actors.segment_loader import LoadedSegment, cached_path, load_segment, sweep_cache, widened
 from cluster import paths
 from cluster.config import CollectionConfig, IndexConfig
-from cluster.errors import Corrupt, NotFound, Unavailable
+from cluster.errors import Corrupt, Invalid, NotFound, Unavailable
 from cluster.file_store import FileStore
 from cluster.index_spec import IndexSpec
 from cluster.manifest import SegmentRef
 from cluster.memory_store import MemoryStore
 from cluster.object_store import ObjectStore
 from cluster.query import SearchParams
-from cluster.segment import FileEntry, SegmentDescription, checksum_bytes
+from cluster.row_selection import RowSelection
+from cluster.segment import FileEntry, OperatingPoint, SegmentDescription, checksum_bytes
 from tests.fakes import FaultyStore
-from tests.unit.actors.points import Points, build, flipped, in_row_order, publish, random_points, random_vectors
+from tests.unit.actors import points as stored
+from tests.unit.actors.points import (
+    INDEXES,
+    METRICS,
+    Points,
+    build,
+    flipped,
+    in_row_order,
+    publish,
+    random_points,
+    random_vectors,
+    true_rows_of,
+)
 
 KINDS = ["flat", "ivf_flat", "hnsw"]
 COUNT = 400
@@ -45,8 +60,8 @@ def key_of(ref: SegmentRef, name: str) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("metric", ["cosine", "l2", "ip"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", [*KINDS, "ivf_sq8", "ivf_pq", "ivf_rabitq"])
 def test_loaded_segment_answers_as_the_built_one(kind: str, metric: str, dtype: str, tmp_path: Path) -> None:
     config, store = config_of(kind, metric=metric, vector_dtype=dtype), MemoryStore()
     points = points_of(config)
@@ -62,8 +77,13 @@ def test_loaded_segment_answers_as_the_built_one(kind: str, metric: str, dtype: 
     np.testing.assert_array_equal(segment.rows.vectors(0, COUNT), points.vectors.astype(np.float32))
     queries = random_vectors(config, 10, seed=5)
     knobs = description.operating_points[0].params
-    for ours, theirs in zip(segment.search(queries, 10, SearchParams()), built.search(queries, 10, knobs), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    rows, scores = segment.search(queries, 10, SearchParams())
+    candidates = int(knobs.get("rerank", spec.rerank) * 11)  # one more than k, to see ties
+    expected, theirs = built.search(queries, candidates, knobs)
+    if spec.rerank_store != "none":
+        expected, theirs = rerank(segment.rows, queries, expected, config.metric, 1)
+    np.testing.assert_array_equal(rows, expected[:, :10])
+    np.testing.assert_array_equal(scores, theirs[:, :10])
 
 
 def test_load_from_memory_goes_through_the_cache_and_downloads_once(tmp_path: Path) -> None:
@@ -199,6 +219,111 @@ def test_given_parameters_are_used_instead_of_the_tuned_ones(tmp_path: Path) -> 
     whole, _ = segment.search(points.vectors[:5], COUNT, SearchParams(nprobe=1_000))
     assert (starved == -1).any()
     assert (whole >= 0).all()
+
+
+# --- exact answers, and operating points by target ----------------------------------------------------------------
+
+
+def segment_in(folder: Path, config: CollectionConfig, points: Points) -> LoadedSegment:
+    return stored.load(folder, config, build(folder, "s1", config, points))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", [name for name in INDEXES if not name.startswith("OPQ")])
+def test_exact_equals_brute_force_over_the_stored_vectors_whatever_the_index(
+    name: str, metric: str, dtype: str, tmp_path: Path
+) -> None:
+    config = CollectionConfig(16, metric, index=INDEXES[name], vector_dtype=dtype)  # type: ignore[arg-type]
+    points = in_row_order(random_points(config, 600))
+    segment = segment_in(tmp_path, config, points)
+    queries = random_vectors(config, 10, seed=6)
+    rows, scores = segment.search(queries, 10, SearchParams(exact=True))
+    truth, true_scores = true_rows_of(points, queries, 10, config.metric)
+    np.testing.assert_array_equal(rows, truth)
+    np.testing.assert_allclose(scores, true_scores, rtol=1e-5, atol=1e-5)
+    mask = np.random.default_rng(7).random(600) < 0.2
+    kept = np.flatnonzero(mask)
+    rows, _ = segment.search(queries, 10, SearchParams(exact=True), RowSelection.of(mask))
+    np.testing.assert_array_equal(rows, kept[true_rows_of(points.take(kept), queries, 10, config.metric)[0]])
+
+
+def with_points(segment: LoadedSegment, *points: tuple[float, dict[str, float], bool]) -> LoadedSegment:
+    """The same segment with other operating points: (target, parameters, met)."""
+    tuned = tuple(OperatingPoint(target, params, target, target, 1.0, met) for target, params, met in points)
+    segment.description = replace(segment.description, operating_points=tuned)
+    return segment
+
+
+def tuned_segment(folder: Path) -> LoadedSegment:
+    config = config_of("ivf_flat", metric="l2")
+    tuned = ((0.92, {"nprobe": 3}, True), (0.90, {"nprobe": 2}, True), (0.95, {"nprobe": 5}, True))
+    return with_points(segment_in(folder, config, points_of(config)), *tuned, (0.99, {"nprobe": 9}, False))
+
+
+@pytest.mark.parametrize(
+    ("target", "nprobe"), [(None, 3), (0.5, 2), (0.90, 2), (0.91, 3), (0.92, 3), (0.93, 5), (0.95, 5)]
+)
+def test_target_recall_takes_the_cheapest_tuned_point_that_is_no_lower(
+    target: float | None, nprobe: int, tmp_path: Path
+) -> None:
+    segment = tuned_segment(tmp_path)
+    queries = random_vectors(config_of("ivf_flat", metric="l2"), 20, seed=8)
+    found = segment.search(queries, 5, SearchParams(target_recall=target))
+    raw = segment.search(queries, 5, SearchParams(nprobe=nprobe))
+    for ours, theirs in zip(found, raw, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("target", [0.951, 0.99, 1.0])
+def test_target_recall_above_what_was_met_is_refused_with_what_was(target: float, tmp_path: Path) -> None:
+    segment = tuned_segment(tmp_path)
+    with pytest.raises(
+        Invalid, match=rf"{target:g} is not reached here; tuned are targets up to 0\.95: or ask exact"
+    ) as e:
+        segment.search(np.zeros((1, 8), np.float32), 5, SearchParams(target_recall=target))
+    assert [error.field for error in e.value.errors] == ["params.target_recall"]
+
+
+def test_target_recall_where_none_was_met_is_refused(tmp_path: Path) -> None:
+    segment = with_points(tuned_segment(tmp_path), (0.95, {"nprobe": 5}, False))
+    with pytest.raises(Invalid, match="tuned are targets none"):
+        segment.search(np.zeros((1, 8), np.float32), 5, SearchParams(target_recall=0.9))
+    segment.search(np.zeros((1, 8), np.float32), 5, SearchParams())  # its own target: the best there is
+
+
+def test_target_recall_of_one_is_met_by_a_flat_index(tmp_path: Path) -> None:
+    config = CollectionConfig(8, "l2", index=IndexConfig("flat", target_recall=1.0))
+    points = points_of(config)
+    queries = random_vectors(config, 5, seed=8)
+    rows, _ = segment_in(tmp_path, config, points).search(queries, 5, SearchParams(target_recall=1.0))
+    np.testing.assert_array_equal(rows, true_rows_of(points, queries, 5, "l2")[0])
+
+
+@pytest.mark.parametrize("name", [name for name in INDEXES if not name.startswith("OPQ")])
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_tuned_search_for_many_rows_has_no_gaps(
+    name: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of lists that hold fewer rows than asked for, more are visited."""
+    monkeypatch.setattr(actors.segment_searcher, "SCAN_FLOATS_MAX", 0)
+    config = CollectionConfig(16, "l2", index=INDEXES[name])
+    segment = segment_in(tmp_path, config, in_row_order(random_points(config, 600)))
+    mask = np.random.default_rng(9).random(600) < share
+    rows, _ = segment.search(random_vectors(config, 5, seed=9), 50, SearchParams(), RowSelection.of(mask))
+    assert (rows >= 0).all()
+    assert mask[rows].all()
+    for line in rows[:, :50].tolist():
+        assert len(set(line)) == 50
+
+
+def test_search_of_a_selection_of_no_rows_finds_nothing(tmp_path: Path) -> None:
+    config = config_of("hnsw", metric="l2")
+    segment = segment_in(tmp_path, config, points_of(config))
+    rows, scores = segment.search(
+        np.zeros((3, 8), np.float32), 5, SearchParams(), RowSelection.of(np.zeros(COUNT, bool))
+    )
+    assert rows.shape == scores.shape == (3, 0)
 
 
 def test_sweep_deletes_only_what_was_not_loaded_for_long(tmp_path: Path) -> None:

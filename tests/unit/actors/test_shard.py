@@ -155,6 +155,43 @@ def test_error_of_one_group_does_not_fail_the_others(tmp_path: Path) -> None:
     assert [error.field for error in foreign.errors] == ["params.ef_search"]
 
 
+def test_groups_ask_exactly_or_for_a_target_beside_those_as_tuned(tmp_path: Path) -> None:
+    config = config_of("hnsw", metric="l2")
+    store, points, queries = MemoryStore(), random_points(config, 400), random_vectors(config, 5, seed=13)
+    commit(store, "words", config, points, segments=2)
+    shard = loaded(store, tmp_path)
+    target = shard.load().segments[0].description.operating_points[0].target_recall
+    groups = (
+        SearchGroup(0, 2, 7, SearchParams(exact=True), ("name",)),
+        SearchGroup(2, 3, 7, SearchParams(target_recall=target)),
+        SearchGroup(3, 4, 7, SearchParams(target_recall=1.0)),
+        SearchGroup(4, 5, 7, SearchParams()),
+    )
+    exact, at_target, too_high, tuned = shard.search(ShardSearch(1, queries, groups))
+    assert isinstance(exact, Hits)
+    assert ids_per_query(exact) == brute_force(points, queries[:2], 7, "l2")
+    assert exact.columns["name"].to_pylist() == [name_of(value) for value in exact.ids.to_pylist()]
+    assert isinstance(too_high, Invalid)
+    assert [error.field for error in too_high.errors] == ["params.target_recall"]
+    for answered, query in ((at_target, queries[2:3]), (tuned, queries[4:5])):
+        assert isinstance(answered, Hits)
+        alone = shard.search(ShardSearch(1, query, (SearchGroup(0, 1, 7, SearchParams()),)))[0]
+        assert isinstance(alone, Hits)
+        assert ids_per_query(answered) == ids_per_query(alone)
+
+
+@pytest.mark.parametrize("id_type", ["int64", "string"])
+def test_exact_search_orders_equal_points_by_id_across_segments(id_type: str, tmp_path: Path) -> None:
+    config = config_of("hnsw", metric="l2", id_type=id_type)
+    points = Points(random_points(config, 60).ids, np.ones((60, 8), np.float32))
+    store = MemoryStore()
+    commit(store, "words", config, points, segments=3)
+    group = SearchGroup(0, 1, 10, SearchParams(exact=True))
+    (hits,) = loaded(store, tmp_path).search(ShardSearch(1, np.zeros((1, 8), np.float32), (group,)))
+    assert isinstance(hits, Hits)
+    assert ids_per_query(hits) == [sorted(points.ids.to_pylist())[:10]]
+
+
 @pytest.mark.parametrize("id_type", ["int64", "string"])
 def test_empty_shard_answers_without_hits(id_type: str, tmp_path: Path) -> None:
     config, store = config_of(id_type=id_type), MemoryStore()
@@ -335,7 +372,13 @@ def test_status_describes_the_newest_generations_segments(tmp_path: Path) -> Non
     assert [facts["segment_id"] for facts in status.segments] == list(manifest.segments)
     for facts in status.segments:
         assert (facts["count"], facts["index_kind"], facts["attributes"]) == (100, "hnsw", {"name": "large_string"})
-        assert facts["index_params"] == {"m": 16, "ef_construction": 100}
+        assert facts["index_params"] == {"m": 32, "ef_construction": 100}
+        assert (facts["codes"], facts["rerank_store"]) == ("float16", "rows")
+        assert facts["predicted_bytes"] > 100 * 8 * 2
+        taken = [candidate for candidate in facts["considered"] if not candidate["rejected"]]
+        assert [(candidate["kind"], candidate["predicted_bytes"]) for candidate in taken] == [
+            ("hnsw", facts["predicted_bytes"])
+        ]
         assert facts["operating_points"][0]["target_recall"] == 0.95
         assert facts["rows_bytes"] > 100 * 8 * 4
         assert facts["index_bytes"] > 100 * 8 * 4

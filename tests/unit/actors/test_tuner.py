@@ -1,120 +1,221 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from actors.tuner import held_out_count, recall_lower_bound, tune, tuning_queries
-from cluster.index_spec import EF_SEARCH_GRID, IndexSpec
+from actors.tuner import (
+    HELD_OUT_MAX,
+    THROUGHPUT_BATCH,
+    Knobs,
+    held_out_count,
+    recall_interval,
+    tune,
+    tuning_queries,
+)
+from cluster.index_spec import RERANK_GRID, search_grid
+from cluster.segment import OperatingPoint
 
-HNSW = IndexSpec("hnsw", {"m": 16, "ef_construction": 100}, "float32", 0, "")
-IVF = IndexSpec("ivf_flat", {"nlist": 6}, "float32", 0, "")
-FLAT = IndexSpec("flat", {}, "float32", 0, "")
 QUERIES = np.zeros((100, 2), np.float32)
 TRUTH = np.tile(np.arange(10), (100, 1))
+GRAPH = Knobs(("ef_search",), 10_000, 0)
+LISTS = Knobs(("nprobe",), 10_000, 64)
+REFINED = Knobs(("nprobe", "rerank"), 10_000, 64)
+EF_GRID = search_grid("ef_search", 10_000, 0)
+NPROBE_GRID = search_grid("nprobe", 10_000, 64)
+Found = NDArray[np.int64]
 
 
-class LadderIndex:
-    """An index that finds `found_at[value]` of the 10 true rows, per query, at that value of its one knob."""
+class ManualClock:
+    """Moves as the searcher says."""
 
-    def __init__(self, found_at: Callable[[int], NDArray[np.int64]]) -> None:
-        self._found_at = found_at
-        self.walked: list[int] = []
+    def __init__(self) -> None:
+        self.now = 0.0
 
-    def search(self, queries: Any, k: int, params: dict[str, int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        (value,) = params.values() or (0,)
-        if len(queries) > 1:
-            self.walked.append(value)
-        found = self._found_at(value)[: len(queries)]
-        rows = np.where(np.arange(k) < found[:, None], np.arange(k), 1_000)
+    def __call__(self) -> float:
+        return self.now
+
+
+class KnownSearcher:
+    """Finds `found(params)` of the 10 true rows, for each of 100 queries; one query takes `cost_s(params)`."""
+
+    def __init__(self, found: Callable[[Any], Found], cost_s: Callable[[Any], float] = lambda params: 1e-3) -> None:
+        self._found = found
+        self._cost_s = cost_s
+        self.clock = ManualClock()
+        self.calls: list[tuple[int, dict[str, float]]] = []
+
+    @property
+    def walked(self) -> list[dict[str, float]]:
+        """The parameters, in the order in which they were first tried."""
+        return [dict(values) for values in dict.fromkeys(tuple(params.items()) for _, params in self.calls)]
+
+    def search(
+        self, queries: Any, width: int, params: dict[str, float]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        self.calls.append((len(queries), dict(params)))
+        self.clock.now += self._cost_s(params) * len(queries)
+        found = self._found(params)[: len(queries)]
+        rows = np.where(np.arange(width) < found[:, None], np.arange(width), 1_000)
         return rows, np.zeros(rows.shape, np.float32)
 
 
-def everywhere(found: int) -> NDArray[np.int64]:
+def points_of(searcher: KnownSearcher, knobs: Knobs, target: float) -> tuple[OperatingPoint, ...]:
+    return tune(searcher, knobs, QUERIES, TRUTH, target, searcher.clock)
+
+
+def everywhere(found: int) -> Found:
     return np.full(100, found)
 
 
-def some(short: int) -> NDArray[np.int64]:
-    """All 10 for most of the 100 queries, 9 for `short` of them."""
-    return np.where(np.arange(100) < short, 9, 10)
-
-
-def ticking(step_s: float) -> Callable[[], float]:
-    """A clock that moves by `step_s` each time it is read."""
-    ticks = count()
-    return lambda: next(ticks) * step_s
+def some(short: int) -> Found:
+    """All 10 for most of the 100 queries, 9 for `short` of them, which are spread over tuning and validation."""
+    rank = np.random.default_rng(1).permutation(100)
+    return np.where(rank < short, 9, 10)
 
 
 @pytest.mark.parametrize(
     ("recalls", "expected"),
     [
-        # mean .85, sample variance (.15^2 + .05^2 + .05^2 + .15^2) / 3 = .016667: .85 - 1.645 * .129099 / 2
-        ([1.0, 0.8, 0.9, 0.7], 0.743816),
-        # mean .5, sample variance .5: .5 - 1.645 * .707107 / 1.414214
-        ([0.0, 1.0], -0.3225),
-        ([0.9, 0.9, 0.9], 0.9),
-        ([1.0], 1.0),
-        ([0.4], 0.4),
+        # mean .85, sample variance (.15^2 + .05^2 + .05^2 + .15^2) / 3 = .016667: .85 -+ 1.645 * .129099 / 2
+        ([1.0, 0.8, 0.9, 0.7], (0.743816, 0.956184)),
+        # mean .5, sample variance .5: .5 -+ 1.645 * .707107 / 1.414214
+        ([0.0, 1.0], (-0.3225, 1.3225)),
+        ([0.9, 0.9, 0.9], (0.9, 0.9)),
+        ([1.0], (1.0, 1.0)),
+        ([0.4], (0.4, 0.4)),
     ],
 )
-def test_recall_lower_bound_equals_the_hand_computed_value(recalls: list[float], expected: float) -> None:
-    assert recall_lower_bound(np.array(recalls)) == pytest.approx(expected, abs=1e-6)
+def test_recall_interval_equals_the_hand_computed_values(recalls: list[float], expected: tuple[float, float]) -> None:
+    assert recall_interval(np.array(recalls)) == pytest.approx(expected, abs=1e-6)
 
 
-def test_tune_picks_the_cheapest_value_that_is_proven_for_each_target() -> None:
-    # At 24 the mean reaches .95, but its lower bound is .95 - 1.645 * .0503 / 10 = .9417: not proven.
-    index = LadderIndex(lambda ef: {16: everywhere(9), 24: some(50), 32: some(3)}[ef])
-    points = tune(index, HNSW, QUERIES, TRUTH, 0.95, ticking(0.001))  # type: ignore[arg-type]
+def test_tune_finds_the_least_value_that_is_proven_for_each_target() -> None:
+    def found(params: Any) -> Found:
+        """At 22 the mean reaches .95, but its lower bound is .95 - 1.645 * .05 / sqrt(70) = .94: not proven."""
+        ef = params["ef_search"]
+        return everywhere(8) if ef < 16 else some(70) if ef < 22 else some(50) if ef < 100 else some(3)
+
+    points = points_of(KnownSearcher(found), GRAPH, 0.95)
+    least = {limit: min(ef for ef in EF_GRID if ef >= limit) for limit in (16, 100)}
     assert [(p.target_recall, p.params["ef_search"], p.met) for p in points] == [
-        (0.95, 32, True),
-        (0.90, 16, True),
-        (0.99, 32, True),
+        (0.95, least[100], True),
+        (0.90, least[16], True),
+        (0.99, least[100], True),
     ]
     assert points[0].recall == pytest.approx(0.997)
     assert points[0].recall_low == pytest.approx(0.997 - 1.645 * np.sqrt(0.000291 * 100 / 99) / 10)
     assert points[0].latency_ms == pytest.approx(1.0)
+    assert points[0].queries_per_s == pytest.approx(1_000.0)
 
 
-def test_tune_stops_walking_at_the_first_value_that_proves_every_target() -> None:
-    index = LadderIndex(lambda ef: everywhere(9) if ef < 48 else everywhere(10))
-    tune(index, HNSW, QUERIES, TRUTH, 0.97, ticking(0.001))  # type: ignore[arg-type]
-    assert index.walked == [16, 24, 32, 48]
+@pytest.mark.parametrize("needed", [EF_GRID[0], EF_GRID[1], EF_GRID[7], EF_GRID[20], EF_GRID[-2], EF_GRID[-1]])
+def test_tune_finds_the_least_value_wherever_it_is_on_the_grid(needed: int) -> None:
+    searcher = KnownSearcher(lambda params: everywhere(10 if params["ef_search"] >= needed else 5))
+    points = points_of(searcher, GRAPH, 0.95)
+    assert [(p.params, p.met) for p in points] == [({"ef_search": needed}, True)] * 3
+
+
+def test_tune_gallops_and_bisects_instead_of_walking_every_value() -> None:
+    searcher = KnownSearcher(lambda params: everywhere(10 if params["ef_search"] >= 500 else 5))
+    points_of(searcher, GRAPH, 0.95)
+    walked = [params["ef_search"] for params in searcher.walked]
+    assert len(walked) <= 2 * np.log2(len(EF_GRID)) + 2 < len(EF_GRID) / 2
+    assert walked[:3] == [EF_GRID[0], EF_GRID[1], EF_GRID[3]]
 
 
 def test_tune_takes_perfect_recall_as_met_for_a_target_of_one() -> None:
-    index = LadderIndex(lambda ef: everywhere(10) if ef >= 24 else some(1))
-    points = tune(index, HNSW, QUERIES, TRUTH, 1.0, ticking(0.001))  # type: ignore[arg-type]
+    searcher = KnownSearcher(lambda params: everywhere(10) if params["ef_search"] >= 24 else some(1))
+    points = points_of(searcher, GRAPH, 1.0)
     assert [p.target_recall for p in points] == [1.0, 0.90, 0.95, 0.99]
-    assert (points[0].params, points[0].met) == ({"ef_search": 24}, True)
-    assert points[3].params == {"ef_search": 16}
+    assert points[0].params == {"ef_search": min(ef for ef in EF_GRID if ef >= 24)}
+    assert points[0].met
+    assert points[3].params == {"ef_search": EF_GRID[0]}
 
 
 def test_tune_of_an_unreachable_target_gives_the_best_point_not_met() -> None:
-    index = LadderIndex(lambda ef: everywhere(6) if ef == 64 else everywhere(5))
-    points = tune(index, HNSW, QUERIES, TRUTH, 0.95, ticking(0.001))  # type: ignore[arg-type]
-    assert index.walked == list(EF_SEARCH_GRID)
-    for point in points:
-        assert (point.params, point.met, point.recall) == ({"ef_search": 64}, False, 0.6)
+    searcher = KnownSearcher(lambda params: everywhere(6) if params["ef_search"] == EF_GRID[-1] else everywhere(5))
+    for point in points_of(searcher, GRAPH, 0.95):
+        assert (point.params, point.met, point.recall) == ({"ef_search": EF_GRID[-1]}, False, 0.6)
 
 
-def test_tune_walks_the_lists_of_an_ivf_index_up_to_all_of_them() -> None:
-    index = LadderIndex(lambda nprobe: everywhere(10) if nprobe == 6 else everywhere(8))
-    points = tune(index, IVF, QUERIES, TRUTH, 0.95, ticking(0.001))  # type: ignore[arg-type]
-    assert index.walked == [1, 2, 4, 6]
-    assert points[0].params == {"nprobe": 6}
+def test_tune_meets_the_targets_that_can_be_reached_below_one_that_cannot() -> None:
+    points = points_of(
+        KnownSearcher(lambda params: some(70) if params["ef_search"] >= 50 else everywhere(5)), GRAPH, 0.95
+    )
+    assert [(p.target_recall, p.met) for p in points] == [(0.95, False), (0.90, True), (0.99, False)]
 
 
-def test_tune_of_a_flat_index_is_exact_for_every_target() -> None:
-    index = LadderIndex(lambda _: everywhere(10))
-    points = tune(index, FLAT, QUERIES, np.empty((0, 10), np.int64), 0.97, ticking(0.002))  # type: ignore[arg-type]
+def test_tune_goes_on_where_the_validating_queries_refute_what_the_others_prove() -> None:
+    def found(params: Any) -> Found:
+        """From 10 on the 70 queries to tune with are all right; the 30 that validate only from 200 on."""
+        return np.where((np.arange(100) < 70) | (params["ef_search"] >= 200), 10, 5)
+
+    point = points_of(KnownSearcher(found), GRAPH, 0.95)[0]
+    assert point.met
+    assert point.params == {"ef_search": min(ef for ef in EF_GRID if ef >= 200)}
+    refuted = points_of(KnownSearcher(lambda params: np.where(np.arange(100) < 70, 10, 5)), GRAPH, 0.95)[0]
+    assert not refuted.met
+
+
+def test_tune_walks_the_lists_of_an_index_up_to_all_of_them() -> None:
+    searcher = KnownSearcher(lambda params: everywhere(10 if params["nprobe"] == 64 else 8))
+    assert points_of(searcher, LISTS, 0.95)[0].params == {"nprobe": 64}
+
+
+def lists_needed(rerank: float) -> int:
+    """How many lists must be visited with so many candidates for each hit: few need many candidates."""
+    wanted = {2: 1_000, 4: 30, 8: 20}.get(int(rerank), 16)
+    return min((value for value in NPROBE_GRID if value >= wanted), default=wanted)
+
+
+def reaching(params: Any) -> Found:
+    return everywhere(10 if params["nprobe"] >= lists_needed(params["rerank"]) else 5)
+
+
+@pytest.mark.parametrize("seconds_per_candidate", [1e-9, 1e-4, 1.0])
+def test_tune_of_two_knobs_takes_the_fastest_pair_that_reaches_the_target(seconds_per_candidate: float) -> None:
+    """Which pair is cheaper is the clock's to say."""
+
+    def cost_s(params: Any) -> float:
+        return float(params["nprobe"] * 1e-3 + params["rerank"] * seconds_per_candidate)
+
+    point = points_of(KnownSearcher(reaching, cost_s), REFINED, 0.95)[0]
+    pairs = [{"nprobe": lists_needed(rerank), "rerank": rerank} for rerank in RERANK_GRID]
+    assert point.met
+    assert cost_s(point.params) == min(cost_s(pair) for pair in pairs if pair["nprobe"] <= 64)
+    assert reaching(point.params).min() == 10
+
+
+def test_tune_of_two_knobs_that_reach_nothing_gives_the_best_pair_not_met() -> None:
+    def found(params: Any) -> Found:
+        return everywhere(7 if params == {"nprobe": 64, "rerank": RERANK_GRID[-1]} else 6)
+
+    point = points_of(KnownSearcher(found), REFINED, 0.95)[0]
+    assert (point.params, point.met) == ({"nprobe": 64, "rerank": RERANK_GRID[-1]}, False)
+    assert point.recall == pytest.approx(0.7)
+
+
+def test_tune_measures_every_pair_once_whatever_the_targets_ask_again() -> None:
+    searcher = KnownSearcher(lambda params: np.tile(reaching(params), 10))
+    queries = np.zeros((2 * THROUGHPUT_BATCH, 2), np.float32)  # no batch of a measurement of speed has so many
+    tune(searcher, REFINED, queries, np.tile(np.arange(10), (len(queries), 1)), 0.95, searcher.clock)
+    recalls = [tuple(params.items()) for size, params in searcher.calls if size == len(queries)]
+    assert len(recalls) > 3
+    assert len(set(recalls)) == len(recalls)
+
+
+def test_tune_of_an_index_without_knobs_is_exact_for_every_target() -> None:
+    searcher = KnownSearcher(lambda params: everywhere(10), lambda params: 2e-3)
+    points = tune(searcher, Knobs((), 1_000, 0), QUERIES, np.empty((0, 10), np.int64), 0.97, searcher.clock)
     assert [p.target_recall for p in points] == [0.97, 0.90, 0.95, 0.99]
     for point in points:
         assert (point.params, point.recall, point.recall_low, point.met) == ({}, 1.0, 1.0, True)
         assert point.latency_ms == pytest.approx(2.0)
+        assert point.queries_per_s == pytest.approx(500.0)
 
 
 @pytest.mark.parametrize(("rows", "held_out"), [(1, 0), (9, 0), (10, 1), (5_000, 500), (10_000, 1_000), (10**7, 1_000)])
@@ -122,23 +223,37 @@ def test_held_out_count_is_a_tenth_up_to_a_thousand(rows: int, held_out: int) ->
     assert held_out_count(rows) == held_out
 
 
-def test_tuning_queries_are_a_third_rows_and_two_thirds_midpoints() -> None:
-    held_out = np.random.default_rng(1).normal(size=(9, 4)).astype(np.float32)
-    held_out.flags.writeable = False
-    queries = tuning_queries(held_out, "l2")
+def test_tuning_queries_are_rows_with_noise_of_the_samples_covariance() -> None:
+    """Spread 3, 1 and 0 along three axes, 5 away from the origin: so is the noise, around each row."""
+    random = np.random.default_rng(1)
+    sample = (5.0 + random.normal(size=(HELD_OUT_MAX, 3)) * [3.0, 1.0, 0.0]).astype(np.float32)
+    held_out = np.tile(np.array([[7.0, 5.0, 5.0]], np.float32), (2_000, 1))
+    sample.flags.writeable = held_out.flags.writeable = False
+    queries = tuning_queries(held_out, sample, "l2", seed=2)
     assert queries.dtype == np.float32
-    np.testing.assert_array_equal(queries[:3], held_out[:3])
-    before = [8, 3, 4, 5, 6, 7]  # the neighbour of each of the rest, the first one's is the last
-    np.testing.assert_allclose(queries[3:], (held_out[3:] + held_out[before]) / 2, rtol=1e-6)
+    noise = queries - held_out
+    np.testing.assert_allclose(noise.mean(axis=0), 0.0, atol=0.3)
+    np.testing.assert_allclose(np.cov(noise.T), np.diag([9.0, 1.0, 0.0]), atol=0.9)
+    np.testing.assert_allclose(noise[:, 2], 0.0, atol=1e-4)
 
 
-def test_tuning_queries_are_unit_vectors_under_cosine_even_of_opposite_rows() -> None:
-    held_out = np.array([[1, 0], [0, 1], [1, 0], [-1, 0], [0.6, 0.8]], np.float32)
-    queries = tuning_queries(held_out, "cosine")
-    np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1.0, rtol=1e-6)
-    np.testing.assert_array_equal(queries[3], held_out[3])  # its midpoint with row 2 has no direction
+def test_tuning_queries_depend_on_the_seed_alone() -> None:
+    rows = np.random.default_rng(3).normal(size=(50, 8)).astype(np.float32)
+    np.testing.assert_array_equal(tuning_queries(rows, rows, "ip", 4), tuning_queries(rows, rows, "ip", 4))
+    assert (tuning_queries(rows, rows, "ip", 4) != tuning_queries(rows, rows, "ip", 5)).any()
+
+
+def test_tuning_queries_are_unit_vectors_under_cosine() -> None:
+    rows = np.random.default_rng(3).normal(size=(200, 8)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.linalg.norm(tuning_queries(rows, rows, "cosine", 1), axis=1), 1.0, rtol=1e-6)
 
 
 def test_tuning_queries_of_one_row_are_that_row() -> None:
-    row = np.array([[0.6, 0.8]], np.float32)
-    np.testing.assert_array_equal(tuning_queries(row, "cosine"), row)
+    row = np.array([[0.6, 0.8]], np.float32)  # the centred sample is zero: no noise
+    np.testing.assert_allclose(tuning_queries(row, row, "cosine", 1), row, rtol=1e-6)
+
+
+def test_tuning_queries_without_direction_under_cosine_are_the_rows() -> None:
+    held_out, sample = np.zeros((2, 2), np.float32), np.array([[0.6, 0.8]], np.float32)
+    np.testing.assert_array_equal(tuning_queries(held_out, sample, "cosine", 1), held_out)

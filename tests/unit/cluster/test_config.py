@@ -73,7 +73,7 @@ def test_config_names_every_unknown_field() -> None:
 
 
 def test_config_names_unknown_fields_of_the_index() -> None:
-    assert fields_refused({"dimension": 3, "index": {"nlist": 4}}) == ["index.nlist"]
+    assert fields_refused({"dimension": 3, "index": {"lists": 4, "M": 8}}) == ["index.lists", "index.M"]
 
 
 @pytest.mark.parametrize("index", [None, [], "hnsw", 3])
@@ -105,7 +105,11 @@ def test_config_takes_exactly_the_named_choices(name: str, choices: list[str]) -
 
 
 @pytest.mark.parametrize(
-    ("name", "choices"), [("kind", ["auto", "flat", "ivf_flat", "hnsw"]), ("device", ["cpu", "gpu"])]
+    ("name", "choices"),
+    [
+        ("kind", ["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_rabitq"]),
+        ("device", ["cpu", "gpu"]),
+    ],
 )
 def test_config_takes_exactly_the_named_choices_of_the_index(name: str, choices: list[str]) -> None:
     for choice in choices:
@@ -129,6 +133,141 @@ def test_config_refuses_target_recall_out_of_bounds(recall: object) -> None:
 @pytest.mark.parametrize("memory", [0, -1, 2**63, 1.5, "1", True])
 def test_config_refuses_memory_out_of_bounds(memory: object) -> None:
     assert fields_refused({"dimension": 3, "index": {"memory_bytes": memory}}) == ["index.memory_bytes"]
+
+
+# ---- options of a named kind
+
+OPTIONS: dict[str, Any] = {
+    "m": 8,
+    "ef_construction": 40,
+    "codes": "float16",
+    "nlist": 16,
+    "pq_m": 4,
+    "pq_bits": 8,
+    "rerank_store": "sq8",
+    "factory": "IVF16,SQ8",
+}
+TAKEN = {
+    "auto": set(),
+    "flat": set(),
+    "hnsw": {"m", "ef_construction", "codes", "rerank_store"},
+    "ivf_flat": {"nlist", "codes", "rerank_store"},
+    "ivf_sq8": {"nlist", "rerank_store"},
+    "ivf_pq": {"nlist", "pq_m", "pq_bits", "rerank_store"},
+    "ivf_rabitq": {"nlist", "rerank_store"},
+    "factory": {"factory", "rerank_store"},
+}
+
+
+def with_option(kind: str, name: str, value: object) -> dict[str, Any]:
+    needed = {"factory": "IVF16,SQ8"} if kind == "factory" else {}
+    return {"dimension": 8, "index": {"kind": kind} | needed | {name: value}}
+
+
+def message_of(data: dict[str, Any]) -> str:
+    with pytest.raises(Invalid) as caught:
+        CollectionConfig.from_dict(data)
+    (error,) = caught.value.errors
+    return error.message
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option_is_taken_by_its_kinds_and_refused_by_others_with_those(kind: str, name: str) -> None:
+    data = with_option(kind, name, OPTIONS[name])
+    if name in TAKEN[kind]:
+        index = CollectionConfig.from_dict(data).index
+        assert getattr(index, name) == OPTIONS[name]
+        assert index.options[name] == OPTIONS[name]
+    else:
+        assert fields_refused(data) == [f"index.{name}"]
+        kinds = ", ".join(other for other, names in TAKEN.items() if name in names)
+        assert message_of(data) == f"does not go with kind {kind}; it goes with: {kinds}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "low", "high"),
+    [
+        ("hnsw", "m", 2, 128),
+        ("hnsw", "ef_construction", 4, 2_000),
+        ("ivf_flat", "nlist", 1, 1_048_576),
+        ("ivf_pq", "pq_m", 1, 65_536),
+    ],
+)
+def test_number_of_an_option_is_bounded_and_the_bounds_are_told(kind: str, name: str, low: int, high: int) -> None:
+    for value in (low, high):
+        assert getattr(CollectionConfig.from_dict(with_option(kind, name, value)).index, name) == value
+    for wrong in (low - 1, high + 1, 8.0, "8", True, [8]):
+        assert fields_refused(with_option(kind, name, wrong)) == [f"index.{name}"]
+        assert message_of(with_option(kind, name, wrong)) == f"must be an integer from {low} to {high}, not {wrong!r}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "choices"),
+    [
+        ("hnsw", "codes", ["float32", "float16", "sq8"]),
+        ("ivf_pq", "pq_bits", [4, 8]),
+        ("ivf_rabitq", "rerank_store", ["none", "rows", "sq8", "float16", "float32"]),
+    ],
+)
+def test_choice_of_an_option_is_one_of_those_told(kind: str, name: str, choices: list[Any]) -> None:
+    for value in choices:
+        assert getattr(CollectionConfig.from_dict(with_option(kind, name, value)).index, name) == value
+    for wrong in ("", "int8", 6, ["sq8"]):
+        listed = ", ".join(map(str, choices))
+        assert message_of(with_option(kind, name, wrong)) == f"must be one of {listed}, not {wrong!r}"
+
+
+@pytest.mark.parametrize("factory", ["", "x" * 201, 3, ["Flat"]])
+def test_factory_is_a_short_text(factory: object) -> None:
+    assert fields_refused({"dimension": 8, "index": {"kind": "factory", "factory": factory}}) == ["index.factory"]
+
+
+def test_kind_factory_needs_its_string() -> None:
+    assert message_of({"dimension": 8, "index": {"kind": "factory"}}) == (
+        "is required with kind factory, such as IVF1024,SQ8"
+    )
+
+
+def test_every_wrong_option_is_named() -> None:
+    index = {"kind": "flat", "m": 8, "nlist": 4, "factory": "Flat"}
+    assert fields_refused({"dimension": 8, "index": index}) == ["index.m", "index.nlist", "index.factory"]
+
+
+@pytest.mark.parametrize("seconds", [1e-3, 1, 600.0])
+def test_config_takes_build_seconds_over_zero(seconds: float) -> None:
+    config = CollectionConfig.from_dict({"dimension": 3, "index": {"build_seconds": seconds}})
+    assert config.index.build_seconds == seconds
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), "60", True])
+def test_config_refuses_build_seconds_out_of_bounds(seconds: object) -> None:
+    assert fields_refused({"dimension": 3, "index": {"build_seconds": seconds}}) == ["index.build_seconds"]
+
+
+@pytest.mark.parametrize("churn", [0, 0.25, 1, 1.0])
+def test_config_takes_churn_from_zero_to_one(churn: float) -> None:
+    assert CollectionConfig.from_dict({"dimension": 3, "index": {"churn": churn}}).index.churn == churn
+
+
+@pytest.mark.parametrize("churn", [-0.01, 1.01, float("nan"), "0.5", True, None])
+def test_config_refuses_churn_out_of_bounds(churn: object) -> None:
+    assert fields_refused({"dimension": 3, "index": {"churn": churn}}) == ["index.churn"]
+
+
+def test_config_to_dict_has_only_the_index_options_that_were_given() -> None:
+    always = {"kind": "hnsw", "target_recall": 0.95, "device": "cpu", "memory_bytes": None}
+    assert CollectionConfig(dimension=3, index=IndexConfig("hnsw")).to_dict()["index"] == always
+    given = IndexConfig("hnsw", m=8, codes="sq8", build_seconds=60.0, churn=0.5)
+    expected = always | {"m": 8, "codes": "sq8", "build_seconds": 60.0, "churn": 0.5}
+    assert CollectionConfig(dimension=3, index=given).to_dict()["index"] == expected
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_config_with_every_option_of_a_kind_survives_json(kind: Any) -> None:
+    options = {name: OPTIONS[name] for name in TAKEN[kind]}
+    config = CollectionConfig(dimension=8, index=IndexConfig(kind, build_seconds=1.5, churn=0.1, **options))
+    assert CollectionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_config_names_all_wrong_fields_at_once() -> None:
@@ -166,6 +305,8 @@ def test_settings_take_every_field() -> None:
         "cache_dir": "c",
         "reconcile_period_s": 0.5,
         "replica_timeout_s": 2.0,
+        "observed_share": 0.5,
+        "observed_duty": 0.25,
         "limits": {"k": 5},
     }
     assert set(data) == {field.name for field in fields(Settings)}
@@ -196,6 +337,11 @@ def test_settings_refuse_and_name_the_wrong_field(data: dict[str, Any], field: s
         ({"shard_cpus": "many"}, "shard_cpus"),
         ({"reconcile_period_s": 0}, "reconcile_period_s"),
         ({"replica_timeout_s": float("inf")}, "replica_timeout_s"),
+        ({"observed_share": -0.1}, "observed_share"),
+        ({"observed_share": 1.1}, "observed_share"),
+        ({"observed_share": True}, "observed_share"),
+        ({"observed_duty": 0}, "observed_duty"),
+        ({"observed_duty": 1.1}, "observed_duty"),
         ({"limits": {"calls_in_flight_per_replica": 0}}, "limits.calls_in_flight_per_replica"),
         ({"limits": {"batch_vectors": "x"}}, "limits.batch_vectors"),
         ({"limits": {"k": True}}, "limits.k"),

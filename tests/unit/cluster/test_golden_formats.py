@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,70 @@ DESCRIPTION = SegmentDescription(
     built={"faiss": "1.15.1", "seconds": 0.25, "threads": 1, "seed": 0},
     format=1,
 )
+ADAPTIVE = SegmentDescription(
+    segment_id="seg-0002",
+    count=10_000,
+    dimension=99,
+    metric="cosine",
+    id_type="int64",
+    vector_dtype="float16",
+    rows_per_batch=84_733,
+    attributes={},
+    spec={
+        "kind": "ivf_pq",
+        "params": {"nlist": 256, "pq_m": 25, "pq_bits": 4},
+        "codes": "float32",
+        "predicted_bytes": 2_901_234,
+        "reason": "for the mean shard: compressed lists with a float16 copy for the exact rerank",
+        "policy_version": 2,
+        "rerank_store": "float16",
+        "factory": "",
+    },
+    operating_points=(
+        OperatingPoint(0.95, {"nprobe": 12, "rerank": 4}, 0.9641, 0.9602, 0.125, True, 21_500.5),
+        OperatingPoint(0.99, {"nprobe": 40, "rerank": 16}, 0.981, 0.979, 0.75, False, 4_000.0),
+    ),
+    self_test=SelfTest((9_998, 9_999), ((9_998, 17), (9_999,)), 1.0),
+    files={
+        "rows.arrow": FileEntry(2_140_000, "xxh3_128:433e602ecf7684c02093e076d3ccf66b"),
+        "index.faiss": FileEntry(2_890_000, "xxh3_128:68b24a44ec91339bc8792b64334e9edd"),
+    },
+    built={
+        "faiss": "1.15.1",
+        "simd": "AVX2",
+        "predicted_seconds": 0.75,
+        "seconds": 0.5,
+        "tuning_seconds": 0.25,
+        "tuned_on": "1000 rows with noise",
+        "threads": 2,
+        "seed": 0,
+    },
+    considered=(
+        {
+            "kind": "hnsw",
+            "params": {"m": 32, "ef_construction": 100},
+            "codes": "float16",
+            "rerank_store": "rows",
+            "predicted_bytes": 4_700_000,
+            "predicted_build_seconds": 0.611,
+            "reachable_recall": 0.999,
+            "predicted_queries_per_s": 30_000.0,
+            "rejected": "needs 5405000 bytes, memory_bytes allows 4000000",
+        },
+        {
+            "kind": "ivf_pq",
+            "params": {"nlist": 256, "pq_m": 25, "pq_bits": 4},
+            "codes": "float32",
+            "rerank_store": "float16",
+            "predicted_bytes": 2_901_234,
+            "predicted_build_seconds": 0.75,
+            "reachable_recall": 0.999,
+            "predicted_queries_per_s": 18_000.0,
+            "rejected": "",
+        },
+    ),
+    format=1,
+)
 IDS = ["日本語", "", "löwe", "🐟", "a"]
 VECTORS = [[-0.0, 65504.0, -1.5], [0.0, 0.0, 0.0], [0.25, 1e-30, 3.5], [0.1, 0.2, 0.3], [1.0, -2.0, 0.5]]
 HASHES = [0x11FEC42C806050B7, 0x2D06800538D394C2, 0x466BF7BDD2F5563A, 0xCAA3A4C4F312AB68, 0xE6C632B61E964E1F]
@@ -103,8 +168,28 @@ def test_description_of_format_1_is_read() -> None:
     assert SegmentDescription.decode((V1 / "segment.json").read_bytes(), "segment.json") == DESCRIPTION
 
 
-def test_description_of_format_1_is_still_written_the_same() -> None:
-    assert DESCRIPTION.encode() == (V1 / "segment.json").read_bytes()
+def test_description_of_format_1_is_written_with_what_it_had() -> None:
+    """Fields that came later have their defaults, and what was there is the same."""
+    then, now = json.loads((V1 / "segment.json").read_bytes()), json.loads(DESCRIPTION.encode())
+    assert now.pop("considered") == []
+    assert [point.pop("queries_per_s") for point in now["operating_points"]] == [0.0, 0.0]
+    assert now == then
+
+
+def test_adaptive_description_of_format_1_is_read() -> None:
+    data = (V1 / "segment-adaptive.json").read_bytes()
+    assert SegmentDescription.decode(data, "segment-adaptive.json") == ADAPTIVE
+
+
+def test_adaptive_description_of_format_1_is_still_written_the_same() -> None:
+    assert ADAPTIVE.encode() == (V1 / "segment-adaptive.json").read_bytes()
+
+
+def test_adaptive_index_spec_of_format_1_is_read() -> None:
+    spec = IndexSpec.from_dict(ADAPTIVE.spec)
+    assert (spec.kind, spec.rerank_store, spec.factory) == ("ivf_pq", "float16", "")
+    assert spec.factory_string(99) == "Pad100,IVF256,PQ25x4fsr,Refine(SQfp16)"
+    assert spec.to_dict() == ADAPTIVE.spec
 
 
 def test_index_spec_of_format_1_is_read() -> None:

@@ -1,68 +1,160 @@
-"""The adaptive policy as a pinned table, and what holds for every input."""
+"""What a spec is built from and searched with: factory strings, grids, numbers of lists and of training points."""
 
 from __future__ import annotations
 
 import json
-import re
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config import CollectionConfig, IndexConfig, IndexKindChoice, Metric, VectorDtype
-from cluster.errors import Invalid
-from cluster.index_spec import MEMORY_MARGIN, POINTS_PER_CENTROID_MIN, IndexSpec, choose, nlist
+from cluster.config import CollectionConfig, IndexConfig, RerankStore
+from cluster.index_policy import choose
+from cluster.index_spec import (
+    EF_SEARCH_MAX,
+    GRAPH_COARSE_LISTS,
+    KNOB_STEP,
+    POINTS_PER_CENTROID_MIN,
+    RERANK_GRID,
+    TRAINING_POINTS_FACTORY,
+    TRAINING_POINTS_PQ,
+    TRAINING_POINTS_SQ8,
+    IndexSpec,
+    clamped_nlist,
+    fewest_training_points,
+    knob_grid,
+    nlist,
+    search_grid,
+)
 
-GB = 10**9
-HNSW_16, HNSW_32 = {"m": 16, "ef_construction": 100}, {"m": 32, "ef_construction": 100}
-
-
-# fmt: off
-TABLE = [
-    # count, dimension, dtype, target recall, memory -> kind, params, codes, predicted bytes
-    (0,          384,  "float32", 0.95, None,        "flat",     {},                "float32", 0),
-    (1,          384,  "float32", 0.95, None,        "flat",     {},                "float32", 1_536),
-    (1_000,      384,  "float32", 0.95, None,        "flat",     {},                "float32", 1_536_000),
-    (1_000,      384,  "float16", 0.95, None,        "flat",     {},                "float32", 1_536_000),
-    (15_625,     384,  "float32", 0.95, None,        "flat",     {},                "float32", 24_000_000),
-    (15_626,     384,  "float32", 0.95, None,        "hnsw",     HNSW_16,           "float32", 26_251_680),
-    (15_626,     384,  "float32", 1.0,  None,        "flat",     {},                "float32", 24_001_536),
-    (3_000_000,  2,    "float32", 0.95, None,        "flat",     {},                "float32", 24_000_000),
-    (92,         65_536, "float32", 0.95, None,      "hnsw",     HNSW_16,           "float32", 24_130_496),
-    (200_000,    384,  "float32", 0.95, None,        "hnsw",     HNSW_16,           "float32", 336_000_000),
-    (200_000,    384,  "float16", 0.95, None,        "hnsw",     HNSW_16,           "float16", 182_400_000),
-    (200_000,    384,  "float32", 0.5,  None,        "hnsw",     HNSW_16,           "float32", 336_000_000),
-    (200_000,    384,  "float32", 0.95, 386_400_000, "hnsw",     HNSW_16,           "float32", 336_000_000),
-    (200_000,    384,  "float32", 0.95, 386_399_999, "ivf_flat", {"nlist": 2_048},  "float32", 311_945_728),
-    (999_999,    384,  "float32", 0.95, None,        "hnsw",     HNSW_16,           "float32", 1_679_998_320),
-    (1_000_000,  384,  "float32", 0.95, None,        "hnsw",     HNSW_32,           "float32", 1_808_000_000),
-    (1_000_000,  384,  "float32", 0.95, 2 * GB,      "ivf_flat", {"nlist": 16_384}, "float32", 1_569_165_824),
-    (1_000_000,  384,  "float16", 0.95, 2 * GB,      "hnsw",     HNSW_32,           "float16", 1_040_000_000),
-    (10_000_000, 128,  "float32", 0.95, None,        "hnsw",     HNSW_32,           "float32", 7_840_000_000),
-    (10_000_000, 128,  "float32", 0.95, 7 * GB,      "ivf_flat", {"nlist": 65_536}, "float32", 5_233_554_432),
-    (10_000_000, 128,  "float32", 1.0,  7 * GB,      "flat",     {},                "float32", 5_120_000_000),
-]
-# fmt: on
+few = settings(max_examples=200, deadline=None, derandomize=True)
 
 
-@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
-@pytest.mark.parametrize(("count", "dimension", "dtype", "recall", "memory", "kind", "params", "codes", "size"), TABLE)
-def test_auto_choice_is_pinned(
-    count: int,
-    dimension: int,
-    dtype: VectorDtype,
-    recall: float,
-    memory: int | None,
-    metric: Metric,
-    kind: str,
-    params: dict[str, int],
-    codes: str,
-    size: int,
-) -> None:
-    index = IndexConfig(target_recall=recall, memory_bytes=memory)
-    spec = choose(count, CollectionConfig(dimension=dimension, metric=metric, vector_dtype=dtype, index=index))
-    assert (spec.kind, spec.params, spec.codes, spec.predicted_bytes) == (kind, params, codes, size)
-    assert spec.policy_version == 1
+def spec(kind: Any, codes: Any = "float32", store: RerankStore = "none", factory: str = "", **params: int) -> IndexSpec:
+    return IndexSpec(kind, params, codes, 0, "", rerank_store=store, factory=factory)
+
+
+FLAT = spec("flat")
+HNSW = spec("hnsw", "float16", "rows", m=32, ef_construction=100)
+IVF_FLAT = spec("ivf_flat", nlist=64)
+IVF_PQ = spec("ivf_pq", store="rows", nlist=64, pq_m=24, pq_bits=4)
+RABITQ = spec("ivf_rabitq", store="float16", nlist=64)
+
+
+# ---- the string FAISS builds it from
+
+
+@pytest.mark.parametrize(
+    ("built", "dimension", "expected"),
+    [
+        (FLAT, 96, "Flat"),
+        (spec("flat", "float16"), 96, "SQfp16"),
+        (HNSW, 96, "HNSW32,SQfp16"),
+        (spec("hnsw", "float32", m=16, ef_construction=40), 96, "HNSW16,Flat"),
+        (spec("hnsw", "sq8", "rows", m=16, ef_construction=40), 96, "HNSW16,SQ8"),
+        (IVF_FLAT, 96, "IVF64,Flat"),
+        (spec("ivf_flat", "float16", nlist=64), 96, "IVF64,SQfp16"),
+        (spec("ivf_flat", "float16", nlist=16_384), 96, "IVF16384_HNSW32,SQfp16"),
+        (spec("ivf_flat", "float16", nlist=16_383), 96, "IVF16383,SQfp16"),
+        (spec("ivf_sq8", store="rows", nlist=64), 96, "IVF64,SQ8"),
+        (IVF_PQ, 96, "IVF64,PQ24x4fsr"),
+        (IVF_PQ, 95, "Pad96,IVF64,PQ24x4fsr"),
+        (IVF_PQ, 97, "Pad120,IVF64,PQ24x4fsr"),
+        (spec("ivf_pq", nlist=64, pq_m=12, pq_bits=8), 96, "IVF64,PQ12x8np"),
+        (spec("ivf_pq", nlist=64, pq_m=12, pq_bits=8), 91, "Pad96,IVF64,PQ12x8np"),
+        (RABITQ, 384, "RR,IVF64,RaBitQfs,Refine(SQfp16)"),
+        (replace(RABITQ, rerank_store="sq8"), 384, "RR,IVF64,RaBitQfs,Refine(SQ8)"),
+        (replace(RABITQ, rerank_store="float32"), 384, "RR,IVF64,RaBitQfs,RFlat"),
+        (replace(RABITQ, rerank_store="rows"), 384, "RR,IVF64,RaBitQfs"),
+        (spec("factory", factory="OPQ8,IVF4,PQ8"), 96, "OPQ8,IVF4,PQ8"),
+        (spec("factory", store="float16", factory="IVF4,PQ8"), 96, "IVF4,PQ8,Refine(SQfp16)"),
+    ],
+)
+def test_factory_string_of_a_spec(built: IndexSpec, dimension: int, expected: str) -> None:
+    assert built.factory_string(dimension) == expected
+
+
+def test_lists_are_found_by_a_graph_from_a_bound_on() -> None:
+    assert f"IVF{GRAPH_COARSE_LISTS}_HNSW32," in spec("ivf_sq8", nlist=GRAPH_COARSE_LISTS).factory_string(8)
+    assert f"IVF{GRAPH_COARSE_LISTS - 1}," in spec("ivf_sq8", nlist=GRAPH_COARSE_LISTS - 1).factory_string(8)
+
+
+# ---- how it is searched and tuned
+
+
+@pytest.mark.parametrize(
+    ("built", "knobs"),
+    [
+        (FLAT, ()),
+        (HNSW, ("ef_search",)),
+        (IVF_FLAT, ("nprobe",)),
+        (spec("ivf_sq8", store="rows", nlist=4), ("nprobe",)),
+        (IVF_PQ, ("nprobe", "rerank")),
+        (RABITQ, ("nprobe", "rerank")),
+        (replace(RABITQ, rerank_store="none"), ("nprobe",)),
+    ],
+)
+def test_tuned_knobs_belong_to_the_kind(built: IndexSpec, knobs: tuple[str, ...]) -> None:
+    assert built.tuned_knobs == knobs
+
+
+@pytest.mark.parametrize(
+    ("built", "candidates"),
+    [
+        (FLAT, 1.0),
+        (HNSW, 1.0),
+        (replace(HNSW, codes="sq8"), 2.0),
+        (spec("ivf_sq8", store="rows", nlist=4), 2.0),
+        (RABITQ, 1.0),
+        (replace(RABITQ, rerank_store="sq8"), 2.0),
+    ],
+)
+def test_eight_bit_codes_have_twice_the_candidates_reranked(built: IndexSpec, candidates: float) -> None:
+    assert built.rerank == candidates
+
+
+def test_only_flat_is_exact_whatever_the_knobs() -> None:
+    assert [s.is_exact for s in (FLAT, HNSW, IVF_FLAT, IVF_PQ, RABITQ)] == [True, False, False, False, False]
+
+
+def test_lists_are_exhaustive_when_all_are_probed_and_graphs_never() -> None:
+    assert (FLAT.exhaustive_params, HNSW.exhaustive_params) == (None, None)
+    assert [s.exhaustive_params for s in (IVF_FLAT, IVF_PQ, RABITQ)] == [{"nprobe": 64}] * 3
+
+
+@few
+@given(st.integers(1, 300), st.integers(0, 5_000))
+def test_knob_grid_ascends_in_small_steps_from_end_to_end(low: int, more: int) -> None:
+    high = low + more
+    grid = knob_grid(low, high)
+    assert (grid[0], grid[-1]) == (low, high)
+    assert list(grid) == sorted(set(grid))
+    assert all(after <= before * KNOB_STEP + 1.5 for before, after in pairwise(grid))
+
+
+@pytest.mark.parametrize(
+    ("knob", "count", "lists", "ends"),
+    [
+        ("ef_search", 1_000_000, 0, (10, EF_SEARCH_MAX)),
+        ("ef_search", 500, 0, (10, 500)),
+        ("ef_search", 3, 0, (10, 10)),
+        ("ef_search", 0, 0, (10, 10)),
+        ("nprobe", 1_000, 25, (1, 25)),
+        ("nprobe", 1_000, 1, (1, 1)),
+        ("nprobe", 0, 0, (1, 1)),
+        ("rerank", 1_000, 25, (RERANK_GRID[0], RERANK_GRID[-1])),
+    ],
+)
+def test_search_grid_ends_where_the_index_does(knob: str, count: int, lists: int, ends: tuple[int, int]) -> None:
+    grid = search_grid(knob, count, lists)
+    assert (grid[0], grid[-1]) == ends
+    assert list(grid) == sorted(set(grid))
+
+
+# ---- lists and training points
 
 
 @pytest.mark.parametrize(
@@ -89,117 +181,72 @@ def test_nlist_is_pinned(count: int, lists: int) -> None:
     assert nlist(count) == lists
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivf_flat", "hnsw"])
-@pytest.mark.parametrize("count", [1, 1_000, 2_000_000])
-def test_kind_asked_for_is_taken_at_any_count(kind: IndexKindChoice, count: int) -> None:
-    spec = choose(count, CollectionConfig(dimension=16, index=IndexConfig(kind=kind)))
-    assert spec.kind == kind
-    assert spec.reason == f"{kind} was asked for"
-
-
-@pytest.mark.parametrize("kind", ["auto", "flat", "ivf_flat", "hnsw"])
-def test_gpu_is_refused(kind: IndexKindChoice) -> None:
-    with pytest.raises(Invalid) as caught:
-        choose(10, CollectionConfig(dimension=4, index=IndexConfig(kind=kind, device="gpu")))
-    assert [error.field for error in caught.value.errors] == ["index.device"]
-
-
-def test_over_memory_is_refused_with_the_numbers() -> None:
-    config = CollectionConfig(dimension=384, index=IndexConfig(memory_bytes=100_000_000))
-    expected = (
-        "index.memory_bytes: 100000000 bytes for one shard's index are too few; "
-        "needed are: hnsw 386400000, ivf_flat 358737588. Raise it, use more shards, or store float16"
-    )
-    with pytest.raises(Invalid, match=f"^{re.escape(expected)}$"):
-        choose(200_000, config)
-
-
-@pytest.mark.parametrize("kind", ["flat", "ivf_flat", "hnsw"])
-def test_kind_asked_for_over_memory_is_refused_with_its_own_number(kind: IndexKindChoice) -> None:
-    config = CollectionConfig(dimension=384, index=IndexConfig(kind=kind, memory_bytes=1_000))
-    with pytest.raises(Invalid, match=rf"needed are: {kind} \d+\. "):
-        choose(200_000, config)
-
-
-# ---- what holds for every input
-
-counts = st.one_of(st.integers(0, 2_000), st.integers(0, 20_000_000))
-few = settings(max_examples=200, deadline=None, derandomize=True)
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> CollectionConfig:
-    return CollectionConfig(
-        dimension=draw(st.sampled_from([1, 2, 3, 100, 384, 1_536, 65_536])),
-        metric=draw(st.sampled_from(["l2", "ip", "cosine"])),
-        vector_dtype=draw(st.sampled_from(["float32", "float16"])),
-        index=IndexConfig(
-            kind=draw(st.sampled_from(["auto", "auto", "flat", "ivf_flat", "hnsw"])),
-            target_recall=draw(st.sampled_from([0.5, 0.9, 0.99, 1.0])),
-            memory_bytes=draw(st.one_of(st.none(), st.integers(1, 10**6), st.integers(1, 10**11))),
-        ),
-    )
-
-
-def with_index(config: CollectionConfig, index: IndexConfig) -> CollectionConfig:
-    return CollectionConfig.from_dict(config.to_dict() | {"index": vars(index)})
-
-
 @few
-@given(counts, configs())
-def test_choice_is_never_over_the_memory_budget(count: int, config: CollectionConfig) -> None:
-    memory = config.index.memory_bytes
-    assume(memory is not None)
-    assert memory is not None
-    try:
-        spec = choose(count, config)
-    except Invalid as error:
-        needed = [int(number) for number in re.findall(r"(?:flat|hnsw) (\d+)", str(error))]
-        assert needed
-        assert min(needed) > memory
-        enough = IndexConfig(config.index.kind, config.index.target_recall, "cpu", min(needed))
-        assert choose(count, with_index(config, enough)).predicted_bytes <= min(needed)
-    else:
-        assert spec.predicted_bytes * MEMORY_MARGIN <= memory
-
-
-@few
-@given(counts, configs())
-def test_choice_is_a_kind_that_can_be_built_from_the_points(count: int, config: CollectionConfig) -> None:
-    spec = choose(count, with_index(config, IndexConfig(config.index.kind, config.index.target_recall)))
-    assert spec.predicted_bytes >= 0
-    if spec.kind == "ivf_flat":
-        lists = spec.params["nlist"]
+@given(st.integers(0, 10**9), st.integers(1, 10**6))
+def test_lists_never_starve_a_centroid(count: int, wanted: int) -> None:
+    for lists in (nlist(count), clamped_nlist(wanted, count)):
         assert lists == 1 or lists * POINTS_PER_CENTROID_MIN <= count
-    if config.index.kind == "auto" and config.index.target_recall == 1.0:
-        assert spec.kind == "flat"
+    assert 1 <= clamped_nlist(wanted, count) <= wanted
+    if wanted * POINTS_PER_CENTROID_MIN <= count:
+        assert clamped_nlist(wanted, count) == wanted
 
 
 @few
-@given(counts, configs())
-def test_search_grid_ascends_and_belongs_to_the_kind(count: int, config: CollectionConfig) -> None:
-    spec = choose(count, with_index(config, IndexConfig(config.index.kind, config.index.target_recall)))
-    grid = spec.search_grid()
-    assert list(grid) == sorted(set(grid))
-    assert (spec.search_param is None) == (grid == ()) == (spec.kind == "flat")
-    if spec.kind == "ivf_flat":
-        assert spec.search_param == "nprobe"
-        assert grid[0] == 1
-        assert grid[-1] == spec.params["nlist"]  # the last one is exact
-    if spec.kind == "hnsw":
-        assert spec.search_param == "ef_search"
-
-
-@few
-@given(counts, configs())
-def test_spec_survives_json(count: int, config: CollectionConfig) -> None:
-    spec = choose(count, with_index(config, IndexConfig(config.index.kind, config.index.target_recall)))
-    assert IndexSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-
-
-@few
-@given(st.integers(0, 10**9))
-def test_nlist_never_starves_a_centroid(count: int) -> None:
+@given(st.integers(0, 30_000_000), st.sampled_from(["ivf_flat", "ivf_sq8", "ivf_pq", "ivf_rabitq"]))
+def test_lists_train_on_128_points_per_centroid(count: int, kind: Any) -> None:
     lists = nlist(count)
-    assert lists >= 1
-    assert lists == 1 or lists * POINTS_PER_CENTROID_MIN <= count
+    built = spec(kind, nlist=lists, pq_m=4, pq_bits=4)
+    least = {"ivf_pq": 256 * 16, "ivf_sq8": TRAINING_POINTS_SQ8}.get(kind, 0)
+    assert built.training_points(count) == min(count, max(128 * lists, least))
+
+
+@pytest.mark.parametrize(
+    ("built", "expected"),
+    [
+        (FLAT, 0),
+        (spec("flat", "float16"), 1),
+        (spec("hnsw", "float32", m=32, ef_construction=100), 0),
+        (HNSW, 1),
+        (replace(HNSW, codes="sq8"), TRAINING_POINTS_SQ8),
+        (replace(RABITQ, rerank_store="sq8"), TRAINING_POINTS_SQ8),
+        (spec("ivf_pq", nlist=2, pq_m=4, pq_bits=8), TRAINING_POINTS_PQ),
+        (spec("factory", factory="IVF4,SQ8"), TRAINING_POINTS_FACTORY),
+    ],
+)
+def test_training_points_of_codes_and_stores(built: IndexSpec, expected: int) -> None:
+    assert built.training_points(10**6) == expected
+    assert built.training_points(7) == min(7, expected)
+
+
+@pytest.mark.parametrize(("built", "least"), [(IVF_PQ, 16), (replace(IVF_PQ, params={"pq_bits": 8}), 256), (FLAT, 1)])
+def test_fewest_training_points_are_one_per_codeword(built: IndexSpec, least: int) -> None:
+    assert fewest_training_points(built) == least
+
+
+# ---- as data
+
+
+@pytest.mark.parametrize("built", [FLAT, HNSW, IVF_FLAT, IVF_PQ, RABITQ, spec("factory", factory="IVF4,SQ8")])
+def test_spec_survives_json(built: IndexSpec) -> None:
+    assert IndexSpec.from_dict(json.loads(json.dumps(built.to_dict()))) == built
+
+
+@pytest.mark.parametrize("kind", ["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_rabitq"])
+def test_chosen_spec_survives_json(kind: Any) -> None:
+    chosen = choose(50_000, CollectionConfig(384, index=IndexConfig(kind=kind)))
+    assert IndexSpec.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
+
+
+def test_spec_of_the_first_policy_is_read_without_the_newer_fields() -> None:
+    written = {
+        "kind": "hnsw",
+        "params": {"m": 16, "ef_construction": 100},
+        "codes": "float16",
+        "predicted_bytes": 912,
+        "reason": "a graph is fastest and fits",
+        "policy_version": 1,
+    }
+    read = IndexSpec.from_dict(written)
+    assert (read.rerank_store, read.factory, read.policy_version) == ("none", "", 1)
+    assert read.factory_string(8) == "HNSW16,SQfp16"
+    assert read.tuned_knobs == ("ef_search",)

@@ -16,6 +16,8 @@ def test_keys_are_pinned() -> None:
     assert paths.staging_prefix("c") == "collections/c/staging/"
     assert paths.staging_prefix("c", "job") == "collections/c/staging/job/"
     assert paths.staging_piece("c", "job", 3, 12) == "collections/c/staging/job/000003/00000012.arrow"
+    assert paths.queries_prefix("c") == "collections/c/queries/"
+    assert paths.recent_queries("c", "replica-1") == "collections/c/queries/replica-1.arrow"
     assert paths.job_status("job") == "jobs/job/status.json"
 
 

@@ -30,7 +30,22 @@ def test_coverage_as_dict_is_plain_json_data() -> None:
     assert Coverage(0.5, 0.25, (1, 2)).to_dict() == {"shards": 0.5, "points": 0.25, "missing": [1, 2]}
 
 
-def test_given_params_are_only_those_set() -> None:
-    assert SearchParams().given == {}
-    assert SearchParams(nprobe=4).given == {"nprobe": 4}
-    assert SearchParams(nprobe=4, ef_search=16).given == {"nprobe": 4, "ef_search": 16}
+@pytest.mark.parametrize(
+    ("params", "given"),
+    [
+        (SearchParams(), {}),
+        (SearchParams(nprobe=4), {"nprobe": 4}),
+        (SearchParams(nprobe=4, rerank=2.5), {"nprobe": 4, "rerank": 2.5}),
+        (SearchParams(ef_search=16), {"ef_search": 16}),
+        (SearchParams(target_recall=0.9), {}),
+        (SearchParams(exact=True), {}),
+        (SearchParams(ef_search=16, target_recall=0.9, exact=True), {"ef_search": 16}),
+    ],
+)
+def test_given_params_are_only_the_raw_knobs_that_were_set(params: SearchParams, given: dict[str, float]) -> None:
+    assert params.given == given
+
+
+def test_params_that_are_equal_may_share_a_batch() -> None:
+    """They are keys: requests with equal ones are searched together."""
+    assert len({SearchParams(nprobe=4), SearchParams(nprobe=4), SearchParams(nprobe=4, exact=True)}) == 2

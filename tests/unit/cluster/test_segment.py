@@ -32,7 +32,7 @@ from cluster.segment import (
     write_rows,
 )
 
-DIMENSION = 3
+DIMENSION = 3  # unless a test says otherwise
 SEED = 20_240_501
 
 
@@ -55,7 +55,7 @@ class Written:
         self.ids = [ids[i] for i in order]
         self.hashes = hashes[order]
         rng = np.random.default_rng(SEED)
-        self.vectors = rng.standard_normal((len(ids), DIMENSION)).astype(config.vector_dtype)
+        self.vectors = rng.standard_normal((len(ids), config.dimension)).astype(config.vector_dtype)
         self.titles = [f"title of {value}" for value in self.ids]
         starts = range(0, len(ids), per_batch)
         write_rows(path, rows_schema(config, {"title": pa.string()}), (self._batch(start) for start in starts))
@@ -71,7 +71,7 @@ class Written:
         return pa.record_batch(columns, schema=rows_schema(self.config, {"title": pa.string()}))
 
     def open(self) -> Rows:
-        return Rows(self.path, len(self.ids), DIMENSION, self.per_batch)
+        return Rows(self.path, len(self.ids), self.config.dimension, self.per_batch)
 
 
 def write(
@@ -81,8 +81,9 @@ def write(
     id_type: IdType = "int64",
     dtype: VectorDtype = "float32",
     hash_of: HashOf = hash_ids,
+    dimension: int = DIMENSION,
 ) -> Written:
-    config = CollectionConfig(dimension=DIMENSION, id_type=id_type, vector_dtype=dtype)
+    config = CollectionConfig(dimension=dimension, id_type=id_type, vector_dtype=dtype)
     return Written(tmp_path / "rows.arrow", ids_of(count, id_type), config, per_batch, hash_of)
 
 
@@ -124,6 +125,44 @@ def test_vectors_within_one_float32_batch_are_a_view_of_the_mapped_file(tmp_path
     first, second = rows.vectors(4, 8), rows.vectors(5, 7)
     assert np.shares_memory(first, second)
     assert not first.flags.writeable
+
+
+@pytest.mark.parametrize("id_type", ["int64", "string"])  # string ids and titles put batches at odd offsets
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dimension", [1, 2, 3, 5, 17])
+@pytest.mark.parametrize(("count", "per_batch"), [(1, 4), (4, 4), (9, 1), (61, 4), (62, 7), (63, 100)])
+def test_gathered_vectors_are_those_of_any_rows(
+    tmp_path: Path, count: int, per_batch: int, dimension: int, dtype: VectorDtype, id_type: IdType
+) -> None:
+    written = write(tmp_path, count, per_batch, id_type, dtype, dimension=dimension)
+    rows = written.open()
+    asked = np.random.default_rng(SEED).integers(0, count, (7, 13))
+    asked[0, :4] = [0, count - 1, count - 1, 0]  # both ends, and rows repeated
+    found = rows.gather_vectors(asked)
+    assert found.dtype == np.float32
+    assert found.shape == (7, 13, dimension)
+    assert found.tolist() == written.vectors[asked].astype(np.float32).tolist()
+    assert rows.gather_vectors(np.arange(count)).tolist() == written.vectors.astype(np.float32).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gathered_vectors_are_a_copy_that_may_be_written_to(tmp_path: Path, dtype: VectorDtype) -> None:
+    written = write(tmp_path, 11, 4, dtype=dtype)
+    rows = written.open()
+    rows.gather_vectors(np.array([3, 4]))[:] = 7.0
+    assert rows.vectors(0, 11).tolist() == written.vectors.astype(np.float32).tolist()
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0)])
+def test_gathering_no_rows_gives_no_vectors(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    rows = write(tmp_path, 11, 4).open()
+    assert rows.gather_vectors(np.zeros(shape, dtype=np.int64)).shape == (*shape, DIMENSION)
+
+
+def test_gathering_rows_beyond_the_last_batch_fails(tmp_path: Path) -> None:
+    rows = write(tmp_path, 12, 4).open()
+    with pytest.raises(IndexError):
+        rows.gather_vectors(np.array([12]))
 
 
 def test_blocks_are_the_batches_in_order(tmp_path: Path) -> None:
@@ -265,12 +304,13 @@ DESCRIPTION = SegmentDescription(
     attributes={"title": "string"},
     spec={"kind": "hnsw", "params": {"m": 16}},
     operating_points=(
-        OperatingPoint(0.95, {"ef_search": 48}, 0.971, 0.962, 0.25, True),
+        OperatingPoint(0.95, {"ef_search": 48}, 0.971, 0.962, 0.25, True, queries_per_s=9_500.5),
         OperatingPoint(0.99, {"ef_search": 1024}, 0.981, 0.97, 4.5, False),
     ),
     self_test=SelfTest((9, 10), ((9, 1), (10,)), 0.5),
     files={"rows.arrow": FileEntry(10, "xxh3_128:00"), "index.faiss": FileEntry(20, "xxh3_128:01")},
     built={"faiss": "1.15.1", "seconds": 0.5},
+    considered=({"kind": "flat", "rejected": "too slow"}, {"kind": "hnsw", "params": {"m": 16}, "rejected": ""}),
 )
 
 
@@ -278,6 +318,16 @@ def test_description_survives_encoding() -> None:
     assert SegmentDescription.decode(DESCRIPTION.encode(), "n") == DESCRIPTION
     empty = replace(DESCRIPTION, operating_points=(), self_test=SelfTest(), files={}, built={}, attributes={})
     assert SegmentDescription.decode(empty.encode(), "n") == empty
+
+
+def test_description_without_the_newer_fields_is_read() -> None:
+    raw = json.loads(DESCRIPTION.encode())
+    del raw["considered"]
+    for point in raw["operating_points"]:
+        del point["queries_per_s"]
+    read = SegmentDescription.decode(json.dumps(raw).encode(), "n")
+    points = tuple(replace(point, queries_per_s=0.0) for point in DESCRIPTION.operating_points)
+    assert read == replace(DESCRIPTION, considered=(), operating_points=points)
 
 
 def test_description_encodes_to_the_same_bytes_each_time() -> None:
@@ -318,6 +368,7 @@ def edited(**changes: object) -> bytes:
         edited(files={"rows.arrow": {"size_bytes": 1, "checksum": "x", "more": 1}}),
         edited(operating_points=[{"recall": 1}]),
         edited(operating_points=3),
+        edited(considered=3),
     ],
 )
 def test_description_of_junk_is_corrupt_and_names_the_object(data: bytes) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from cluster import index_spec
 from cluster.config import CollectionConfig, IndexConfig
+from cluster.index_policy import MEMORY_MARGIN, choose, like
+from cluster.index_spec import TRAINING_POINTS_PER_CENTROID
 from jobs.build_plan import Builds, Workers, plan_builds, segment_bytes, segments_per_shard
 from tests.fakes import run_tasks_here
 
@@ -59,26 +61,44 @@ def test_builds_that_fit_one_node_never_take_more_than_its_memory() -> None:
         assert 1 <= builds.at_once <= partitions
 
 
+def segments(rows: int, config: CollectionConfig, memory_bytes: int) -> int:
+    """Segments per shard of what the policy chooses for all rows."""
+    return segments_per_shard(rows, choose(-(-rows // config.shards), config), config, memory_bytes)
+
+
 def test_collection_that_fits_gets_one_segment_per_shard() -> None:
-    assert segments_per_shard(0, FLAT, 1) == 1
-    assert segments_per_shard(1, FLAT, 1) == 1
-    assert segments_per_shard(10_000_000, FLAT, 3 * GB) == 1
-    assert segments_per_shard(10_000_000, FLAT, 2 * GB) == 2
+    assert segments(0, FLAT, 1) == 1
+    assert segments(1, FLAT, 1) == 1
+    assert segments(10_000_000, FLAT, 3 * GB) == 1
+    assert segments(10_000_000, FLAT, 2 * GB) == 2
+    assert segments(20_000_000, replace(FLAT, shards=2), 2 * GB) == 2
 
 
 def test_training_sample_counts_as_memory_of_a_segment() -> None:
-    spec = index_spec.choose(100_000, IVF)
-    assert spec.params["nlist"] * index_spec.TRAINING_POINTS_PER_CENTROID > 100_000  # the sample is all of them
-    margin = index_spec.MEMORY_MARGIN
-    assert segment_bytes(spec, 100_000, 64) == pytest.approx((spec.predicted_bytes + 100_000 * 64 * 4) * margin, abs=1)
-    bound = int(spec.predicted_bytes * margin * 1.2)
-    assert segments_per_shard(100_000, IVF, bound) == 2
+    spec = choose(100_000, IVF)
+    assert spec.params["nlist"] * TRAINING_POINTS_PER_CENTROID > 100_000  # the sample is all of them
+    wanted = (spec.predicted_bytes + 100_000 * 64 * 4) * MEMORY_MARGIN
+    assert segment_bytes(spec, 100_000, 64) == pytest.approx(wanted, abs=1)
+    bound = int(spec.predicted_bytes * MEMORY_MARGIN * 1.2)
+    assert segments(100_000, IVF, bound) == 2
 
 
 @pytest.mark.parametrize("config", [FLAT, IVF, HNSW])
 @pytest.mark.parametrize("memory_bytes", [10**6, 10**7, 10**8, 10**12])
 def test_segments_fit_the_memory_and_are_no_more_than_rows(config: CollectionConfig, memory_bytes: int) -> None:
     for rows in (1, 1_000, 123_456, 3_000_000):
-        count = -(-rows // segments_per_shard(rows, config, memory_bytes))
-        assert segment_bytes(index_spec.choose(count, config), count, 64) <= memory_bytes
-    assert segments_per_shard(1_000, config, 1) == 1_000
+        count = -(-rows // segments(rows, config, memory_bytes))
+        assert segment_bytes(like(choose(rows, config), count, config), count, 64) <= memory_bytes
+    assert segments(1_000, config, 1) == 1_000
+
+
+def test_segments_of_a_shard_keep_the_kind_that_the_whole_shard_was_given() -> None:
+    """Each of the segments by itself would be scanned exactly."""
+    config = CollectionConfig(64, metric="l2")
+    whole = choose(200_000, config)
+    assert whole.kind == "hnsw"
+    parts = segments_per_shard(200_000, whole, config, 20 * 10**6)
+    count = -(-200_000 // parts)
+    assert choose(count, config).kind == "flat"
+    assert segment_bytes(like(whole, count, config), count, 64) <= 20 * 10**6
+    assert segment_bytes(like(whole, -(-200_000 // (parts - 1)), config), 200_000 // (parts - 1), 64) > 20 * 10**6

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from actors import build_rates
 from actors.shard import Shard
-from cluster import index_spec, paths, segment
+from cluster import index_policy, index_spec, paths, segment
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.errors import Conflict, Invalid, NotFound, Unavailable
 from cluster.file_store import FileStore
@@ -20,13 +21,14 @@ from cluster.manifest import Manifest
 from cluster.memory_store import MemoryStore
 from cluster.object_store import ObjectStore, open_store
 from cluster.query import Hits, SearchGroup, SearchParams, ShardSearch
+from cluster.recent_queries import QuerySample, delete_queries, store_queries
 from cluster.routing import Routing
 from cluster.segment import SegmentDescription
 from jobs import import_source, importer, row_reader, segment_task
 from jobs.build_plan import Workers
 from jobs.import_source import Columns
 from jobs.importer import STALE_STAGING_S, Importer, ImportOptions
-from jobs.report import JobReporter, JobStatus
+from jobs.report import JobReporter, JobStatus, read_status
 from jobs.row_reader import RowPlace, checked_vectors
 from tests.fakes import Fault, FaultyStore, run_tasks_here
 from tests.unit.jobs.imports import (
@@ -527,9 +529,9 @@ def test_damaged_page_of_the_first_vector_is_named(tmp_path: Path) -> None:
 def test_segments_of_one_import_are_of_one_kind_though_their_counts_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_spec, "FLAT_FLOATS_MAX", 4 * 500)  # 1,000 rows over two shards: 500 each, or so
+    # 1,000 rows over two shards: 500 each, or so
     for floats_max, kind in ((4 * 500, "flat"), (4 * 500 - 1, "hnsw")):
-        monkeypatch.setattr(index_spec, "FLAT_FLOATS_MAX", floats_max)
+        monkeypatch.setattr(index_policy, "FLAT_FLOATS_MAX", floats_max)
         data = new_data_url()
         source = write(tmp_path / "words.parquet", random_table(1_000), row_group_size=1_000)
         manifest = run_import(data, source, create={"shards": 2})
@@ -555,6 +557,110 @@ def test_segments_of_one_row_are_built(kind: str, tmp_path: Path) -> None:
     manifest = run_import(data, source, create={"shards": 64, "metric": "l2", "index": {"kind": kind}})
     assert {ref.count for ref in manifest.segments.values()} == {1}
     assert stored(open_store(data), manifest).by_id().keys() == set(table["id"].to_pylist())
+
+
+# --- tuning on real queries -------------------------------------------------------------------------------------
+
+
+def tuned_on(data: str, manifest: Manifest) -> list[str]:
+    return [described(open_store(data), ref.segment_id).built["tuned_on"] for ref in manifest.segments.values()]
+
+
+def leave_queries(data: str, coordinator: str, count: int, dimension: int = 4) -> None:
+    vectors = np.random.default_rng(count).normal(size=(count, dimension)).astype(np.float32)
+    store_queries(open_store(data), "words", coordinator, QuerySample(vectors, "l2"))
+
+
+IVF = {"shards": 2, "metric": "l2", "index": {"kind": "ivf_flat"}}
+
+
+def test_import_into_a_collection_is_tuned_on_the_queries_that_coordinators_left(tmp_path: Path) -> None:
+    data, source = new_data_url(), write(tmp_path / "words.parquet", random_table(1_000), row_group_size=1_000)
+    leave_queries(data, "of a collection that was deleted", 900)
+    first = run_import(data, source, create=IVF)
+    assert all(told.endswith("rows with noise") for told in tuned_on(data, first))
+    delete_queries(open_store(data), "words")
+    leave_queries(data, "a", 300)
+    leave_queries(data, "b", 250)
+    second = run_import(data, source)
+    assert tuned_on(data, second) == ["550 recent queries"] * 2
+    leave_queries(data, "c", 1_000)
+    assert tuned_on(data, run_import(data, source)) == ["1000 recent queries"] * 2
+
+
+def test_import_into_a_collection_of_few_queries_is_tuned_on_its_rows(tmp_path: Path) -> None:
+    data, source = new_data_url(), write(tmp_path / "words.parquet", random_table(1_000), row_group_size=1_000)
+    run_import(data, source, create=IVF)
+    leave_queries(data, "a", 499)
+    assert all(told.endswith("rows with noise") for told in tuned_on(data, run_import(data, source)))
+
+
+def test_import_after_the_collection_was_deleted_asks_for_no_queries(tmp_path: Path) -> None:
+    data, source = new_data_url(), write(tmp_path / "words.parquet", random_table(1_000), row_group_size=1_000)
+    run_import(data, source, create=IVF)
+    leave_queries(data, "a", 900)
+    log_of(open_store(data)).delete()
+    assert all(told.endswith("rows with noise") for told in tuned_on(data, run_import(data, source, create=IVF)))
+
+
+def test_queries_that_cannot_be_read_never_stop_an_import(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data, source = new_data_url(), write(tmp_path / "words.parquet", random_table(1_000), row_group_size=1_000)
+    run_import(data, source, create=IVF)
+    leave_queries(data, "wide", 600, dimension=5)
+    open_store(data).put(paths.recent_queries("words", "garbage"), b"garbage")
+    assert all(told.endswith("rows with noise") for told in tuned_on(data, run_import(data, source)))
+    for name in ("wide", "garbage"):
+        assert paths.recent_queries("words", name) in caplog.text
+
+
+# --- measuring, and what is told before the build ----------------------------------------------------------------
+
+
+def phases_and_plans(data: str, source: Path, **options: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    """The phases of an import in order, and every plan it told."""
+    phases: list[str] = []
+    plans: list[dict[str, Any]] = []
+
+    def listener(status: JobStatus) -> None:
+        if status.phase not in phases:
+            phases.append(status.phase)
+        if status.plan and status.plan not in plans:
+            plans.append(status.plan)
+
+    run_import(data, source, listener=listener, **options)
+    return phases, plans
+
+
+@pytest.mark.parametrize(("kind", "measured"), [("hnsw", True), ("flat", False)])
+def test_import_of_large_segments_measures_how_fast_they_are_built(
+    kind: str, measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importer, "MEASURED_MIN", 400)
+    monkeypatch.setattr(build_rates, "SAMPLE_MIN", 100)
+    data, source = new_data_url(), write(tmp_path / "words.parquet", random_table(800), row_group_size=800)
+    phases, (plan,) = phases_and_plans(data, source, create={"shards": 2, "index": {"kind": kind}})
+    assert phases == ["scan", "partition", *(["measure"] if measured else []), "build", "commit"]
+    assert plan["rates_measured"] is measured
+
+
+def test_import_of_small_segments_does_not_measure(tmp_path: Path) -> None:
+    source = write(tmp_path / "words.parquet", random_table(40))
+    phases, (plan,) = phases_and_plans(new_data_url(), source, create={"index": {"kind": "hnsw"}})
+    assert phases == ["scan", "partition", "build", "commit"]
+    assert plan["rates_measured"] is False
+
+
+def test_status_tells_the_plan_before_the_build_and_keeps_it(tmp_path: Path) -> None:
+    data, source = new_data_url(), write(tmp_path / "words.parquet", random_table(90))
+    create = {"shards": 3, "metric": "l2", "index": {"kind": "hnsw"}}
+    _, (plan,) = phases_and_plans(data, source, create=create)
+    assert (plan["index"]["kind"], plan["segments"], plan["points_per_segment"]) == ("hnsw", 3, 30)
+    assert plan["index"]["reason"] == "hnsw was asked for"
+    config = CollectionConfig(4, metric="l2", shards=3, index=IndexConfig(kind="hnsw"))
+    assert plan["predicted_bytes"] == 3 * index_policy.choose(30, config).predicted_bytes
+    assert plan["predicted_build_seconds"] >= 0.0
+    assert [candidate["kind"] for candidate in plan["considered"]] == ["hnsw"]
+    assert read_status(open_store(data), JOB).plan == plan
 
 
 def described(store: ObjectStore, segment_id: str) -> SegmentDescription:

@@ -44,6 +44,35 @@ def test_create_fills_in_defaults(tmp_path: Path) -> None:
     run_with_endpoint(scenario, tmp_path)
 
 
+KINDS: list[dict[str, Any]] = [
+    {"kind": "auto", "build_seconds": 60.0, "churn": 0.5},
+    {"kind": "flat", "target_recall": 1.0},
+    {"kind": "hnsw", "m": 16, "ef_construction": 50, "codes": "float32"},
+    {"kind": "ivf_flat", "nlist": 8, "codes": "float16"},
+    {"kind": "ivf_sq8", "nlist": 8, "rerank_store": "rows"},
+    {"kind": "ivf_pq", "pq_m": 2, "pq_bits": 8, "rerank_store": "float32"},
+    {"kind": "ivf_rabitq", "rerank_store": "sq8"},
+    {"kind": "factory", "factory": "HNSW16,SQ8"},
+]
+
+
+@pytest.mark.parametrize("index", KINDS, ids=lambda index: index["kind"])
+def test_create_takes_every_kind_with_its_options_and_the_same_again(index: dict[str, Any], tmp_path: Path) -> None:
+    nulls = {"m": None, "nlist": None, "factory": None, "codes": None}
+
+    async def scenario(endpoint: Endpoint) -> None:
+        created = await endpoint.create("words", dimension=4, index=index)
+        told = created["config"]["index"]
+        assert told == {"target_recall": 0.95, "device": "cpu", "memory_bytes": None} | index
+        for same in (index, told, nulls | index):
+            again = await endpoint.http.put("/v1/collections/words", json={"dimension": 4, "index": same})
+            assert (again.status_code, again.json()) == (200, created)
+        other = {"dimension": 4, "index": index | {"target_recall": 0.5}}
+        problem(await endpoint.http.put("/v1/collections/words", json=other), 409)
+
+    run_with_endpoint(scenario, tmp_path)
+
+
 def test_create_again_is_no_change_and_another_config_a_conflict(tmp_path: Path) -> None:
     async def scenario(endpoint: Endpoint) -> None:
         created = await endpoint.create("words", **FULL)
@@ -85,6 +114,18 @@ WRONG_CONFIGS: list[tuple[str, Any]] = [
     ("index.memory_bytes", {"index": {"memory_bytes": 2**63}}),
     ("colour", {"colour": "red"}),
     ("index.nlist", {"index": {"nlist": 10}}),
+    ("index.colour", {"index": {"colour": 10}}),
+    ("index.m", {"index": {"kind": "hnsw", "m": 1}}),
+    ("index.churn", {"index": {"churn": 1.5}}),
+    ("index.build_seconds", {"index": {"build_seconds": 0}}),
+    ("index.pq_bits", {"index": {"kind": "ivf_pq", "pq_bits": 6}}),
+    ("index.pq_m", {"index": {"kind": "ivf_pq", "pq_m": 5}}),
+    ("index.factory", {"index": {"kind": "factory"}}),
+    ("index.factory", {"index": {"kind": "factory", "factory": "HNSWx"}}),
+    ("index.factory", {"index": {"kind": "factory", "factory": "IDMap,Flat"}}),
+    ("index.factory", {"index": {"kind": "hnsw", "factory": "HNSW32"}}),
+    ("index.target_recall", {"index": {"kind": "hnsw", "target_recall": 1}}),
+    ("index.target_recall", {"index": {"kind": "ivf_pq", "rerank_store": "none"}}),
     ("from", {"from": {"collection": "a", "snapshot": "b"}}),
     ("body", []),
     ("body", "words"),

@@ -80,6 +80,10 @@ def test_import_is_submitted_runs_and_is_served(tmp_path: Path) -> None:
         done = await job(endpoint, job_id)
         assert (done["state"], done["progress"], done["remaining_s"]) == ("succeeded", 1.0, 0.0)
         assert done["report"] == {"points": 50, "generation": 1}
+        assert waiting["plan"] == {}
+        assert (done["plan"]["index"]["kind"], done["plan"]["segments"]) == ("flat", 2)
+        assert done["plan"]["predicted_bytes"] == 2 * 25 * 4 * 4
+        assert [candidate["kind"] for candidate in done["plan"]["considered"]] == ["flat"]
         assert done["log"] == [f"line {number}" for number in range(30, 80)]
         answer = (await endpoint.search("words", vectors=queries.tolist(), with_attributes=["name"])).json()
         assert hit_ids(answer) == brute_force(POINTS, queries, 10, "l2")

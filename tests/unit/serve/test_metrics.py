@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from actors.shard import ReplicaStatus
 from cluster.config import CollectionConfig, IndexConfig
+from cluster.manifest import Manifest, ShardEntry
 from cluster.placement import ReplicaKey
+from cluster.routing import Routing
+from serve.descriptions import describe_collection, describe_unreadable
 from serve.metrics import EndpointMetrics, render
 from tests.unit.actors.points import random_points
 from tests.unit.serve.endpoint import (
@@ -110,6 +114,33 @@ def test_gauges_tell_points_bytes_and_ready_replicas_of_every_shard(tmp_path: Pa
         assert value(await scraped(endpoint), "eagleray_replicas_ready", collection="words", shard="1") == 1
 
     run_with_endpoint(scenario, tmp_path)
+
+
+def test_gauges_tell_the_observed_recall_of_every_replica_and_generation() -> None:
+    def facts(generation: int, recall: float) -> dict[str, Any]:
+        interval = {"low": recall - 0.01, "high": recall + 0.01}
+        return {"generation": generation, "recall": recall, **interval, "queries": 100 * generation, "k": 10}
+
+    two, one = facts(2, 0.95), facts(1, 0.75)
+    statuses = {
+        ReplicaKey("words", 0, 0): ReplicaStatus("ready", observed=(one, two)),
+        ReplicaKey("words", 0, 1): ReplicaStatus("ready", observed=(two,)),
+        ReplicaKey("words", 1, 0): ReplicaStatus("ready"),
+        ReplicaKey("words", 1, 1): ReplicaStatus("unreachable"),
+    }
+    shards = (ShardEntry(0, ()), ShardEntry(1, ()))
+    manifest = Manifest("words", 3, CONFIG, Routing(2), 2, shards, created_at="", writer="")
+    described = describe_collection({"manifest": manifest, "serving_generation": 2, "statuses": statuses}, None)
+    assert [shard["observed"] for shard in described["shards"]] == [
+        [{"replica": 0} | one, {"replica": 0} | two, {"replica": 1} | two],
+        [],
+    ]
+    samples = parsed(render({}, [described, describe_unreadable("broken", "why")]).decode())
+    for replica, told in (("0", one), ("0", two), ("1", two)):
+        place = {"collection": "words", "shard": "0", "replica": replica, "generation": str(told["generation"])}
+        for name, key in (("recall", "recall"), ("recall_low", "low"), ("recall_high", "high"), ("queries", "queries")):
+            assert value(samples, f"eagleray_observed_{name}", **place) == told[key]
+    assert sum(name.startswith("eagleray_observed") for name, _ in samples) == 3 * 4
 
 
 def test_either_endpoint_tells_the_counts_of_both(tmp_path: Path) -> None:

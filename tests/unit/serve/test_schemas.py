@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.config import CollectionConfig, IndexConfig, Limits
+from cluster.config import ALL_OPTIONS, CollectionConfig, IndexConfig, Limits
 from cluster.errors import Invalid
 from cluster.query import SearchParams
 from serve.job_service import import_command
 from serve.schemas import (
+    CANDIDATES_MAX,
     CollectionBody,
     FetchBody,
     ImportBody,
@@ -38,17 +39,84 @@ def test_collection_body_has_the_defaults_of_the_config() -> None:
     assert decode(encoded(dimension=5), CollectionBody).to_config() == CollectionConfig(5)
 
 
-def test_collection_body_takes_every_field_of_the_config() -> None:
-    index = IndexConfig("ivf_flat", 0.5, "cpu", 7)
+INDEXES = (
+    IndexConfig("ivf_flat", 0.5, "cpu", 7, 30.5, 0.25, codes="float16", nlist=3),
+    IndexConfig("auto", 1.0, build_seconds=1e9, churn=1.0),
+    IndexConfig("hnsw", codes="sq8", m=128, ef_construction=4, rerank_store="none"),
+    IndexConfig("ivf_sq8", nlist=1_048_576, rerank_store="rows"),
+    IndexConfig("ivf_pq", pq_m=5, pq_bits=8, rerank_store="float32"),
+    IndexConfig("ivf_rabitq", rerank_store="sq8"),
+    IndexConfig("factory", factory="HNSW8,SQ8", rerank_store="float16"),
+)
+
+
+@pytest.mark.parametrize("index", INDEXES, ids=lambda index: index.kind)
+def test_collection_body_takes_every_field_of_the_config(index: IndexConfig) -> None:
     config = CollectionConfig(5, "ip", "string", 3, 2, "float16", index)
     assert decode(encoded(**config.to_dict()), CollectionBody).to_config() == config
 
 
+def test_index_options_of_all_kinds_are_tried() -> None:
+    tried = {name for index in INDEXES for name in index.options}
+    assert tried == set(ALL_OPTIONS)
+
+
+def test_null_option_is_one_that_was_not_given() -> None:
+    given = {"kind": "hnsw", "m": 16}
+    nulls = dict.fromkeys(("memory_bytes", "build_seconds", *ALL_OPTIONS))
+    short, long = (decode(encoded(dimension=5, index=i), CollectionBody).to_config() for i in (given, nulls | given))
+    assert short == long == CollectionConfig(5, index=IndexConfig("hnsw", m=16))
+    assert short.to_dict() == long.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "refused"),
+    [
+        ("build_seconds", 0.001, 0),
+        ("churn", 1, 1.01),
+        ("churn", 0, -0.01),
+        ("m", 128, 129),
+        ("m", 2, 1),
+        ("ef_construction", 2_000, 2_001),
+        ("nlist", 1_048_576, 1_048_577),
+        ("pq_m", 65_536, 65_537),
+        ("pq_bits", 8, 5),
+        ("codes", "sq8", "int8"),
+        ("rerank_store", "none", "disk"),
+        ("factory", "x" * 200, "x" * 201),
+        ("factory", "x", ""),
+        ("kind", "ivf_rabitq", "ivf_rabit"),
+    ],
+)
+def test_index_option_at_its_bound_is_decoded_and_beyond_is_refused_by_name(
+    name: str, taken: Any, refused: Any
+) -> None:
+    assert getattr(decode(encoded(dimension=5, index={name: taken}), CollectionBody).index, name) == taken
+    with pytest.raises(Invalid) as error:
+        decode(encoded(dimension=5, index={name: refused}), CollectionBody)
+    assert fields_of(error.value) == [f"index.{name}"]
+
+
+def test_option_of_another_kind_is_refused_with_the_kinds_it_goes_with() -> None:
+    with pytest.raises(Invalid, match="ivf_flat, ivf_sq8, ivf_pq, ivf_rabitq") as error:
+        decode(encoded(dimension=5, index={"kind": "hnsw", "nlist": 4}), CollectionBody).to_config()
+    assert fields_of(error.value) == ["index.nlist"]
+
+
+def test_factory_string_that_faiss_does_not_know_is_refused_with_one_that_would_do() -> None:
+    body = decode(encoded(dimension=5, index={"kind": "factory", "factory": "HNSWx"}), CollectionBody)
+    with pytest.raises(Invalid, match=r"'HNSWx' for 5 dimensions.*HNSW32,SQ8") as error:
+        body.to_config()
+    assert fields_of(error.value) == ["index.factory"]
+
+
 def test_search_body_and_url_options_have_the_same_defaults() -> None:
     body, options = decode(encoded(vector=[1.0, 2.0]), SearchBody), decode_options([])
-    for name in ("k", "timeout_ms", "min_coverage", "with_vectors"):
+    for name in ("k", "timeout_ms", "min_coverage", "exact", "with_vectors"):
         assert getattr(body, name) == getattr(options, name)
-    assert (body.params.nprobe, body.params.ef_search) == (options.nprobe, options.ef_search) == (None, None)
+    for name in ("nprobe", "ef_search", "rerank", "target_recall"):
+        assert getattr(body.params, name) is getattr(options, name) is None
+    assert json_query(body, CONFIG, Limits()).params == SearchParams()
 
 
 def test_json_query_carries_every_option() -> None:
@@ -58,7 +126,7 @@ def test_json_query_carries_every_option() -> None:
             k=7,
             timeout_ms=50,
             min_coverage=0.25,
-            params={"nprobe": 3, "ef_search": 4},
+            params={"nprobe": 3, "ef_search": 4, "rerank": 1.5},
             with_attributes=["b", "a", "b"],
             with_vectors=True,
         ),
@@ -68,7 +136,7 @@ def test_json_query_carries_every_option() -> None:
     assert query.vectors.dtype == np.float32
     assert query.vectors.tolist() == [[1, 2], [3, 4]]
     assert (query.k, query.timeout_ms, query.min_coverage, query.with_vectors) == (7, 50.0, 0.25, True)
-    assert query.params == SearchParams(3, 4)
+    assert query.params == SearchParams(3, 4, 1.5)
     assert query.with_attributes == ("b", "a")
 
 
@@ -80,6 +148,7 @@ def test_arrow_query_carries_every_option() -> None:
             ("min_coverage", "0.25"),
             ("nprobe", "3"),
             ("ef_search", "4"),
+            ("rerank", "1.5"),
             ("with_attributes", "b,a,,b"),
             ("with_vectors", "true"),
         ]
@@ -88,8 +157,82 @@ def test_arrow_query_carries_every_option() -> None:
     assert query.vectors.dtype == np.float32
     assert query.vectors.tolist() == [[1, 2]]
     assert (query.k, query.timeout_ms, query.min_coverage, query.with_vectors) == (7, 50.5, 0.25, True)
-    assert query.params == SearchParams(3, 4)
+    assert query.params == SearchParams(3, 4, 1.5)
     assert query.with_attributes == ("b", "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "params"),
+    [
+        ({"exact": True}, SearchParams(exact=True)),
+        ({"target_recall": 0.9}, SearchParams(target_recall=0.9)),
+        ({"target_recall": 1}, SearchParams(target_recall=1.0)),
+        ({"rerank": 1_000}, SearchParams(rerank=1_000.0)),
+        ({"exact": False, "nprobe": 2}, SearchParams(nprobe=2)),
+    ],
+)
+def test_accuracy_is_asked_for_alike_in_json_and_arrow(options: dict[str, Any], params: SearchParams) -> None:
+    assert queries_of(options, k=10) == [params, params]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"exact": True, "nprobe": 3}, ["nprobe"]),
+        ({"exact": True, "target_recall": 0.9}, ["target_recall"]),
+        ({"exact": True, "ef_search": 3, "rerank": 2, "target_recall": 0.9}, ["ef_search", "rerank", "target_recall"]),
+        ({"target_recall": 0.9, "nprobe": 3}, ["nprobe"]),
+        ({"target_recall": 0.9, "ef_search": 3, "rerank": 2}, ["ef_search", "rerank"]),
+    ],
+)
+def test_two_ways_to_ask_for_accuracy_are_refused_by_name(options: dict[str, Any], named: list[str]) -> None:
+    for prefix, query in (("params.", query_of_json), ("", query_of_arrow)):
+        with pytest.raises(Invalid, match="leave one out") as error:
+            query(options, k=10)
+        assert fields_of(error.value) == [prefix + name for name in named]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rerank", 0.99),
+        ("rerank", 1_000.5),
+        ("target_recall", 0),
+        ("target_recall", 1.01),
+        ("ef_search", 65_537),
+        ("nprobe", 1.5),
+    ],
+)
+def test_search_parameter_out_of_bounds_is_refused_by_name(name: str, value: float) -> None:
+    for prefix, query in (("params.", query_of_json), ("", query_of_arrow)):
+        with pytest.raises(Invalid) as error:
+            query({name: value}, k=10)
+        assert fields_of(error.value) == [prefix + name]
+
+
+@pytest.mark.parametrize(("k", "rerank"), [(65, 1_000), (100, 655.36), (2_048, 32)])
+def test_candidates_of_a_query_are_bounded(k: int, rerank: float) -> None:
+    assert k * rerank <= CANDIDATES_MAX
+    assert queries_of({"rerank": rerank}, k) == [SearchParams(rerank=float(rerank))] * 2
+    for prefix, query in (("params.", query_of_json), ("", query_of_arrow)):
+        with pytest.raises(Invalid, match=r"at most 65536 are taken: rerank up to \d") as error:
+            query({"rerank": rerank}, k + 1)
+        assert fields_of(error.value) == [f"{prefix}rerank"]
+
+
+def query_of_json(options: dict[str, Any], k: int) -> SearchParams:
+    params = {name: value for name, value in options.items() if name != "exact"}
+    body = {"vector": [1, 2], "k": k, "exact": options.get("exact", False), "params": params}
+    return json_query(decode(encoded(**body), SearchBody), CONFIG, Limits()).params
+
+
+def query_of_arrow(options: dict[str, Any], k: int) -> SearchParams:
+    parameters = [(name, str(value).lower()) for name, value in ({"k": k} | options).items()]
+    return arrow_query(np.ones((1, 2), np.float32), decode_options(parameters), CONFIG, Limits()).params
+
+
+def queries_of(options: dict[str, Any], k: int) -> list[SearchParams]:
+    return [query_of_json(options, k), query_of_arrow(options, k)]
 
 
 def test_arrow_query_leaves_the_callers_vectors_alone_under_cosine() -> None:
@@ -144,7 +287,14 @@ def test_fetch_body_keeps_integers_and_strings_apart() -> None:
 
 @pytest.mark.parametrize(
     "create",
-    [{}, {"metric": "ip"}, {"dimension": 7, "index": {}}, {"index": {"kind": "hnsw", "target_recall": 1}}],
+    [
+        {},
+        {"metric": "ip"},
+        {"dimension": 7, "index": {}},
+        {"index": {"kind": "hnsw", "target_recall": 0.99}},
+        {"index": {"kind": "ivf_pq", "pq_m": 48}},
+        {"index": {"kind": "factory", "factory": "PCA64,IVF16,Flat"}},  # the file's dimension tells whether it is one
+    ],
 )
 def test_create_of_an_import_may_give_any_part_of_a_config(create: dict[str, Any]) -> None:
     check_create(create)
@@ -158,6 +308,13 @@ def test_create_of_an_import_may_give_any_part_of_a_config(create: dict[str, Any
         ({"index": None}, "create.index"),
         ({"index": {"kind": 1}}, "create.index.kind"),
         ({"name": "words"}, "create.name"),
+        ({"index": {"m": 16}}, "create.index.m"),
+        ({"index": {"kind": "hnsw", "m": 1}}, "create.index.m"),
+        ({"index": {"kind": "hnsw", "target_recall": 1}}, "create.index.target_recall"),
+        ({"index": {"kind": "ivf_pq", "rerank_store": "none"}}, "create.index.target_recall"),
+        ({"dimension": 8, "index": {"kind": "ivf_pq", "pq_m": 16}}, "create.index.pq_m"),
+        ({"dimension": 8, "index": {"kind": "factory", "factory": "PQ3"}}, "create.index.factory"),
+        ({"index": {"kind": "factory"}}, "create.index.factory"),
     ],
 )
 def test_create_of_an_import_names_its_wrong_field(create: dict[str, Any], field: str) -> None:

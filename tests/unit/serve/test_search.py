@@ -324,7 +324,13 @@ REFUSED_JSON: list[tuple[list[str], Any]] = [
     (["with_attributes"], {"vector": GOOD, "with_attributes": ["name", ""]}),
     (["with_attributes"], {"vector": GOOD, "with_attributes": "name"}),
     (["with_vectors"], {"vector": GOOD, "with_vectors": 1}),
-    (["exact"], {"vector": GOOD, "exact": True}),
+    (["exact"], {"vector": GOOD, "exact": 1}),
+    (["params.nprobe"], {"vector": GOOD, "exact": True, "params": {"nprobe": 4}}),
+    (["params.target_recall"], {"vector": GOOD, "exact": True, "params": {"target_recall": 0.9}}),
+    (["params.ef_search"], {"vector": GOOD, "params": {"ef_search": 4, "target_recall": 0.9}}),
+    (["params.target_recall"], {"vector": GOOD, "params": {"target_recall": 0}}),
+    (["params.rerank"], {"vector": GOOD, "params": {"rerank": 0.5}}),
+    (["target_recall"], {"vector": GOOD, "target_recall": 0.9}),
     (["min_lsn"], {"vector": GOOD, "min_lsn": {"0": 17}}),
     (["body"], []),
     (["body"], None),
@@ -413,6 +419,72 @@ def test_params_fit_the_index_kind_or_are_refused(kind: Any, fits: str, wrong: s
         problem(await endpoint.search_arrow("words", query, accept=JSON, **{wrong: 4}), 400, f"params.{wrong}")
 
     with_words(scenario, tmp_path, Limits(), index=IndexConfig(kind=kind))
+
+
+LISTS = IndexConfig("ivf_flat", target_recall=0.9, nlist=16)
+CODES = IndexConfig("ivf_pq", target_recall=0.9, nlist=4, pq_m=1, pq_bits=4)
+
+
+def with_many_words(scenario: Any, tmp_path: Path, index: IndexConfig, dimension: int = 16) -> None:
+    """Run a scenario on a collection `words` of 700 points in one shard; it gets queries and their true hits."""
+    words = CollectionConfig(dimension, "l2", index=index)
+    points, queries = random_points(words, 700), random_vectors(words, 20, seed=5)
+
+    async def run(endpoint: Endpoint) -> None:
+        await endpoint.publish("words", words, points)
+        await scenario(endpoint, queries, brute_force(points, queries, 10, "l2"))
+
+    run_with_endpoint(run, tmp_path)
+
+
+async def found(endpoint: Endpoint, queries: Any, **options: Any) -> list[list[int | str]]:
+    response = await endpoint.search("words", vectors=queries.tolist(), **options)
+    assert response.status_code == 200, response.text
+    return hit_ids(response.json())
+
+
+async def found_by_arrow(endpoint: Endpoint, queries: Any, **options: Any) -> list[list[int | str]]:
+    response = await endpoint.search_arrow("words", arrow_stream(queries), **options)
+    assert response.status_code == 200, response.text
+    return hit_ids(response.json())
+
+
+def test_exact_search_finds_what_the_index_misses(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint, queries: Any, truth: Any) -> None:
+        assert await found(endpoint, queries, params={"nprobe": 1}) != truth
+        assert await found(endpoint, queries, exact=True) == truth
+        assert await found_by_arrow(endpoint, queries, exact="true") == truth
+
+    with_many_words(scenario, tmp_path, LISTS)
+
+
+def test_nprobe_reaches_the_shard(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint, queries: Any, truth: Any) -> None:
+        assert await found(endpoint, queries, params={"nprobe": 16}) == truth
+        assert await found_by_arrow(endpoint, queries, nprobe=16) == truth
+        assert await found_by_arrow(endpoint, queries, nprobe=1) != truth
+
+    with_many_words(scenario, tmp_path, LISTS)
+
+
+def test_rerank_reaches_the_shard(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint, queries: Any, truth: Any) -> None:
+        assert await found(endpoint, queries, params={"nprobe": 4, "rerank": 1}) != truth
+        assert await found(endpoint, queries, params={"nprobe": 4, "rerank": 70}) == truth  # 10 x 70: every point
+        assert await found_by_arrow(endpoint, queries, nprobe=4, rerank=70) == truth
+
+    with_many_words(scenario, tmp_path, CODES)
+
+
+def test_target_recall_reaches_the_shard_and_one_that_was_not_tuned_is_refused(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint, queries: Any, truth: Any) -> None:
+        hits = await found(endpoint, queries, params={"target_recall": 0.95})
+        assert sum(len(set(a) & set(b)) for a, b in zip(hits, truth, strict=True)) >= 0.8 * 200
+        assert await found_by_arrow(endpoint, queries, target_recall=0.95) == hits
+        one = {"vector": queries[0].tolist(), "params": {"target_recall": 0.9999}}
+        assert "0.9999" in problem(await endpoint.search("words", **one), 400, "params.target_recall")["detail"]
+
+    with_many_words(scenario, tmp_path, LISTS)
 
 
 def test_body_over_the_bound_is_refused_by_its_announced_length(tmp_path: Path) -> None:
