@@ -21,7 +21,8 @@ def exact_search(
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     for first, vectors in blocks:
         part = _knn(queries, vectors, min(k, len(vectors)), metric)
-        rows, distances = _best_of(rows, distances, part[0] + first, part[1], k, metric)
+        found = np.where(part[0] < 0, -1, part[0] + first)
+        rows, distances = _best_of(rows, distances, found, part[1], k, metric)
     return rows, to_scores(distances, metric)
 
 

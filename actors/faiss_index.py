@@ -25,10 +25,12 @@ import faiss  # noqa: E402
 
 Vectors = NDArray[np.float32]
 Rows = NDArray[np.int64]
+SELECTIVE = (faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexHNSW, faiss.IndexIVF)  # take a row selection
 NEVER = 2**31 - 1  # a number of query floats that no batch has
 FACTORY_SIZES = re.compile(r"(?:IVF|HNSW|NSG|PQ|RQ|LSQ|PRQ|PLSQ|PCA|PCAR|PCAW|OPQ|Pad|RR|L2norm|ITQ)(\d+)")
 FACTORY_BITS = re.compile(r"x(\d+)")
 FACTORY_SIZE_MAX, FACTORY_BITS_MAX = 1_048_576, 12
+BLAS_THRESHOLD = int(faiss.cvar.distance_compute_blas_threshold)  # FAISS's own
 COARSE_EF_MIN = 64  # candidates kept by a graph over the centroids: at least, and at least twice the lists asked for
 
 
@@ -49,6 +51,8 @@ class SearchableIndex(Protocol):
         ...
 
     def add(self, vectors: Vectors) -> None: ...
+
+    def check(self, params: dict[str, float]) -> None: ...
 
     def search(
         self, queries: Vectors, k: int, params: dict[str, float], selection: RowSelection | None = None
@@ -92,8 +96,13 @@ def check_factory(factory: str, dimension: int, metric: Metric) -> None:
             f"FAISS cannot make {factory!r} for {dimension} dimensions: {reason}; "
             "such as HNSW32,SQ8 or IVF1024,PQ48x4fsr would do",
         ) from None
-    if any(isinstance(level, faiss.IndexIDMap) for level in _levels(index)):
+    levels = _levels(index)
+    if any(isinstance(level, faiss.IndexIDMap) for level in levels):
         raise Invalid.at("index.factory", f"{factory!r} maps ids; labels must be row numbers: leave IDMap out")
+    if index.metric_type != faiss_metric(metric):
+        raise Invalid.at("index.factory", f"{factory!r} does not take the metric {metric}")
+    if not isinstance(levels[-1], SELECTIVE) or isinstance(levels[-1], faiss.IndexIVFAdditiveQuantizer):
+        raise Invalid.at("index.factory", f"{factory!r} takes no filter; HNSW, IVF, Flat and SQ do")
 
 
 def build_index(spec: IndexSpec, dimension: int, metric: Metric, sample: Vectors, seed: int) -> FaissIndex:
@@ -103,7 +112,11 @@ def build_index(spec: IndexSpec, dimension: int, metric: Metric, sample: Vectors
     if not index.is_trained:
         sample = np.ascontiguousarray(sample, dtype=np.float32)
         repeats = -(-fewest_training_points(spec) // max(1, len(sample)))
-        index.train(np.tile(sample, (repeats, 1)) if repeats > 1 else sample)
+        try:
+            index.train(np.tile(sample, (repeats, 1)) if repeats > 1 else sample)
+        except RuntimeError as error:
+            reason = str(error).rsplit("Error: ", 1)[-1].strip()
+            raise Invalid.at("index", f"{spec.factory_string(dimension)} of {len(sample)} points: {reason}") from None
     del kept  # FAISS held only pointers
     return FaissIndex(index, spec, metric)
 
@@ -190,15 +203,19 @@ class FaissIndex:
         k = min(k, self.count)
         if k == 0 or len(queries) == 0:
             return np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
-        unknown = params.keys() - set(self.knobs)
-        if unknown:
-            known = ", ".join(self.knobs) or "none"
-            raise Invalid.at(f"params.{min(unknown)}", f"does not fit a {self._spec.kind} index; it takes: {known}")
+        self.check(params)
         selector = None if selection is None else faiss.IDSelectorBitmap(selection.bits)
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         parameters = _search_parameters(self._index, params, selector)
         distances, labels = self._index.search(queries, k, params=parameters)
         return labels, to_scores(distances, self._metric)
+
+    def check(self, params: dict[str, float]) -> None:
+        """Invalid, by name, where a parameter is not one of `knobs`."""
+        unknown = params.keys() - set(self.knobs)
+        if unknown:
+            known = ", ".join(self.knobs) or "none"
+            raise Invalid.at(f"params.{min(unknown)}", f"does not fit a {self._spec.kind} index; it takes: {known}")
 
     def save(self, path: Path) -> None:
         faiss.write_index(self._index, str(path))
@@ -242,8 +259,10 @@ def load_index(path: Path, spec: IndexSpec, dimension: int, metric: Metric, coun
     facts = (index.d, index.ntotal, index.metric_type)
     if facts != (dimension, count, faiss_metric(metric)):
         raise Corrupt(f"{name}: (dimension, count, metric) are {facts}, described as {(dimension, count, metric)}")
-    if spec.kind == "flat" or metric != "l2":
-        faiss.cvar.distance_compute_blas_threshold = blas_threshold(metric, dimension)
+    exact_distances = spec.kind == "flat" or metric != "l2"
+    faiss.cvar.distance_compute_blas_threshold = (
+        blas_threshold(metric, dimension) if exact_distances else BLAS_THRESHOLD
+    )
     return FaissIndex(index, spec, metric)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -62,9 +63,8 @@ def build_segment(
     use_threads(options.threads)
     rows = Rows(folder / paths.ROWS, count, config.dimension, per_batch)
     plan = options.plan or plan_index(count, config, options.rates)
-    built = _build_best(rows, _spec(rows, config, plan, options.plan is not None), config, options)
-    self_test = _self_test(built, rows, config)
-    built.searcher.index.save(folder / paths.INDEX)
+    spec = _spec(rows, config, plan, options.plan is not None)
+    built = _build_best(rows, spec, config, options, folder / paths.INDEX)
     files = {name: checksum_file(folder / name) for name in (paths.ROWS, paths.INDEX)}
     description = SegmentDescription(
         segment_id=segment_id,
@@ -77,7 +77,7 @@ def build_segment(
         attributes={field.name: str(field.type) for field in rows.schema if field.name not in ROW_COLUMNS},
         spec=built.spec.to_dict(),
         operating_points=built.points,
-        self_test=self_test,
+        self_test=built.self_test,
         files=files,
         built=_build_facts(built, options),
         considered=tuple(candidate.to_dict() for candidate in plan.considered),
@@ -88,11 +88,11 @@ def build_segment(
 
 @dataclass(frozen=True)
 class _Built:
-    """A finished index, what it was tuned to, and what it took."""
+    """A finished index that was saved, what it was tuned to, and what it took."""
 
-    searcher: SegmentSearcher
     spec: IndexSpec
     points: tuple[OperatingPoint, ...]
+    self_test: SelfTest
     predicted_s: float
     build_s: float  # train and add
     tune_s: float
@@ -102,6 +102,7 @@ class _Built:
 def _build_facts(built: _Built, options: BuildOptions) -> dict[str, Any]:
     return library_facts() | {
         "predicted_seconds": round(built.predicted_s, 3),
+        "rates_measured": options.rates.measured,
         "seconds": round(built.build_s, 3),
         "tuning_seconds": round(built.tune_s, 3),
         "tuned_on": built.tuned_on,
@@ -118,8 +119,8 @@ def _spec(rows: Rows, config: CollectionConfig, plan: IndexPlan, for_the_mean: b
     spec = like(plan.spec, rows.count, config)
     if for_the_mean:
         spec = replace(spec, reason=f"for the mean shard: {spec.reason}")
-    if config.index.kind != "auto":
-        return spec
+    if config.index.kind != "auto" and (spec.kind != "hnsw" or config.index.codes is not None):
+        return spec  # what was asked for by name
     sample = rows.vectors(0, min(rows.count, CHECKED_ROWS))
     lossy_store = spec.rerank_store
     if lossy_store in ("float16", "sq8") and not codes_fit(sample, lossy_store, config.metric):
@@ -130,39 +131,58 @@ def _spec(rows: Rows, config: CollectionConfig, plan: IndexPlan, for_the_mean: b
     return spec
 
 
-def _build_best(rows: Rows, spec: IndexSpec, config: CollectionConfig, options: BuildOptions) -> _Built:
-    """Build and tune; where the target is missed and something stronger fits, that as well: the better one counts."""
-    best = _build_tuned(rows, spec, config, options)
+def _build_best(rows: Rows, spec: IndexSpec, config: CollectionConfig, options: BuildOptions, path: Path) -> _Built:
+    """Build, tune and save; where the target is missed and something stronger fits, that as well: the better one stays.
+
+    One index at a time is in memory.
+    """
+    best = _build_tuned(rows, spec, config, options, path)
+    spent_s = best.build_s
     while not best.points[0].met and (better := stronger(best.spec, rows.count, config)) is not None:
-        again = _build_tuned(rows, better, config, options)
-        if again.points[0].recall <= best.points[0].recall:
+        seconds = index_costs.build_seconds(better, rows.count, config.dimension, options.rates)
+        if config.index.build_seconds is not None and spent_s + seconds > config.index.build_seconds:
             break
+        aside = path.with_suffix(".again")
+        again = _build_tuned(rows, better, config, options, aside)
+        spent_s += again.build_s
+        if again.points[0].recall <= best.points[0].recall:
+            aside.unlink()
+            break
+        os.replace(aside, path)
         best = again
-    return best
+    return replace(best, build_s=spent_s)
 
 
-def _build_tuned(rows: Rows, spec: IndexSpec, config: CollectionConfig, options: BuildOptions) -> _Built:
+def _build_tuned(rows: Rows, spec: IndexSpec, config: CollectionConfig, options: BuildOptions, path: Path) -> _Built:
     """Rows are in hash order, so that the first ones are a random training sample and the last ones a random test."""
     clock = time.perf_counter
     started = clock()
     sample = rows.vectors(0, spec.training_points(rows.count))
     index = build_index(spec, config.dimension, config.metric, sample, options.seed)
     knobs = Knobs(spec.tuned_knobs if spec.kind != "factory" else index.knobs, rows.count, index.lists)
-    known = rows.count - held_out_count(rows.count) if knobs.names else rows.count
+    known = rows.count if spec.is_exact else rows.count - held_out_count(rows.count)
     for first, vectors in blocks_until(rows.blocks(), known):
         index.add(vectors)
         options.progress((first + len(vectors)) / rows.count * 0.8)
     searcher = SegmentSearcher(index, spec, rows, config.metric)
     added = clock()
     queries, tuned_on = _tuning_set(rows, known, config, options)
-    points = tune(searcher, knobs, queries, _truth(queries, rows, known, knobs, config), config.index.target_recall)
+    truth = _truth(queries, rows, known, spec, config)
+    points = tune(searcher, knobs, queries, truth, config.index.target_recall)
     tuned = clock()
     options.progress(0.95)
     if known < rows.count:
         index.add(rows.vectors(known, rows.count))
-    predicted_s = index_costs.build_seconds(spec, rows.count, config.dimension, options.rates)
     build_s = added - started + clock() - tuned
-    return _Built(searcher, spec, points, predicted_s, build_s, tuned - added, tuned_on)
+    self_test = _self_test(searcher, rows, config, points[0])
+    index.save(path)
+    return _Built(spec, points, self_test, _predicted_s(spec, rows, options), build_s, tuned - added, tuned_on)
+
+
+def _predicted_s(spec: IndexSpec, rows: Rows, options: BuildOptions) -> float:
+    """Rates that were not measured here are those of other threads than this build's."""
+    seconds = index_costs.build_seconds(spec, rows.count, rows.dimension, options.rates)
+    return seconds if options.rates.measured else seconds * options.rates.threads / options.threads
 
 
 def _tuning_set(
@@ -180,19 +200,19 @@ def _tuning_set(
 
 
 def _truth(
-    queries: NDArray[np.float32], rows: Rows, known: int, knobs: Knobs, config: CollectionConfig
+    queries: NDArray[np.float32], rows: Rows, known: int, spec: IndexSpec, config: CollectionConfig
 ) -> NDArray[np.int64]:
-    if not knobs.names:
+    if spec.is_exact:
         return np.empty((0, TUNING_K), dtype=np.int64)
     return exact_search(queries, blocks_until(rows.blocks(), known), TUNING_K, config.metric)[0]
 
 
-def _self_test(built: _Built, rows: Rows, config: CollectionConfig) -> SelfTest:
+def _self_test(searcher: SegmentSearcher, rows: Rows, config: CollectionConfig, point: OperatingPoint) -> SelfTest:
     """Record the exact neighbours of the last rows, and the recall the finished index has on them."""
     first = max(0, rows.count - SELF_TEST_ROWS)
     queries = rows.vectors(first, rows.count)
     truth, _ = exact_search(queries, rows.blocks(), TUNING_K, config.metric)
-    found, _ = built.searcher.search(queries, TUNING_K, built.points[0].params)
+    found, _ = searcher.search(queries, TUNING_K, point.params)
     recall = float(recall_at_k(found, truth).mean())
     neighbours = tuple(tuple(row for row in line if row >= 0) for line in truth.tolist())
     return SelfTest(tuple(range(first, rows.count)), neighbours, recall)

@@ -72,18 +72,27 @@ class LoadedSegment:
         params: SearchParams,
         selection: RowSelection | None,
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The best `width` rows by brute force, by raw knobs, or by the operating point, which always fills up k."""
+        """The best `width` rows by brute force, by the operating point, which always fills up k, or by raw knobs.
+
+        A raw knob replaces that of the operating point; the answer then is as it comes.
+        """
         if params.exact:
             return self.searcher.exact(queries, width, selection)
-        if params.given:
-            return self.searcher.search(queries, width, params.given, selection)
-        knobs = widened(self.operating_point_for(params.target_recall).params, k)
+        self.searcher.index.check(params.given)
+        knobs = widened(self.operating_point_for(params.target_recall).params, k) | params.given
         rows, scores = self.searcher.search(queries, width, knobs, selection)
+        if params.given:
+            return rows, scores
         wanted = min(k, rows.shape[1], selection.kept if selection else rows.shape[1])
         short: NDArray[np.bool_] = np.asarray((rows[:, :wanted] < 0).any(axis=1))
-        if short.any() and self.spec.exhaustive_params is not None:  # the tuned lists hold fewer points than asked for
-            knobs = knobs | self.spec.exhaustive_params
-            rows[short], scores[short] = self.searcher.search(queries[short], width, knobs, selection)
+        if short.any():  # the tuned lists hold fewer points than asked for, or a graph reached fewer
+            if self.spec.exhaustive_params is not None and selection is None:
+                knobs = knobs | self.spec.exhaustive_params
+                more = self.searcher.search(queries[short], width, knobs)
+            else:
+                more = self.searcher.exact(queries[short], width, selection)
+            columns = more[0].shape[1]
+            rows[short, :columns], scores[short, :columns] = more
         return rows, scores
 
     def operating_point_for(self, target_recall: float | None) -> OperatingPoint:
@@ -91,7 +100,7 @@ class LoadedSegment:
 
         None takes the collection's own.
         """
-        if target_recall is None:
+        if target_recall is None or self.spec.is_exact:
             return self.operating_point
         points = sorted(self.description.operating_points, key=lambda point: point.target_recall)
         for point in points:

@@ -22,7 +22,7 @@ from cluster.segment import Rows
 # Under a filter an index finds fewer of the neighbours that are kept; how many depends on the query, near which all
 # rows may be kept, or none (docs/decisions/0004-adaptive-index.md):
 SCAN_FLOATS_MAX = 1_000_000  # kept rows x dimension that are scanned in about half a millisecond: no index is asked
-NEAR_ROWS = 32  # of a query's nearest rows, found with a part of the effort, it is counted how many are kept
+NEAR_ROWS = 32  # of at least so many of a query's nearest rows, found with a part of the effort, the kept are counted
 NEAR_EFFORT = 0.25
 WIDEN_MAX = 16  # times as much is visited where a sixteenth is kept nearby; where less is, the kept rows are scanned
 CANDIDATES_MAX = 4_000_000  # of the queries of one call to the index: 48 MB of rows and distances
@@ -47,6 +47,7 @@ class SegmentSearcher:
         """(rows, scores), both (n, min(width, count)), best first; row -1 where fewer were found."""
         if selection is None or selection.kept == selection.count:
             return self._in_parts(queries, width, params, None)
+        self.index.check(params)
         if selection.kept * self._rows.dimension <= SCAN_FLOATS_MAX:
             return self.exact(queries, width, selection)
         return self._filtered(queries, width, params, selection)
@@ -88,7 +89,7 @@ class SegmentSearcher:
         self, queries: Vectors, width: int, params: dict[str, float], selection: RowSelection
     ) -> tuple[Labels, Vectors]:
         """Queries near which the same share of rows is kept are searched together, with the effort that it takes."""
-        factors = widening(self._shares_near(queries, params, selection))
+        factors = widening(self._shares_near(queries, max(NEAR_ROWS, width), params, selection))
         rows = np.full((len(queries), min(width, self._rows.count)), -1, dtype=np.int64)
         scores = np.zeros(rows.shape, dtype=np.float32)
         for factor in np.unique(factors).tolist():
@@ -100,12 +101,14 @@ class SegmentSearcher:
             rows[mine, : found.shape[1]], scores[mine, : found.shape[1]] = found, found_scores
         return rows, scores
 
-    def _shares_near(self, queries: Vectors, params: dict[str, float], selection: RowSelection) -> NDArray[np.float64]:
+    def _shares_near(
+        self, queries: Vectors, near_rows: int, params: dict[str, float], selection: RowSelection
+    ) -> NDArray[np.float64]:
         """The share of a query's nearest rows that is kept, (n,); 1.0 of an index that visits all rows anyway."""
         if not {"nprobe", "ef_search"} & set(self.index.knobs):
             return np.ones(len(queries))
         rough = self._scaled({name: value for name, value in params.items() if name != "rerank"}, NEAR_EFFORT)
-        near, _ = self.index.search(queries, NEAR_ROWS, rough)
+        near, _ = self.index.search(queries, near_rows, rough)
         found = near >= 0
         kept = found & selection.holds(np.maximum(near, 0))
         return np.asarray(kept.sum(axis=1) / np.maximum(1, found.sum(axis=1)), dtype=np.float64)
@@ -123,7 +126,7 @@ class SegmentSearcher:
             return exact_search(queries, self._rows.blocks(), min(width, self._rows.count), self._metric)
         kept = selection.rows()
         found, scores = exact_search(queries, gathered_blocks(self._rows, kept), min(width, len(kept)), self._metric)
-        return kept[found], scores
+        return np.where(found < 0, found, kept[found]), scores
 
 
 def gathered_blocks(rows: Rows, kept: Labels) -> Iterator[tuple[int, Vectors]]:

@@ -91,7 +91,8 @@ def tune(
 ) -> tuple[OperatingPoint, ...]:
     """Operating points for the collection's own target (first) and the standard ones.
 
-    `truth` (queries, 10) holds exact rows. A target that no parameters reach gets the best ones, `met=False`.
+    `truth` (queries, 10) holds exact rows, none (0, 10) of an exact index. A target that no parameters reach gets the
+    best ones, `met=False`.
     """
     targets = (target_recall, *(t for t in STANDARD_TARGETS if t != target_recall))
     tuning = _Tuning(searcher, knobs, queries, truth, clock)
@@ -116,7 +117,7 @@ class _Tuning:
     def point(self, target: float) -> OperatingPoint:
         """The fastest parameters that are proven to reach the target, else the ones with the best recall."""
         if not self._knobs.names:
-            return replace(self._measured({}), target_recall=target, met=True)
+            return replace(self._measured({}), target_recall=target, met=self._reaches({}, target))
         reaching = [params for params in self._cheapest(target) if self._reaches(params, target)]
         if reaching:
             timed = [self._measured(params) for params in reaching]
@@ -161,12 +162,16 @@ class _Tuning:
         return grid[high]
 
     def _reaches(self, params: Params, target: float) -> bool:
-        """Proven on the queries to tune with, and still so together with those that validate."""
+        """Proven by all queries together, and not refuted by those that validate alone."""
         recalls = self._recall(params)
-        return min(recall_interval(recalls[: self._tuned])[0], recall_interval(recalls)[0]) >= target
+        validating = recalls[self._tuned :]
+        refuted = len(validating) > 0 and recall_interval(validating)[1] < target
+        return recall_interval(recalls)[0] >= target and not refuted
 
     def _recall(self, params: Params) -> NDArray[np.float64]:
         values = tuple(params[name] for name in self._knobs.names)
+        if not len(self._truth):
+            return np.ones(len(self._queries))
         if values not in self._recalls:
             found, _ = self._searcher.search(self._queries, TUNING_K, params)
             self._recalls[values] = recall_at_k(found, self._truth)
@@ -178,7 +183,7 @@ class _Tuning:
     def _measured(self, params: Params) -> OperatingPoint:
         values = tuple(params.values())
         if values not in self._timed:
-            recalls = self._recall(params) if params else np.ones(2)
+            recalls = self._recall(params)
             latency_ms, queries_per_s = self._latency_ms(params), self._queries_per_s(params)
             low, _ = recall_interval(recalls)
             mean = float(recalls.mean())

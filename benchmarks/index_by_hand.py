@@ -136,6 +136,7 @@ def _idx(path: Path) -> Any:
 
 def compare(work: Work, index: IndexConfig, threads: int, rounds: int) -> dict[str, Any]:
     truth, _ = exact_search(work.queries, [(0, work.vectors)], K, work.metric)
+    _MEASURED.clear()
     with tempfile.TemporaryDirectory(prefix="eagleray-bench-") as folder:
         segment, built = build_adaptive(work, index, threads, Path(folder))
         adaptive = adaptive_contenders(segment, work, truth)
@@ -273,7 +274,7 @@ def fastest(contenders: list[Contender], work: Work) -> Contender:
 
 
 HOPELESS = 3.0  # times as slow as another that reaches the recall: not walked any further
-_MEASURED: dict[tuple[int, int], tuple[float, float]] = {}  # (index, parameters) -> (recall, seconds)
+_MEASURED: dict[tuple[str, int], tuple[float, float]] = {}  # (index, parameters) of one set -> (recall, seconds)
 
 
 def cheapest(hand: Any, work: Work, truth: Any, wanted: float) -> list[Contender]:
@@ -288,7 +289,7 @@ def cheapest(hand: Any, work: Work, truth: Any, wanted: float) -> list[Contender
         factors = 3 if "refine" in name else 1
         for offset in range(factors):
             for number in range(offset, len(parameters), factors):
-                key = (id(index), number)
+                key = (name, number)
                 if key not in _MEASURED:
                     started = time.perf_counter()
                     recall = recall_of(search(work.queries, parameters[number]), truth)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, log2, sqrt
 
-from cluster.config import VectorDtype
+from cluster.config import Metric, VectorDtype
 from cluster.index_spec import (
     GRAPH_COARSE_LISTS,
     TRAINING_POINTS_PER_CENTROID,
@@ -56,10 +56,11 @@ class Rates:
 REFERENCE = Rates()
 
 
-def index_bytes(spec: IndexSpec, count: int, dimension: int) -> int:
+def index_bytes(spec: IndexSpec, count: int, dimension: int, metric: Metric = "l2") -> int:
     """Bytes of the loaded index of `count` vectors; for a `factory` an estimate by its vectors alone."""
     store = CODE_BYTES.get(spec.rerank_store, 0) * dimension * count
-    return ceil(store + _BYTES[spec.kind](spec, count, dimension))
+    table = _pq_table_bytes(spec) if spec.kind == "ivf_pq" and metric != "ip" else 0
+    return ceil(store + table + _BYTES[spec.kind](spec, count, dimension))
 
 
 def _flat(spec: IndexSpec, count: int, dimension: int) -> float:
@@ -99,15 +100,18 @@ def _ivf_sq8(spec: IndexSpec, count: int, dimension: int) -> float:
 
 
 def _ivf_pq(spec: IndexSpec, count: int, dimension: int) -> float:
-    """Beside lists and codebook a table of every list x sub-quantizer x codeword, made at loading; ip does without."""
     m, bits = spec.params["pq_m"], spec.params["pq_bits"]
     padded = m * ceil(dimension / m)
     codebook = 4 * padded * (1 << bits)
-    table = 4 * spec.params["nlist"] * m * (1 << bits)
-    inside = codebook + (table if table <= PRECOMPUTED_BYTES_MAX else 0)
     if bits == 4:
-        return inside + _copied_lists(spec, count, padded, ceil(m / 2))
-    return inside + _mapped_lists(spec, count, padded, m)
+        return codebook + _copied_lists(spec, count, padded, ceil(m / 2))
+    return codebook + _mapped_lists(spec, count, padded, m)
+
+
+def _pq_table_bytes(spec: IndexSpec) -> int:
+    """A table of every list x sub-quantizer x codeword that FAISS makes when it loads an l2 index."""
+    table = 4 * spec.params["nlist"] * spec.params["pq_m"] * (1 << spec.params["pq_bits"])
+    return table if table <= PRECOMPUTED_BYTES_MAX else 0
 
 
 def _ivf_rabitq(spec: IndexSpec, count: int, dimension: int) -> float:
@@ -163,6 +167,8 @@ def reachable_recall(spec: IndexSpec, vector_dtype: VectorDtype = "float32") -> 
     if spec.rerank_store == "none":
         lossless = spec.codes == "float32" and spec.kind in ("hnsw", "ivf_flat")
         lossless = lossless or (spec.kind == "hnsw" and spec.codes == vector_dtype)  # lists round what is left of one
+        if spec.kind == "ivf_flat" and spec.codes == "sq8":
+            return RECALL_UNRANKED["ivf_sq8"]
         return RECALL_REACHED if lossless or spec.kind == "factory" else RECALL_UNRANKED[spec.kind]
     return RECALL_REACHED
 

@@ -20,7 +20,10 @@ FLAT_FLOATS_MAX = 6_000_000  # count x dimension that one core scans in about 1 
 HNSW_M, HNSW_M_SMALL = 32, 16  # 32 answers up to 1.45 times as many queries at equal recall, for 128 bytes a point
 HNSW_EF_CONSTRUCTION = 100
 HNSW_CHURN_MAX = 0.3  # deleted points stay in a graph and are walked through until the next rebuild
-RABITQ_DIMENSION_MIN = 256  # below it 4-bit product quantisation ranks better at the same bytes
+RABITQ_DIMENSIONS = (
+    256,
+    3_072,
+)  # below, 4-bit product quantisation ranks better at the same bytes; above, sums overflow
 MEMORY_MARGIN = 1.15  # of the predicted bytes, for what the prediction leaves out
 STRONGER_MAX = 2  # rebuilds of an index that misses its target
 
@@ -112,12 +115,23 @@ def stronger(spec: IndexSpec, count: int, config: CollectionConfig) -> IndexSpec
     else:
         return None
     better = _sized(better, count, config)
-    return better if _fits(better, config.index) else None
+    same = (better.kind, better.params) == (spec.kind, spec.params)
+    return better if _fits(better, config.index) and not same else None
 
 
 def with_codes(spec: IndexSpec, codes: Codes, count: int, config: CollectionConfig, why: str) -> IndexSpec:
-    """`spec` with other codes (for a kind that has some), because the vectors at hand ask for it."""
-    return _sized(replace(spec, codes=codes, reason=f"{spec.reason}; {why}"), count, config)
+    """`spec`, a graph, with other codes, because the vectors at hand ask for it; where these do not fit, lists.
+
+    Compressed lists code what is left of a vector beside its centroid, and rank by the rows.
+    """
+    reason = f"{spec.reason}; {why}"
+    coded = _sized(replace(spec, codes=codes, reason=reason), count, config)
+    if _fits(coded, config.index):
+        return coded
+    if config.index.kind != "auto":
+        raise Invalid.at("index.memory_bytes", f"{why}; {codes} codes need {_needed(coded)} bytes: raise it")
+    lists = IndexSpec(_refined_kind(config), _refined_params(count, config), "float32", 0, reason, rerank_store="rows")
+    return _sized(lists, count, config)
 
 
 def with_store(spec: IndexSpec, store: RerankStore, count: int, config: CollectionConfig, why: str) -> IndexSpec:
@@ -126,7 +140,7 @@ def with_store(spec: IndexSpec, store: RerankStore, count: int, config: Collecti
 
 
 def _sized(spec: IndexSpec, count: int, config: CollectionConfig) -> IndexSpec:
-    return replace(spec, predicted_bytes=index_costs.index_bytes(spec, count, config.dimension))
+    return replace(spec, predicted_bytes=index_costs.index_bytes(spec, count, config.dimension, config.metric))
 
 
 def _name(spec: IndexSpec) -> str:
@@ -171,7 +185,7 @@ def _graph_params(m: int) -> dict[str, int]:
 
 
 def _refined_kind(config: CollectionConfig) -> IndexKind:
-    return "ivf_rabitq" if config.dimension >= RABITQ_DIMENSION_MIN else "ivf_pq"
+    return "ivf_rabitq" if RABITQ_DIMENSIONS[0] <= config.dimension <= RABITQ_DIMENSIONS[1] else "ivf_pq"
 
 
 def _smallest_params(count: int, config: CollectionConfig) -> dict[str, int]:
@@ -179,7 +193,7 @@ def _smallest_params(count: int, config: CollectionConfig) -> dict[str, int]:
 
 
 def _refined_params(count: int, config: CollectionConfig) -> dict[str, int]:
-    if config.dimension >= RABITQ_DIMENSION_MIN:
+    if _refined_kind(config) == "ivf_rabitq":
         return {"nlist": nlist(count)}
     return {"nlist": nlist(count), "pq_m": _pq_m(config.dimension, 4), "pq_bits": 4}
 
@@ -276,6 +290,8 @@ def _named_as(index: IndexConfig) -> str:
 
 def _check_options(count: int, config: CollectionConfig) -> None:
     index = config.index
+    if index.kind == "ivf_rabitq" and config.dimension > RABITQ_DIMENSIONS[1]:
+        raise Invalid.at("index.kind", f"ivf_rabitq takes at most {RABITQ_DIMENSIONS[1]} dimensions; ivf_pq takes more")
     if index.pq_m is not None and index.pq_m > config.dimension:
         raise Invalid.at("index.pq_m", f"must be at most the dimension, {config.dimension}, not {index.pq_m}")
     if index.nlist is not None and count and clamped_nlist(index.nlist, count) < index.nlist:

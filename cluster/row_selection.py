@@ -22,11 +22,6 @@ class RowSelection:
         """From a mask (count,), True where the row is kept."""
         return cls(np.packbits(mask, bitorder="little"), int(np.count_nonzero(mask)), len(mask))
 
-    @property
-    def share(self) -> float:
-        """The share of rows that is kept; 1.0 of no rows."""
-        return self.kept / self.count if self.count else 1.0
-
     def rows(self) -> NDArray[np.int64]:
         """The kept rows, ascending."""
         mask: NDArray[Any] = np.unpackbits(self.bits, count=self.count, bitorder="little")

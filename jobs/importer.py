@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.faiss_index import check_factory
 from cluster import index_costs, paths
 from cluster.config import CollectionConfig, check_collection_name
 from cluster.errors import Conflict, EaglerayError, FieldError, Invalid
@@ -142,7 +143,9 @@ class Importer:
         else:
             config = new_config(options, source)
         _check_fits(config, source, options)
-        index = plan_index(ceil(source.rows / config.shards), config)  # refuses now what no shard could hold
+        per_shard = ceil(source.rows / config.shards)
+        bounds = replace(config.index, build_seconds=None) if per_shard >= MEASURED_MIN else config.index
+        index = plan_index(per_shard, replace(config, index=bounds))  # refuses now what no shard could hold
         partitions = config.shards * segments_per_shard(source.rows, index.spec, config, options.memory_bytes)
         count = ceil(source.rows / partitions)
         needed = segment_bytes(like(index.spec, count, config), count, config.dimension)
@@ -162,8 +165,14 @@ class Importer:
         return plan
 
     def _replanned(self, plan: ImportPlan, rates: Rates) -> ImportPlan:
-        """`build_seconds` may ask for another index once the rates are known; its builds are planned anew."""
+        """`build_seconds` may ask for another index once the rates are known; its builds are planned anew.
+
+        The partitions stay: an index whose segments would then be over the job's memory is not changed to.
+        """
         index = plan_index(ceil(plan.source.rows / plan.config.shards), plan.config, rates)
+        spec = like(index.spec, plan.count, plan.config)
+        if segment_bytes(spec, plan.count, plan.config.dimension) > self._options.memory_bytes:
+            index = plan.index
         needed = segment_bytes(like(index.spec, plan.count, plan.config), plan.count, plan.config.dimension)
         partitions = min(plan.partitions, plan.source.rows)
         builds = plan_builds(partitions, needed, self._options.memory_bytes, self._workers)
@@ -304,6 +313,9 @@ def _parse_create(fields: dict[str, Any]) -> CollectionConfig:
 
 
 def _check_fits(config: CollectionConfig, source: Source, options: ImportOptions) -> None:
+    """Invalid where the file is not of the collection's shape, or its index cannot be made."""
+    if config.index.factory is not None:
+        check_factory(config.index.factory, config.dimension, config.metric)
     if source.dimension not in (None, config.dimension):
         raise Invalid.at(
             "vector_column",

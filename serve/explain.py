@@ -24,7 +24,10 @@ def explanation(description: Facts) -> Facts:
 def print_explanation(out: Console, description: Facts) -> None:
     """Per segment: what was chosen and why, what was considered, what was measured."""
     config = description["config"]
-    print_line(out, f"{description['name']}: {description['points']:,} points, {config_line(config)}")
+    asked = config_line(config) if config else "its manifest cannot be read"
+    print_line(out, f"{description['name']}: {description['points']:,} points, {asked}")
+    if not description["ready"]:
+        print_line(out, f"not ready: {description['reason']}")
     considered: list[Facts] = []
     for shard in description["shards"]:
         for segment in shard["segments"]:

@@ -356,6 +356,12 @@ def test_check_accepts_factories_that_can_be_served(factory: str, metric: Metric
         ("IVF32,PQ5", r"d % M == 0|multiple|divi"),
         ("IDMap,Flat", "labels must be row numbers: leave IDMap out"),
         ("IDMap2,HNSW16,SQ8", "leave IDMap out"),
+        ("IVF100000000,Flat", "sizes must be 1 to 1048576"),
+        ("IVF0,Flat", "sizes must be 1 to 1048576"),
+        ("PQ8x24", "at most 12 bits"),
+        ("IMI2x8,Flat", "IMI is not taken"),
+        ("NSG32", "takes no filter"),
+        ("PQ4", "takes no filter"),
     ],
 )
 def test_check_refuses_a_factory_with_the_reason_and_what_would_do(factory: str, reason: str) -> None:
@@ -363,6 +369,17 @@ def test_check_refuses_a_factory_with_the_reason_and_what_would_do(factory: str,
         check_factory(factory, DIMENSION, "l2")
     assert [error.field for error in caught.value.errors] == ["index.factory"]
     assert repr(factory) in str(caught.value)
+
+
+def test_check_refuses_a_factory_that_does_not_take_the_metric() -> None:
+    with pytest.raises(Invalid, match="does not take the metric ip"):
+        check_factory("HNSW16,PQ4", DIMENSION, "ip")
+
+
+def test_build_of_a_factory_from_too_few_points_says_so() -> None:
+    spec = IndexSpec("factory", {}, "float32", 0, "", factory="IVF32,Flat")
+    with pytest.raises(Invalid, match=r"IVF32,Flat of 20 points"):
+        build_index(spec, DIMENSION, "l2", np.zeros((20, DIMENSION), np.float32), seed=0)
 
 
 def test_library_facts_name_version_and_instruction_set() -> None:

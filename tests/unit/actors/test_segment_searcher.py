@@ -55,6 +55,10 @@ class FakeIndex:
         labels[: len(rows)] = rows[: len(labels)]
         return np.tile(labels, (len(queries), 1)), np.zeros((len(queries), len(labels)), np.float32)
 
+    def check(self, params: dict[str, float]) -> None:
+        if params.keys() - set(self.knobs):
+            raise Invalid.at("params", "unknown")
+
     def add(self, vectors: Vectors) -> None:
         raise NotImplementedError
 
@@ -314,3 +318,13 @@ def test_selection_tells_of_any_rows_whether_it_holds_them(count: int) -> None:
     mask = np.random.default_rng(7).random(count) < 0.5
     rows = np.random.default_rng(8).integers(count, size=(4, 6))
     np.testing.assert_array_equal(RowSelection.of(mask).holds(rows), mask[rows])
+
+
+@pytest.mark.parametrize("kept", [3, COUNT // 2])
+def test_filtered_search_refuses_knobs_that_the_index_does_not_take(kept: int, tmp_path: Path) -> None:
+    rows = line_of_rows(tmp_path)
+    searcher = SegmentSearcher(FakeIndex(COUNT), spec_with("rows"), rows, "l2")
+    with pytest.raises(Invalid):
+        searcher.search(
+            np.zeros((1, DIMENSION), np.float32), 2, {"ef_search": 9}, RowSelection.of(np.arange(COUNT) < kept)
+        )

@@ -21,7 +21,7 @@ from cluster.index_policy import (
     HNSW_EF_CONSTRUCTION,
     HNSW_M,
     MEMORY_MARGIN,
-    RABITQ_DIMENSION_MIN,
+    RABITQ_DIMENSIONS,
     STRONGER_MAX,
     IndexPlan,
     choose,
@@ -83,9 +83,11 @@ def needed(spec: IndexSpec) -> int:
     return ceil(spec.predicted_bytes * MEMORY_MARGIN)
 
 
-@pytest.mark.parametrize(("dimension", "kind"), [(255, "ivf_pq"), (256, "ivf_rabitq")])
+@pytest.mark.parametrize(
+    ("dimension", "kind"), [(255, "ivf_pq"), (256, "ivf_rabitq"), (3_072, "ivf_rabitq"), (3_073, "ivf_pq")]
+)
 def test_compressed_lists_depend_on_the_dimension(dimension: int, kind: str) -> None:
-    assert RABITQ_DIMENSION_MIN == 256
+    assert RABITQ_DIMENSIONS == (256, 3_072)
     assert chosen(200_000, dimension=dimension, churn=0.5) == (kind, "float32", "float16")
 
 
@@ -244,12 +246,14 @@ few = settings(max_examples=300, deadline=None, derandomize=True)
 
 @st.composite
 def configs(draw: st.DrawFn) -> CollectionConfig:
+    kind = draw(st.sampled_from(["auto", "auto", "auto", *KINDS[1:]]))
+    largest = RABITQ_DIMENSIONS[1] if kind == "ivf_rabitq" else 65_536
     return CollectionConfig(
-        dimension=draw(st.sampled_from([1, 2, 3, 17, 100, 255, 256, 384, 1_536, 65_536])),
+        dimension=draw(st.sampled_from([1, 2, 3, 17, 100, 255, 256, 384, 1_536, largest])),
         metric=draw(st.sampled_from(["l2", "ip", "cosine"])),
         vector_dtype=draw(st.sampled_from(["float32", "float16"])),
         index=IndexConfig(
-            kind=draw(st.sampled_from(["auto", "auto", "auto", *KINDS[1:]])),
+            kind=kind,
             target_recall=draw(st.sampled_from([0.5, 0.9, 0.95, 0.99, 0.9991, 1.0])),
             memory_bytes=draw(st.one_of(st.none(), st.integers(1, 10**6), st.integers(1, 10**11))),
             build_seconds=draw(st.one_of(st.none(), st.floats(1e-3, 10_000.0))),
@@ -276,7 +280,7 @@ def test_choice_is_within_every_bound(count: int, config: CollectionConfig) -> N
     assume(plan is not None)
     assert plan is not None
     index, spec = config.index, plan.spec
-    assert spec.predicted_bytes == index_costs.index_bytes(spec, count, config.dimension)
+    assert spec.predicted_bytes == index_costs.index_bytes(spec, count, config.dimension, config.metric)
     assert index.memory_bytes is None or spec.predicted_bytes * MEMORY_MARGIN <= index.memory_bytes
     assert index.build_seconds is None or plan.chosen.build_seconds <= index.build_seconds
     assert plan.chosen.reachable_recall >= index.target_recall
@@ -369,7 +373,7 @@ def test_like_keeps_the_kind_and_fits_the_count(count: int, other: int, config: 
     assert same.params.keys() == spec.params.keys()
     lists = same.params.get("nlist", 1)
     assert lists == 1 or lists * POINTS_PER_CENTROID_MIN <= other
-    assert same.predicted_bytes == index_costs.index_bytes(same, other, config.dimension)
+    assert same.predicted_bytes == index_costs.index_bytes(same, other, config.dimension, config.metric)
 
 
 def test_like_keeps_the_lists_that_were_asked_for_as_far_as_points_allow() -> None:
@@ -391,7 +395,7 @@ def test_stronger_doubles_the_graph_and_ends(count: int, config: CollectionConfi
     spec, steps = plan.spec, 0
     while (better := stronger(spec, count, config)) is not None:
         assert better.params == {name: 2 * value for name, value in spec.params.items()}
-        assert better.predicted_bytes == index_costs.index_bytes(better, count, config.dimension)
+        assert better.predicted_bytes == index_costs.index_bytes(better, count, config.dimension, config.metric)
         memory = config.index.memory_bytes
         assert memory is None or better.predicted_bytes * MEMORY_MARGIN <= memory
         assert better.reason.startswith(spec.reason)

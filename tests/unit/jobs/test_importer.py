@@ -1017,3 +1017,17 @@ def test_ids_of_the_file_find_their_points(tmp_path: Path) -> None:
     assert rows["id"].to_pylist() == table["id"].to_pylist()
     assert rows["word"].to_pylist() == table["word"].to_pylist()
     assert rows["vector"].to_pylist() == table["vector"].to_pylist()
+
+
+@pytest.mark.parametrize("factory", ["IDMap,Flat", "IMI2x20,Flat", "nonsense"])
+def test_import_refuses_a_factory_that_cannot_be_served_before_any_row_is_read(factory: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "points.parquet", random_table(30))
+    phases: list[str] = []
+    with pytest.raises(Invalid, match=r"index\.factory"):
+        run_import(
+            new_data_url(),
+            source,
+            create={"index": {"kind": "factory", "factory": factory}},
+            listener=lambda status: phases.append(status.phase),
+        )
+    assert "partition" not in phases
