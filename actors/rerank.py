@@ -48,7 +48,9 @@ def exact_scores(
         return scores
     bounds = np.linspace(0, len(queries), parts + 1).astype(int)
     cuts = [slice(start, stop) for start, stop in pairwise(bounds.tolist())]
-    done = [_threads(threads).submit(_score, rows, queries[c], labels[c], metric, scores[c]) for c in cuts]
+    own, *others = cuts
+    done = [_threads(threads).submit(_score, rows, queries[c], labels[c], metric, scores[c]) for c in others]
+    _score(rows, queries[own], labels[own], metric, scores[own])
     for part in done:
         part.result()
     return scores
