@@ -50,8 +50,9 @@ class IndexConfig:
 
     `kind="auto"` lets `cluster.index_policy.choose` decide. `target_recall` is recall@10 against exact search;
     1.0 asks for exact search. `memory_bytes` bounds the indexes of one shard, `build_seconds` the time to build one
-    with the threads that a build has, two where nothing was measured (None: no bound). `churn` is the share of points that are expected to be deleted or replaced between
-    two rebuilds. The fields after it go with a named kind (`KIND_OPTIONS`); None lets the policy set them.
+    with the threads that a build has, two where nothing was measured (None: no bound). `churn` is the share of points
+    that are expected to be deleted or replaced between two rebuilds. The fields after it go with a named kind
+    (`KIND_OPTIONS`); None lets the policy set them.
     """
 
     kind: IndexKindChoice = "auto"

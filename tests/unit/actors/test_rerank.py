@@ -110,7 +110,7 @@ def test_rerank_split_over_threads_equals_that_of_one(
     alone = rerank(rows, queries, labels, metric, threads=1)
     assert asked_of == []
     together = rerank(rows, queries, labels, metric, threads=3)
-    assert asked_of == [3, 3, 3]
+    assert asked_of == [3, 3]  # the calling thread does a part itself
     np.testing.assert_array_equal(together[0], alone[0])
     found = alone[0] >= 0
     np.testing.assert_array_equal(together[1][found], alone[1][found])
