@@ -78,10 +78,10 @@ class LoadedSegment:
         """
         if params.exact:
             return self.searcher.exact(queries, width, selection)
-        self.searcher.index.check(params.given)
-        knobs = widened(self.operating_point_for(params.target_recall).params, k) | params.given
+        given = params.given
+        knobs = widened(self.operating_point_for(params.target_recall).params, k) | given
         rows, scores = self.searcher.search(queries, width, knobs, selection)
-        if params.given:
+        if given:
             return rows, scores
         wanted = min(k, rows.shape[1], selection.kept if selection else rows.shape[1])
         short: NDArray[np.bool_] = np.asarray((rows[:, :wanted] < 0).any(axis=1))

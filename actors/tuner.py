@@ -169,9 +169,9 @@ class _Tuning:
         return recall_interval(recalls)[0] >= target and not refuted
 
     def _recall(self, params: Params) -> NDArray[np.float64]:
-        values = tuple(params[name] for name in self._knobs.names)
         if not len(self._truth):
             return np.ones(len(self._queries))
+        values = tuple(params[name] for name in self._knobs.names)
         if values not in self._recalls:
             found, _ = self._searcher.search(self._queries, TUNING_K, params)
             self._recalls[values] = recall_at_k(found, self._truth)
