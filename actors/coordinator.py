@@ -1,28 +1,37 @@
-"""The data plane: fans a query out to the shards it needs, merges top-k, reports coverage. Runs without Ray."""
+"""The data plane: fans a query out to the shards it needs, merges top-k, reports coverage; splits writes over the
+primaries. Runs without Ray."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from actors.batcher import Batcher, GroupKey
 from actors.replica_set import ReplicaSet
-from actors.shard_client import Directory, ServedCollection, ServingTable
+from actors.shard_client import Directory, ServedCollection, ServingTable, ShardClient
+from actors.write_batcher import MadeFor, WriteBatcher
+from actors.write_parts import joined_result, places_of, split_write
+from cluster.attributes import complete_columns
 from cluster.config import Limits
-from cluster.errors import EaglerayError, NotFound, Unavailable
+from cluster.errors import Conflict, EaglerayError, NotFound, Unavailable
+from cluster.placement import ReplicaKey
 from cluster.query import Hits, Query, SearchResult, coverage_of
 from cluster.recent_queries import RecentQueries
 from cluster.topk import join_queries, merge_hits
+from cluster.write import PointWrite, WriteOutcome, WriteResult
 
 FOLLOW_RETRY_S = 0.5
+LARGE_WRITE_BYTES = 1024 * 1024
 logger = logging.getLogger(__name__)
 
 
@@ -33,9 +42,24 @@ class CoordinatorObserver(Protocol):
 
 
 @dataclass(frozen=True)
+class FetchResult:
+    """The answer to a fetch: `found` (n,) bool, and the table of the found points' columns in the order asked (None:
+    none was found). `lsn` by shard: at least that much of its log is in the answer."""
+
+    found: NDArray[np.bool_]
+    table: Any
+    lsn: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _ShardLane:
+    """The queues of one shard. Calls that may wait long for an LSN have a `ReplicaSet` of their own: a replica that is
+    merely behind is not suspect, nor busy, to the others."""
+
     replicas: ReplicaSet
+    ahead: ReplicaSet
     batcher: Batcher
+    writes: WriteBatcher
 
 
 class Coordinator:
@@ -53,6 +77,7 @@ class Coordinator:
         self._observer = observer
         self._clock = clock
         self._lanes: dict[tuple[str, int], _ShardLane] = {}
+        self._next_table = asyncio.Event()
         self.table: ServingTable | None = None
         self.recent = RecentQueries(limits.recent_queries, clock)
 
@@ -74,19 +99,42 @@ class Coordinator:
         lanes = {place: self._lanes.get(place) or self._new_lane(*place) for place in wanted}
         for place, keys in wanted.items():
             lanes[place].replicas.update(keys)
+            lanes[place].ahead.update(keys)
             lanes[place].batcher.window = self._limits.calls_in_flight_per_replica * max(1, len(keys))
+        moved = [place for place in wanted if _primary_in(self.table, *place) != _primary_in(table, *place)]
         self._lanes = lanes
         self.table = table
+        self._next_table.set()
+        self._next_table = asyncio.Event()
+        for place in moved:
+            lanes[place].writes.primary_changed()
         self.recent.keep_only({name: served.config for name, served in table.collections.items()}, table.unready)
 
     def _new_lane(self, collection: str, shard: int) -> _ShardLane:
-        replicas = ReplicaSet(self._directory.client, self._clock)
+        replicas, ahead = (ReplicaSet(self._directory.client, self._clock) for _ in range(2))
         batcher = Batcher(
             lambda request: replicas.call(lambda client: client.search(request), request.timeout_s),
             self._limits,
             lambda vectors: self._observer.batch(collection, shard, vectors),
+            lambda request: ahead.call(lambda client: client.search(request), request.timeout_s),
         )
-        return _ShardLane(replicas, batcher)
+        writes = WriteBatcher(
+            lambda made_for: self._primary(collection, shard, made_for),
+            self._limits,
+            lambda: self._next_table,
+            batcher.saw,
+        )
+        return _ShardLane(replicas, ahead, batcher, writes)
+
+    def _primary(self, collection: str, shard: int, made_for: MadeFor) -> ShardClient:
+        """The primary that the table names; Unavailable while there is none."""
+        served = self.served(collection)
+        if MadeFor.of(served) != made_for:
+            raise Conflict(f"collection {collection!r} was replaced meanwhile; nothing was applied there")
+        key = served.primaries.get(shard)
+        if key is None:
+            raise Unavailable("the shard has no primary")
+        return self._directory.client(key)
 
     def served(self, collection: str) -> ServedCollection:
         """The collection as served now; NotFound, or Unavailable while it is not ready."""
@@ -112,11 +160,22 @@ class Coordinator:
         answers = await _answers_within(calls, query.timeout_ms / 1000.0)
         coverage = coverage_of({shard: served.shard_points[shard] for shard in shards}, set(answers))
         if coverage.shards < query.min_coverage or not answers:
-            reasons = "; ".join(f"shard {s}: {_reason(calls[s], query)}" for s in coverage.missing)
-            raise Unavailable(f"coverage {coverage.shards:.3f}: {reasons}", coverage=coverage.to_dict())
+            reasons = [
+                f"shard {s}: {_reason(calls[s], query.timeout_ms)}{self._behind(collection, s, query.min_lsn)}"
+                for s in coverage.missing
+            ]
+            raise Unavailable(f"coverage {coverage.shards:.3f}: {'; '.join(reasons)}", coverage=coverage.to_dict())
         hits = merge_hits([answers[shard] for shard in sorted(answers)], query.k, served.config.metric)
         self._remember(collection, served, query)
-        return SearchResult(hits, coverage, served.generation)
+        lsn = {shard: answers[shard].lsn for shard in sorted(answers)}
+        return SearchResult(_complete(hits, columns, served), coverage, served.generation, lsn)
+
+    def _behind(self, collection: str, shard: int, min_lsn: Mapping[int, int]) -> str:
+        """For messages: what of its log a shard was asked to have, where it may not have that."""
+        lane, asked = self._lanes.get((collection, shard)), min_lsn.get(shard, 0)
+        if lane is None or asked <= lane.batcher.seen_lsn:
+            return ""
+        return f" (asked for LSN {asked}, the last one known is {lane.batcher.seen_lsn})"
 
     def _remember(self, collection: str, served: ServedCollection, query: Query) -> None:
         """Offer an answered query to the sample, unless the collection was deleted or replaced meanwhile."""
@@ -131,38 +190,96 @@ class Coordinator:
         lane = self._lanes.get((collection, shard))
         if lane is None or not len(lane.replicas):
             raise Unavailable("no replica is ready")
-        step, timeout_s = self._limits.batch_vectors, query.timeout_ms / 1000.0
+        step, timeout_s, min_lsn = self._limits.batch_vectors, query.timeout_ms / 1000.0, query.min_lsn.get(shard, 0)
         if len(query.vectors) <= step:
-            return await lane.batcher.search(query.vectors, served.generation, key, timeout_s)
+            return await lane.batcher.search(query.vectors, served.generation, key, timeout_s, min_lsn)
         pieces = [query.vectors[start : start + step] for start in range(0, len(query.vectors), step)]
         async with asyncio.TaskGroup() as group:
-            parts = [group.create_task(lane.batcher.search(p, served.generation, key, timeout_s)) for p in pieces]
+            parts = [
+                group.create_task(lane.batcher.search(piece, served.generation, key, timeout_s, min_lsn))
+                for piece in pieces
+            ]
         return join_queries([part.result() for part in parts])
 
-    async def fetch(self, collection: str, ids: Any, columns: Sequence[str], timeout_s: float) -> tuple[Any, Any]:
-        """(found (n,) bool, table of `columns` for the found ids, in the order asked) for an Arrow array of ids."""
+    async def fetch(
+        self,
+        collection: str,
+        ids: Any,
+        columns: Sequence[str],
+        timeout_s: float,
+        min_lsn: Mapping[int, int] = MappingProxyType({}),
+    ) -> FetchResult:
+        """Points by an Arrow array of ids, with `min_lsn` (by shard) applied; Unavailable unless all shards answer."""
         served = self.served(collection)
-        shard_of = served.routing.shards_of_ids(ids)
-        places = {int(shard): np.flatnonzero(shard_of == shard) for shard in np.unique(shard_of)}
+        places = places_of(served.routing, ids)
         calls = {
             shard: asyncio.ensure_future(
-                self._fetch_shard(collection, served, shard, ids.take(pa.array(at)), columns, timeout_s)
+                self._fetch_shard(
+                    collection, served, shard, ids.take(pa.array(at)), columns, timeout_s, min_lsn.get(shard, 0)
+                )
             )
             for shard, at in places.items()
         }
         answers = await _answers_within(calls, timeout_s)
-        if len(answers) < len(calls):
-            lost = sorted(calls.keys() - answers.keys())
-            raise Unavailable(f"shards {lost} did not answer")
-        return _in_order(len(ids), places, answers)
+        lost = sorted(calls.keys() - answers.keys())
+        if lost:
+            reasons = [
+                f"shard {shard}: {_reason(calls[shard], timeout_s * 1000.0)}{self._behind(collection, shard, min_lsn)}"
+                for shard in lost
+            ]
+            raise Unavailable(f"shards {lost} did not answer: {'; '.join(reasons)}")
+        found, table = _in_order(len(ids), places, answers)
+        lsn = {shard: min_lsn.get(shard, 0) for shard in sorted(answers)}
+        return FetchResult(found, complete_columns(table, columns, served.attributes), lsn)
 
     async def _fetch_shard(
-        self, collection: str, served: ServedCollection, shard: int, ids: Any, columns: Sequence[str], timeout_s: float
+        self,
+        collection: str,
+        served: ServedCollection,
+        shard: int,
+        ids: Any,
+        columns: Sequence[str],
+        timeout_s: float,
+        min_lsn: int,
     ) -> tuple[Any, Any]:
         lane = self._lanes.get((collection, shard))
         if lane is None:
             raise Unavailable(f"no replica of shard {shard} is ready")
-        return await lane.replicas.call(lambda client: client.fetch(served.generation, ids, columns), timeout_s)
+
+        def ask(client: ShardClient) -> Awaitable[tuple[Any, Any]]:
+            return client.fetch(served.generation, ids, columns, min_lsn)
+
+        if min_lsn <= lane.batcher.seen_lsn:
+            return await lane.replicas.call(ask, timeout_s)
+        with lane.batcher.room_ahead(min_lsn):
+            answer = await lane.ahead.call(ask, timeout_s)
+        lane.batcher.saw(min_lsn)
+        return answer
+
+    async def write(self, collection: str, write: PointWrite, timeout_s: float) -> WriteResult:
+        """Have a write acknowledged by every shard it falls to.
+
+        Raises what kept a shard from it where nothing was applied anywhere, or that is not known (Unavailable). Where
+        some shards did and others did not, Unavailable names both: sending the same again is safe.
+        """
+        served = self.served(collection)
+        made_for = MadeFor.of(served)
+        if served.routing.shards > 1 and write.size_bytes > LARGE_WRITE_BYTES:  # beside the event loop
+            parts = await asyncio.to_thread(split_write, write, served.routing)
+        else:
+            parts = split_write(write, served.routing)
+        writes = [self._write_shard(collection, shard, part, made_for, timeout_s) for shard, part in parts.items()]
+        outcomes = await asyncio.gather(*writes, return_exceptions=True)
+        return joined_result(dict(zip(parts, outcomes, strict=True)))
+
+    async def _write_shard(
+        self, collection: str, shard: int, write: PointWrite, made_for: MadeFor, timeout_s: float
+    ) -> WriteOutcome:
+        lane = self._lanes.get((collection, shard))
+        if lane is None:
+            self.served(collection)  # it may be gone
+            raise Unavailable("the shard is not served; nothing was applied there")
+        return await lane.writes.write(write, made_for, timeout_s)
 
 
 async def _answers_within(calls: Mapping[int, asyncio.Future[Any]], timeout_s: float) -> dict[int, Any]:
@@ -188,9 +305,20 @@ def _root(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def _reason(call: asyncio.Future[Any], query: Query) -> str:
+def _reason(call: asyncio.Future[Any], timeout_ms: float) -> str:
     error = _root(call.exception()) if call.done() and not call.cancelled() else None
-    return str(error) if isinstance(error, EaglerayError) else f"no answer within {query.timeout_ms:g} ms"
+    return str(error) if isinstance(error, EaglerayError) else f"no answer within {timeout_ms:g} ms"
+
+
+def _primary_in(table: ServingTable | None, collection: str, shard: int) -> ReplicaKey | None:
+    served = table.collections.get(collection) if table else None
+    return served.primaries.get(shard) if served else None
+
+
+def _complete(hits: Hits, columns: Sequence[str], served: ServedCollection) -> Hits:
+    """With all columns that were asked for."""
+    completed = complete_columns(hits.columns, columns, served.attributes)
+    return hits if completed is hits.columns else replace(hits, columns=completed)
 
 
 def _in_order(count: int, places: dict[int, Any], answers: dict[int, tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -204,4 +332,4 @@ def _in_order(count: int, places: dict[int, Any], answers: dict[int, tuple[Any, 
     if not tables:
         return found, None
     order = pc.sort_indices(pa.array(np.concatenate(positions)))
-    return found, pa.concat_tables(tables).take(order)
+    return found, pa.concat_tables(tables, promote_options="permissive").take(order)

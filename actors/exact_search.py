@@ -3,57 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import faiss
 import numpy as np
 
 from actors.faiss_index import Rows, Vectors, faiss_metric, to_scores
 from cluster.config import Metric
+from cluster.row_selection import RowSelection
 
 
 def exact_search(
-    queries: Vectors, blocks: Iterable[tuple[int, Vectors]], k: int, metric: Metric
+    queries: Vectors,
+    blocks: Iterable[tuple[int, Vectors]],
+    k: int,
+    metric: Metric,
+    selection: RowSelection | None = None,
 ) -> tuple[Rows, Vectors]:
-    """Brute force over (first row, vectors) blocks: (rows, scores), both (queries, k), best first; -1 where none."""
+    """Brute force over (first row, vectors) blocks: (rows, scores), both (queries, k), best first; -1 where none.
+
+    With a selection only its rows are found; blocks then begin at multiples of 8.
+    """
     rows = np.full((len(queries), k), -1, dtype=np.int64)
     worst = -np.inf if metric == "ip" else np.inf
     distances = np.full((len(queries), k), worst, dtype=np.float32)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     for first, vectors in blocks:
-        part = _knn(queries, vectors, min(k, len(vectors)), metric)
+        part = _knn(queries, vectors, min(k, len(vectors)), metric, _selector(selection, first, len(vectors)))
         found = np.where(part[0] < 0, -1, part[0] + first)
         rows, distances = _best_of(rows, distances, found, part[1], k, metric)
     return rows, to_scores(distances, metric)
 
 
-def _knn(queries: Vectors, vectors: Vectors, k: int, metric: Metric) -> tuple[Rows, Vectors]:
+def _selector(selection: RowSelection | None, first: int, count: int) -> Any:
+    """FAISS's selector of the rows `first` to `first + count`; None where all of them are kept."""
+    if selection is None:
+        return None
+    bits = selection.bits[first >> 3 : (first + count + 7) >> 3]
+    if np.unpackbits(bits, count=count, bitorder="little").all():
+        return None
+    return faiss.IDSelectorBitmap(bits)
+
+
+def _knn(queries: Vectors, vectors: Vectors, k: int, metric: Metric, selector: Any = None) -> tuple[Rows, Vectors]:
+    """With a selector, be it of all, FAISS takes every difference; else large batches are a matrix product.
+
+    Under l2 that cancels (`faiss_index.blas_threshold`). It is as fast for 256 queries, and faster for one.
+    """
     vectors = np.ascontiguousarray(vectors)
     if metric == "l2":
-        return _knn_l2(queries, vectors, k)
+        return _knn_of(faiss.knn_L2sqr, queries, vectors, k, selector or faiss.IDSelectorAll())
+    if selector is not None:
+        by_product = faiss.knn_inner_product if metric == "ip" else faiss.knn_L2sqr
+        return _knn_of(by_product, queries, vectors, k, selector)
     distances, rows = faiss.knn(queries, vectors, k, metric=faiss_metric(metric))
     return rows, distances
 
 
-def _knn_l2(queries: Vectors, vectors: Vectors, k: int) -> tuple[Rows, Vectors]:
-    """With a selector, be it of all, FAISS takes every difference; else large batches are a matrix product.
-
-    That cancels (`faiss_index.blas_threshold`). It is as fast for 256 queries, and faster for one.
-    """
+def _knn_of(search: Any, queries: Vectors, vectors: Vectors, k: int, selector: Any) -> tuple[Rows, Vectors]:
     distances = np.empty((len(queries), k), dtype=np.float32)
     rows = np.empty((len(queries), k), dtype=np.int64)
-    everything = faiss.IDSelectorAll()
-    faiss.knn_L2sqr(
-        faiss.swig_ptr(queries),
-        faiss.swig_ptr(vectors),
-        queries.shape[1],
-        len(queries),
-        len(vectors),
-        k,
-        faiss.swig_ptr(distances),
-        faiss.swig_ptr(rows),
-        None,
-        everything,
-    )
+    sizes = (queries.shape[1], len(queries), len(vectors), k)
+    arrays = [faiss.swig_ptr(array) for array in (queries, vectors, distances, rows)]
+    if search is faiss.knn_L2sqr:
+        search(*arrays[:2], *sizes, *arrays[2:], None, selector)
+    else:
+        search(*arrays[:2], *sizes, *arrays[2:], selector)
     return rows, distances
 
 

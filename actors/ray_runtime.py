@@ -1,39 +1,40 @@
-"""Shards and supervisor as Ray actors, and calls to them; turns Ray's errors into ours. `ray_jobs` has the rest."""
+"""The supervisor as a Ray actor, and how the cluster's actors are started, found and ended.
+
+`ray_replica` has the replicas, `ray_jobs` what runs and ends.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import socket
 import time
-from collections.abc import Awaitable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
-from actors.faiss_index import use_threads
-from actors.recall_observer import RecallObserver
-from actors.scratch import private_folder
-from actors.segment_loader import sweep_cache
-from actors.shard import ReplicaStatus, Shard
+from actors.ray_replica import (
+    REPLICA_PREFIX,
+    ActorShardClient,
+    ShardActor,
+    answer,
+    node_cores,
+    own_error,
+    replica_name,
+)
+from actors.shard import ReplicaStatus
 from actors.shard_client import ServingTable, ShardClient
 from actors.supervisor import Supervisor
 from cluster.config import Settings
-from cluster.errors import Conflict, EaglerayError, NotFound, Unavailable
+from cluster.errors import Conflict, NotFound, Unavailable
 from cluster.object_store import open_store
-from cluster.placement import ReplicaKey, WantedReplica, search_threads
-from cluster.query import Hits, ShardSearch
+from cluster.placement import ReplicaKey, WantedReplica
 
+__all__ = ["ActorShardClient", "ShardActor", "answer", "node_cores", "own_error"]  # of `ray_replica`, for others
 SUPERVISOR = "supervisor"
-REPLICA_PREFIX = "replica:"
 SUPERVISOR_RETRY_S = 0.5
 METRICS_KEPT_S = 60.0  # coordinators leave theirs every 2 s; one that stopped is gone
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -47,108 +48,7 @@ def connect(address: str | None) -> None:
         raise Unavailable(f"no Ray cluster to join: {error}") from error
 
 
-def node_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-async def answer(reference: Awaitable[T], who: str, dead: type[EaglerayError] = Unavailable) -> T:
-    """Await an actor call; its own errors as they are, a dead actor as `dead`, one that restarts as Unavailable."""
-    try:
-        return await reference
-    except RayTaskError as error:
-        raise own_error(error) from None
-    except ActorDiedError as error:
-        raise dead(f"{who} is gone: {error}") from error
-    except (RayActorError, RayError) as error:
-        raise Unavailable(f"{who} does not answer: {type(error).__name__}") from error
-
-
-def own_error(error: RayTaskError) -> EaglerayError:
-    """What the remote function raised; one that is not of ours, a bug, as the root of our errors with its traceback."""
-    cause = error.cause
-    return cause if isinstance(cause, EaglerayError) else EaglerayError(str(error))
-
-
 # --- replicas ---------------------------------------------------------------------------------------------------
-
-
-class ShardActor:
-    """A `Shard` in a process of its own. FAISS runs in one thread, so that the event loop stays free."""
-
-    def __init__(self, settings: Settings, key: ReplicaKey, shards: int) -> None:
-        self._settings = settings
-        self._key = key
-        self._shard: Shard | None = None
-        self._threads = search_threads(shards, settings, node_cores())
-        self._searcher = ThreadPoolExecutor(1, "search", initializer=use_threads, initargs=(self._threads,))
-        self._loader = ThreadPoolExecutor(1, "load", initializer=use_threads, initargs=(self._threads,))
-        self._observer = RecallObserver(self._search, settings.observed_share, settings.observed_duty)
-        self._error = ""
-        try:
-            self._loader.submit(self._load, None).result()
-        except Exception as error:  # noqa: BLE001  # the process stays and says why; it will be asked to load again
-            logger.error("%s: %s", key, error)
-        self._observer.start()
-
-    def _load(self, version: int | None) -> None:
-        try:
-            if self._shard is None:
-                self._shard = self._open()
-            self._shard.load(version)
-        except Exception as error:
-            self._error = f"{type(error).__name__}: {error}"
-            raise
-        self._error = ""
-
-    def _open(self) -> Shard:
-        cache_dir = Path(self._settings.cache_dir) if self._settings.cache_dir else private_folder("cache")
-        sweep_cache(cache_dir, time.time())
-        return Shard(open_store(self._settings.data), self._key.collection, self._key.shard, cache_dir)
-
-    async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
-        return await asyncio.get_running_loop().run_in_executor(self._searcher, self._search_observed, request)
-
-    def _search_observed(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
-        outcomes = self._search(request)
-        self._observer.offer(request, outcomes)
-        return outcomes
-
-    def _search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
-        return self._opened().search(request)
-
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str]) -> tuple[Any, Any]:
-        return await asyncio.to_thread(self._opened().fetch, generation, ids, columns)
-
-    async def load(self, version: int) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._loader, self._load, version)
-
-    async def retire(self, generation: int) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._loader, self._opened().retire, generation)
-
-    async def status(self) -> ReplicaStatus:
-        status = self._shard.status() if self._shard else ReplicaStatus("failed")
-        node, error = socket.gethostname(), self._error or status.error
-        observed = tuple(told for generation in status.generations if (told := self._observer.observed(generation)))
-        return replace(status, threads=self._threads, pid=os.getpid(), node=node, error=error, observed=observed)
-
-    def _opened(self) -> Shard:
-        if self._shard is None:
-            raise Unavailable(f"replica {self._key} has loaded nothing: {self._error}")
-        return self._shard
-
-
-class ActorShardClient:
-    """`ShardClient` by plain actor call."""
-
-    def __init__(self, handle: Any, key: ReplicaKey) -> None:
-        self._handle = handle
-        self._who = f"replica {key}"
-
-    async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
-        return await answer(self._handle.search.remote(request), self._who)
-
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str]) -> tuple[Any, Any]:
-        return await answer(self._handle.fetch.remote(generation, ids, columns), self._who)
 
 
 class RayRuntime:
@@ -167,7 +67,7 @@ class RayRuntime:
 
     def start(self, key: ReplicaKey, wanted: WantedReplica) -> None:
         options = {
-            **_detached(f"{REPLICA_PREFIX}{key}", self._settings.namespace),
+            **_detached(replica_name(key), self._settings.namespace),
             "num_cpus": wanted.num_cpus,
             "num_gpus": wanted.num_gpus,
         }
@@ -187,6 +87,9 @@ class RayRuntime:
 
     async def retire(self, key: ReplicaKey, generation: int) -> None:
         await answer(self._handle(key).retire.remote(generation), f"replica {key}", dead=NotFound)
+
+    async def lead(self, key: ReplicaKey) -> None:
+        await answer(self._handle(key).lead.remote(), f"replica {key}", dead=NotFound)
 
     def _handle(self, key: ReplicaKey) -> Any:
         if key not in self.handles:

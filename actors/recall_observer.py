@@ -2,7 +2,8 @@
 
 Only queries at the tuned operating point of the collection's own target are sampled: knobs, targets and `exact` of a
 request say nothing about the index. What is told is recall@min(k, 10), k as each query asked: of the best min(k, 10)
-points that the shard holds, the share that it answered.
+points that the shard held, the share that it answered. Held at that moment: the truth is asked of the very view that
+answered, for the next write may change it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, log, log1p, sqrt
-from queue import Empty, SimpleQueue
 from random import random
 from statistics import fmean
 from typing import Any
@@ -32,6 +32,7 @@ RECALL_K = 10  # what the tuning promises is recall@10
 WINDOW_QUERIES = 1_000
 BATCH_QUERIES = 64  # one pass over the rows answers them all
 QUEUE_QUERIES = 4 * BATCH_QUERIES
+VIEWS_WAITING = 16  # of the queries in the queue; each keeps alive what was deleted or replaced since
 GENERATIONS_KEPT = 4
 REST_MIN_S = 5.0  # so that queries gather, and a status does not change all the time
 # Searches come first, but not by more: beside two busy processes on two cores a thread of niceness 19 that holds
@@ -40,13 +41,18 @@ REST_MIN_S = 5.0  # so that queries gather, and a status does not change all the
 NICENESS = 5
 TWO_SIDED_95 = 1.960  # standard normal quantile
 AS_TUNED, EXACTLY = SearchParams(), SearchParams(exact=True)
+Search = Callable[[ShardSearch], Sequence[Hits | EaglerayError]]
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One query that was answered: its vector (dimension,), and the ids of its best `k` hits."""
+    """One query that was answered: its vector (dimension,), and the ids of its best `k` hits.
 
+    `search` asks what answered it.
+    """
+
+    search: Search
     generation: int
     vector: NDArray[np.float32]
     k: int
@@ -54,7 +60,7 @@ class Sample:
 
 
 class RecallObserver:
-    """Samples what a shard answered, and asks `search` (`Shard.search`) for the truth in a thread of its own.
+    """Samples what a shard answered, and asks for the truth in a thread of its own.
 
     Each query is taken with probability `share` (0: none). Of its time the thread works at most the share `duty`.
     `uniform` gives numbers from 0 to below 1; `pause` waits so many seconds, and returns True to stop earlier.
@@ -62,45 +68,45 @@ class RecallObserver:
 
     def __init__(
         self,
-        search: Callable[[ShardSearch], Sequence[Hits | EaglerayError]],
         share: float,
         duty: float,
         clock: Callable[[], float] = time.monotonic,
         uniform: Callable[[], float] = random,
         pause: Callable[[float], bool] | None = None,
     ) -> None:
-        self._search = search
         self._share = share
         self._duty = duty
         self._clock = clock
         self._uniform = uniform
         self._stopped = threading.Event()
         self._pause = pause or self._stopped.wait
-        self._queue: SimpleQueue[Sample | None] = SimpleQueue()  # None wakes the thread to stop
+        self._queue: deque[Sample] = deque()
+        self._queued = threading.Condition()  # guards the queue, and tells that it has grown or is not needed any more
         self._windows: dict[int, deque[tuple[float, int]]] = {}  # (recall, k) of each query, by generation
         self._observed: dict[int, dict[str, Any]] = {}  # by generation; replaced, never changed in place
         self._skip = self._gap()
-        self.dropped = 0  # queries that found the queue full
+        self.dropped = 0  # queries that found the queue full, of queries or of views
         self.retired = 0  # queries whose generation was dropped before the truth was asked for
         self.failed = 0  # queries without truth because of an error, which was logged
 
-    def offer(self, request: ShardSearch, outcomes: Sequence[Hits | EaglerayError]) -> None:
+    def offer(self, request: ShardSearch, outcomes: Sequence[Hits | EaglerayError], search: Search) -> None:
         """Sample from what was just answered; by one thread at a time. Never raises.
 
+        `search` asks the view that answered (`ShardView.search`); queries of equal ones are evaluated together.
         Without a sample it costs a few comparisons, and nothing is copied.
         """
         try:
             for group, outcome in zip(request.groups, outcomes, strict=True):
                 if isinstance(outcome, Hits) and group.params == AS_TUNED:
-                    self._pass_over(request, group, outcome)
+                    self._pass_over(request, group, outcome, search)
         except Exception:
             logger.exception("sampling queries for the observed recall")
 
-    def _pass_over(self, request: ShardSearch, group: SearchGroup, hits: Hits) -> None:
+    def _pass_over(self, request: ShardSearch, group: SearchGroup, hits: Hits, search: Search) -> None:
         """Take the queries of a group whose turn it is; between two of them lie `_gap` others."""
         queries = group.stop - group.start
         while self._skip < queries:
-            self._take(request, group, hits, int(self._skip))
+            self._take(request, group, hits, int(self._skip), search)
             self._skip += 1 + self._gap()
         self._skip -= queries
 
@@ -110,15 +116,30 @@ class RecallObserver:
             return inf
         return 0 if self._share >= 1.0 else int(log(1.0 - self._uniform()) / log1p(-self._share))
 
-    def _take(self, request: ShardSearch, group: SearchGroup, hits: Hits, number: int) -> None:
-        if self._queue.qsize() >= QUEUE_QUERIES:
-            self.dropped += 1
-            return
+    def _take(self, request: ShardSearch, group: SearchGroup, hits: Hits, number: int, search: Search) -> None:
         k = min(group.k, RECALL_K)
         first, count = int(hits.counts[:number].sum()), min(k, int(hits.counts[number]))
         ids = hits.ids.slice(first, count).to_pylist()
         vector = request.vectors[group.start + number].copy()  # a view would keep the whole batch
-        self._queue.put(Sample(request.generation, vector, k, ids))
+        with self._queued:
+            if self._has_room(search):
+                self._queue.append(Sample(search, request.generation, vector, k, ids))
+                self._queued.notify()
+            else:
+                self.dropped += 1
+
+    def _has_room(self, search: Search) -> bool:
+        if len(self._queue) >= QUEUE_QUERIES:
+            return False
+        waiting = {sample.search for sample in self._queue}
+        return search in waiting or len(waiting) < VIEWS_WAITING
+
+    def retire(self, generation: int) -> None:
+        """Drop what waits of older generations: it would keep them in memory."""
+        with self._queued:
+            kept = [sample for sample in self._queue if sample.generation >= generation]
+            self.retired += len(self._queue) - len(kept)
+            self._queue = deque(kept)
 
     def start(self) -> None:
         """Begin evaluating in a daemon thread; none where nothing is sampled."""
@@ -128,7 +149,8 @@ class RecallObserver:
     def stop(self) -> None:
         """End the thread after the batch it is at; does not wait for it."""
         self._stopped.set()
-        self._queue.put(None)
+        with self._queued:
+            self._queued.notify()
 
     def _thread(self) -> None:
         _lower_priority()
@@ -138,46 +160,46 @@ class RecallObserver:
     def run(self) -> None:
         """Evaluate batches until stopped; after t seconds of work rest t (1 / duty - 1), at least `REST_MIN_S`."""
         while not self._stopped.is_set():
-            first = self._queue.get()
-            if first is None:
-                return
+            batch = self._next_batch()
             began = self._clock()
-            self._evaluate([first, *self._waiting(BATCH_QUERIES - 1)])
+            self._evaluate(batch)
             worked_s = self._clock() - began
+            del batch  # while it rests, nothing is kept alive for it
             if self._pause(max(REST_MIN_S, worked_s * (1.0 / self._duty - 1.0))):
                 return
 
     def drain(self) -> None:
         """Evaluate all that waits, here and now."""
-        while batch := self._waiting(BATCH_QUERIES):
+        while batch := self._waiting():
             self._evaluate(batch)
 
-    def _waiting(self, most: int) -> list[Sample]:
-        samples: list[Sample] = []
-        while len(samples) < most:
-            try:
-                sample = self._queue.get_nowait()
-            except Empty:
-                break
-            if sample is not None:
-                samples.append(sample)
-        return samples
+    def _next_batch(self) -> list[Sample]:
+        """Wait for queries; none once it is stopped."""
+        with self._queued:
+            self._queued.wait_for(lambda: self._queue or self._stopped.is_set())
+        return self._waiting()
+
+    def _waiting(self) -> list[Sample]:
+        with self._queued:
+            return [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_QUERIES))]
 
     def _evaluate(self, batch: list[Sample]) -> None:
-        for generation in sorted({sample.generation for sample in batch}):
-            samples = [sample for sample in batch if sample.generation == generation]
+        groups: dict[tuple[int, Search], list[Sample]] = {}
+        for sample in batch:
+            groups.setdefault((sample.generation, sample.search), []).append(sample)
+        for (generation, search), samples in groups.items():
             try:
-                self._add(generation, samples, _ids_per_query(self._truth(generation, samples)))
+                self._add(generation, samples, _ids_per_query(self._truth(search, generation, samples)))
             except Unavailable:  # that generation is not held any more
                 self.retired += len(samples)
             except Exception:  # whatever it is, searches go on
                 self.failed += len(samples)
                 logger.exception("observed recall of generation %d", generation)
 
-    def _truth(self, generation: int, samples: list[Sample]) -> Hits:
+    def _truth(self, search: Search, generation: int, samples: list[Sample]) -> Hits:
         vectors = np.stack([sample.vector for sample in samples])
         group = SearchGroup(0, len(samples), max(sample.k for sample in samples), EXACTLY)
-        (outcome,) = self._search(ShardSearch(generation, vectors, (group,)))
+        (outcome,) = search(ShardSearch(generation, vectors, (group,)))
         if isinstance(outcome, EaglerayError):
             raise outcome
         return outcome

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from actors.faiss_index import SearchableIndex, load_index
 from actors.segment_searcher import SegmentSearcher
+from actors.ties import found_with_ties
 from cluster import paths
 from cluster.config import Metric
 from cluster.errors import Corrupt, Invalid
@@ -36,7 +37,6 @@ from cluster.topk import recall_at_k
 SELF_TEST_SLACK = 0.02  # another instruction set may order near-equal distances differently
 FILES_AT_ONCE = 4
 CACHE_UNUSED_S = 7 * 24 * 3600.0
-TIES_MAX = 256  # points that tie with the k-th hit; among more, which are returned is not defined
 
 
 class LoadedSegment:
@@ -57,12 +57,7 @@ class LoadedSegment:
 
         Width is min(k, count), or more where points tie with the k-th: the caller orders them by id and cuts.
         """
-        rows, scores = self._found(queries, k + 1, k, params, selection)
-        tied = _ties_at(rows, scores, k)
-        if not tied.any():
-            return rows[:, :k], scores[:, :k]
-        more = self._found(queries[tied], k + TIES_MAX, k, params, selection)
-        return _with_ties((rows, scores), more, tied, k)
+        return found_with_ties(lambda asked, width: self._found(asked, width, k, params, selection), queries, k)
 
     def _found(
         self,
@@ -116,31 +111,6 @@ class LoadedSegment:
     def operating_point(self) -> OperatingPoint:
         """The tuned point of the collection's own target."""
         return self.description.operating_points[0]
-
-
-def _with_ties(
-    found: tuple[NDArray[np.int64], NDArray[np.float32]],
-    more: tuple[NDArray[np.int64], NDArray[np.float32]],
-    tied: NDArray[np.bool_],
-    k: int,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """`found`, where the `tied` queries have from their wider answer `more` all that score as the k-th does."""
-    more_rows, more_scores = more
-    beyond = more_scores[:, k:] != more_scores[:, k - 1 : k]
-    more_rows[:, k:][beyond] = -1
-    rows = np.full((len(tied), more_rows.shape[1]), -1, dtype=np.int64)
-    scores = np.zeros(rows.shape, dtype=np.float32)
-    rows[:, :k], scores[:, :k] = found[0][:, :k], found[1][:, :k]
-    rows[tied], scores[tied] = more_rows, more_scores
-    return rows, scores
-
-
-def _ties_at(rows: NDArray[np.int64], scores: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
-    """Which queries have a (k+1)-th hit that scores as the k-th does."""
-    if rows.shape[1] <= k:
-        return np.zeros(len(rows), dtype=bool)
-    tied: NDArray[np.bool_] = (rows[:, k] >= 0) & (scores[:, k] == scores[:, k - 1])
-    return tied
 
 
 def widened(params: dict[str, float], k: int) -> dict[str, float]:

@@ -6,33 +6,61 @@ from collections.abc import Mapping
 
 from actors.shard import ReplicaStatus
 from actors.shard_client import ServedCollection
-from cluster.manifest import Manifest
-from cluster.placement import ReplicaKey
+from cluster.manifest import Manifest, ShardEntry
+from cluster.placement import Candidate, ReplicaKey, leader
 
 Statuses = Mapping[ReplicaKey, ReplicaStatus]
 
 
 def served_collection(manifest: Manifest, statuses: Statuses, before: ServedCollection | None) -> ServedCollection:
-    """A version as its ready replicas serve it. `statuses` are its collection's, `before` is its entry until now.
-
-    Attributes once known for this version stay known: a replica that is away must not make a valid search Invalid.
-    """
-    known = before.attributes if before is not None and before.version == manifest.version else ()
-    told = {name for status in statuses.values() for name in status.attributes.get(manifest.generation, ())}
-    replicas: dict[int, tuple[ReplicaKey, ...]] = {entry.shard: () for entry in manifest.shards}
+    """A version as its ready replicas serve it. `statuses` are its collection's, `before` is its entry until now."""
+    holding: dict[int, dict[ReplicaKey, ReplicaStatus]] = {entry.shard: {} for entry in manifest.shards}
     for key in sorted(statuses):
         status = statuses[key]
-        if key.shard in replicas and status.state == "ready" and manifest.generation in status.generations:
-            replicas[key.shard] += (key,)
+        if key.shard in holding and status.state == "ready" and manifest.generation in status.generations:
+            holding[key.shard][key] = status
     return ServedCollection(
         manifest.config,
         manifest.routing,
         manifest.version,
         manifest.generation,
-        {entry.shard: entry.points for entry in manifest.shards},
-        tuple(sorted({*known, *told})),
-        replicas,
+        {entry.shard: _points(entry, manifest.generation, holding[entry.shard]) for entry in manifest.shards},
+        _attributes(manifest, statuses, before),
+        {shard: tuple(replicas) for shard, replicas in holding.items()},
+        _primaries(manifest, statuses),
     )
+
+
+def _points(entry: ShardEntry, generation: int, replicas: Statuses) -> int:
+    """Live points of a shard, as its most advanced replica has them; a status tells those of its newest generation."""
+    telling = [status for status in replicas.values() if status.generations[-1] == generation]
+    return max(telling, key=lambda status: status.lsn).points if telling else entry.points
+
+
+def _attributes(manifest: Manifest, statuses: Statuses, before: ServedCollection | None) -> dict[str, str]:
+    """Name -> type of what the manifest declares, and what replicas have, which counts more.
+
+    Once known for this generation they stay known: a replica that is away must not make a valid search Invalid.
+    """
+    known = dict(before.attributes) if before is not None and before.generation == manifest.generation else {}
+    known |= manifest.attributes
+    for key in sorted(statuses):
+        known |= statuses[key].attributes.get(manifest.generation, {})
+    return dict(sorted(known.items()))
+
+
+def _primaries(manifest: Manifest, statuses: Statuses) -> dict[int, ReplicaKey]:
+    """The primary of each shard that has one. It need not hold what is served: it appends to the WAL of all."""
+    primaries = {}
+    for entry in manifest.shards:
+        candidates = {
+            key: Candidate(status.state, status.lsn, status.epoch)
+            for key, status in statuses.items()
+            if key.shard == entry.shard
+        }
+        if (primary := leader(candidates)) is not None:
+            primaries[entry.shard] = primary
+    return primaries
 
 
 def why_unready(served: ServedCollection | None, statuses: Statuses) -> str:

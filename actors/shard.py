@@ -1,7 +1,13 @@
-"""One replica's work: hold generations of one shard, search and fetch under an immutable view. Runs without Ray."""
+"""One replica's work: hold generations of one shard, follow its WAL, search and fetch. Runs without Ray.
+
+Every generation is a `LiveGeneration`, and all are at one LSN. `load` brings one to that LSN beside what is served,
+`apply` moves all of them on by a record. A lock guards the list of generations and the order of records; searches
+never take it, and it is not held while storage is read.
+"""
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,45 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
+from actors.live_generation import NOTHING, Existed, LiveGeneration
 from actors.segment_loader import LoadedSegment, cached_path, load_segment
-from cluster.config import CollectionConfig
-from cluster.errors import EaglerayError, Invalid, Unavailable
-from cluster.ids import ID_ARROW_TYPE
-from cluster.manifest import Manifest, ManifestLog
+from actors.shard_view import ShardView
+from cluster.errors import EaglerayError, Unavailable
+from cluster.manifest import Manifest, ManifestLog, ShardEntry
 from cluster.object_store import ObjectStore
 from cluster.placement import ReplicaState
-from cluster.query import Hits, SearchGroup, ShardSearch
-from cluster.segment import ROW_COLUMNS
-from cluster.topk import merge_hits
+from cluster.query import Hits, ShardSearch
+from cluster.row_selection import RowSelection
+from cluster.tombstones import read_tombstones
+from cluster.wal import Wal, WalRecord, lsn_of
 
-
-@dataclass(frozen=True)
-class ShardView:
-    """One generation of the shard; never changes."""
-
-    version: int
-    generation: int
-    config: CollectionConfig
-    segments: tuple[LoadedSegment, ...]
-
-    @property
-    def points(self) -> int:
-        return sum(segment.description.count for segment in self.segments)
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """Names of the attributes that any segment holds."""
-        return tuple(sorted({name for segment in self.segments for name in segment.description.attributes}))
+APPLY_WAIT_S = 30.0  # for a record that is durable and waits to be applied by this process
 
 
 @dataclass(frozen=True)
 class ReplicaStatus:
     """What a replica says of itself. `error` is why it serves nothing, where that is so.
 
-    `points` and `segments` are those of its newest generation; `attributes` are names by generation. `observed` has
+    `points` (live ones), `segments`, `tail_points` and `tombstones` are those of its newest generation; `attributes`
+    are Arrow types, as text, by generation and name. `lsn` is the last record applied; `epoch` is that of the replica
+    as primary, 0 where it is none. `upkeep` tells what is being sealed or merged, or why that failed. `observed` has
     the recall of live queries (`RecallObserver.observed`), for each generation of which some were evaluated.
     """
 
@@ -60,12 +51,17 @@ class ReplicaStatus:
     node: str = ""
     error: str = ""
     segments: tuple[dict[str, Any], ...] = field(default=())
-    attributes: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    attributes: dict[int, dict[str, str]] = field(default_factory=dict)
     observed: tuple[dict[str, Any], ...] = ()
+    lsn: int = 0
+    epoch: int = 0
+    tail_points: int = 0
+    tombstones: int = 0
+    upkeep: str = ""
 
 
 class Shard:
-    """The segments of one shard, by generation. `load` adds a view, `retire` drops old ones."""
+    """The generations of one shard. `load` adds one or renews it, `retire` drops old ones."""
 
     def __init__(
         self,
@@ -75,135 +71,275 @@ class Shard:
         cache_dir: Path,
         new_nonce: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> None:
+        self.collection = collection
+        self.number = shard
+        self.wal = Wal(store, collection, shard)
+        self.new_nonce = new_nonce
         self._store = store
-        self._collection = collection
-        self._shard = shard
         self._cache_dir = cache_dir
         self._log = ManifestLog(store, collection, new_nonce)
-        self._views: dict[int, ShardView] = {}  # by generation; replaced, never changed in place
+        self._lock = threading.Lock()
+        self._moved = threading.Condition(self._lock)  # on to another LSN
+        self._generations: dict[int, LiveGeneration] = {}  # by generation; replaced, never changed in place
+        self._joining: list[list[WalRecord]] = []  # records for generations that are being loaded
+        self._lsn = 0
+        self._epoch = 0  # of the last record
+        self._led_as = 0  # the epoch in which this replica is the primary
+        self._failure = ""
+
+    @property
+    def applied_lsn(self) -> int:
+        return self._lsn
+
+    @property
+    def epoch(self) -> int:
+        """Of the last applied record."""
+        return self._epoch
 
     def load(self, version: int | None = None) -> ShardView:
-        """Load a manifest version (the newest without one) beside what is served; the view is self-tested."""
+        """Load a manifest version (the newest without one) beside what is served; its segments are self-tested.
+
+        The view is at the LSN of the others. An older version of a generation that is held changes nothing.
+        """
         manifest = self._log.newest_live() if version is None else self._log.read(version)
-        loaded = {s.description.segment_id: s for view in self._views.values() for s in view.segments}
-        segments = tuple(
-            loaded.get(ref.segment_id)
-            or load_segment(self._store, self._collection, ref, manifest.config.metric, self._cache_dir)
-            for ref in self._entry(manifest)
-        )
-        view = ShardView(manifest.version, manifest.generation, manifest.config, segments)
-        self._views = {**self._views, view.generation: view}
+        held = self._generations.get(manifest.generation)
+        if held is not None and held.view.version >= manifest.version:
+            held.stand_for((manifest.version,))
+            return held.view
+        fresh = self._from_files(manifest)
+        if not self._generations:
+            self._begin(fresh, _entry(manifest, self.number).epoch)
+        before = self._cached_files()
+        view = self._join(fresh)
+        self._delete_unused(before)
         return view
 
-    def _entry(self, manifest: Manifest) -> Sequence[Any]:
-        """The shard's segments in a manifest; none where that generation has fewer shards."""
-        return manifest.shards[self._shard].segments if self._shard < len(manifest.shards) else ()
+    def _from_files(self, manifest: Manifest) -> LiveGeneration:
+        """The generation as its manifest's files have it, at their applied LSN."""
+        loaded = {s.description.segment_id: s for view in self._views() for s in view.segments}
+        entry = _entry(manifest, self.number)
+        metric = manifest.config.metric
+        segments = tuple(
+            loaded.get(ref.segment_id) or load_segment(self._store, self.collection, ref, metric, self._cache_dir)
+            for ref in entry.segments
+        )
+        return LiveGeneration(manifest, segments, self._selections(entry, segments), entry.applied_lsn)
 
-    def retire(self, generation: int) -> None:
-        """Drop every view older than `generation`, and their cached files that no later view uses."""
-        before = self._cached_files()
-        self._views = {g: view for g, view in self._views.items() if g >= generation}
-        for path in before - self._cached_files():
-            path.unlink(missing_ok=True)
+    def _selections(self, entry: ShardEntry, segments: Sequence[LoadedSegment]) -> dict[str, RowSelection]:
+        counts = {segment.description.segment_id: segment.description.count for segment in segments}
+        selections = {}
+        for ref in entry.tombstones:
+            count = counts[ref.segment_id]
+            rows = read_tombstones(self._store, self.collection, self.number, ref, count)
+            selections[ref.segment_id] = RowSelection.everything(count).without(rows)
+        return selections
 
-    def _cached_files(self) -> set[Path]:
-        """Where the files of all views lie if they are cached; equal files are one."""
-        segments = (segment for view in self._views.values() for segment in view.segments)
-        return {cached_path(self._cache_dir, entry) for s in segments for entry in s.description.files.values()}
+    def _begin(self, fresh: LiveGeneration, epoch: int) -> None:
+        """The first generation: go on where its files end, to the end of the WAL."""
+        for record in self.wal.read_after(fresh.view.lsn):
+            fresh.apply(record)
+            epoch = record.epoch
+        fresh.check()
+        with self._lock:
+            if not self._generations:
+                self._lsn, self._epoch, self._failure = fresh.view.lsn, epoch, ""
+                self._generations = {fresh.view.generation: fresh}
+
+    def _join(self, fresh: LiveGeneration) -> ShardView:
+        """Bring a generation to the LSN of the others while records go on coming, then publish it."""
+        records: list[WalRecord] = []
+        with self._lock:
+            until = self._lsn
+            self._joining.append(records)
+        try:
+            for record in self.wal.read_after(fresh.view.lsn, until):
+                fresh.apply(record)
+            self._reach(fresh.applied_lsn)
+            while not self._published(fresh, records):
+                continue
+        finally:
+            with self._lock:
+                self._joining = [waiting for waiting in self._joining if waiting is not records]
+        return fresh.view
+
+    def _reach(self, lsn: int) -> None:
+        """Bring what is served to an LSN that was sealed before it was applied here, as far as the WAL goes back."""
+        if self._led_as:
+            with self._moved:
+                self._moved.wait_for(lambda: self._lsn >= lsn or not self._led_as, APPLY_WAIT_S)
+                if self._led_as and self._lsn < lsn:
+                    raise Unavailable(f"{self._name} did not reach LSN {lsn} within {APPLY_WAIT_S:g} s")
+        if self._lsn < lsn:
+            self.catch_up()
+
+    def _published(self, fresh: LiveGeneration, records: list[WalRecord]) -> bool:
+        """Publish the generation if it has all records; else apply those that came meanwhile."""
+        with self._lock:
+            if fresh.view.lsn >= self._lsn:
+                self._publish(fresh)
+                return True
+            waiting = records.copy()
+            records.clear()
+        if not waiting:
+            last, first = self._lsn, fresh.view.lsn
+            raise Unavailable(f"the WAL of {self._name} lacks records {first + 1} to {last} that were applied here")
+        for record in waiting:
+            fresh.apply(record)
+        return False
+
+    def _publish(self, fresh: LiveGeneration) -> None:
+        """Under the lock. A generation that cannot follow to a later LSN, because its WAL is gone, is dropped."""
+        generation = fresh.view.generation
+        held = self._generations.get(generation)
+        if held is fresh:
+            return
+        if held is not None:
+            if held.view.version >= fresh.view.version:  # another load was faster
+                held.stand_for(fresh.versions)
+                return
+            fresh.stand_for(held.versions)
+        kept = {g: other for g, other in self._generations.items() if other.view.lsn == fresh.view.lsn}
+        self._generations = {**kept, generation: fresh}
+        self._lsn = fresh.view.lsn
+
+    @property
+    def _name(self) -> str:
+        return f"shard {self.number} of {self.collection!r}"
+
+    # --- writes -------------------------------------------------------------------------------------------------
+
+    def catch_up(self) -> int:
+        """Apply what others wrote, to the end of the WAL; returns the applied LSN. Nothing while this one leads."""
+        if self._generations and not self._led_as:
+            for record in self.wal.read_after(self._lsn):
+                self._apply(record, own=False)
+        return self._lsn
+
+    def receive(self, data: bytes) -> None:
+        """A record that the primary has written: applied if it is the next; after a gap the WAL is read."""
+        lsn = lsn_of(data)
+        if lsn <= self._lsn or self._led_as or not self._generations:
+            return
+        if lsn > self._lsn + 1:
+            self.catch_up()
+            return
+        self._apply(WalRecord.decode(data, f"pushed record {lsn}", self.number, lsn), own=False)
+
+    def apply_own(self, record: WalRecord) -> Existed | None:
+        """Apply a record that this replica wrote as primary; which ids there were in the newest generation.
+
+        None where a replay has applied it already, after this replica stopped leading.
+        """
+        return self._apply(record, own=True)
+
+    def _apply(self, record: WalRecord, *, own: bool) -> Existed | None:
+        """Apply the next record to every generation. Others' records are ignored while this replica leads."""
+        with self._lock:
+            if record.lsn != self._lsn + 1 or (self._led_as and not own):
+                return None
+            existed = NOTHING
+            try:
+                for _, generation in sorted(self._generations.items()):
+                    existed = generation.apply(record)
+            except Exception as error:
+                self._generations = {}  # half applied: nothing is served before it was loaded anew
+                self._failure = f"record {record.lsn}: {type(error).__name__}: {error}"
+                raise
+            self._lsn, self._epoch = record.lsn, record.epoch
+            self._moved.notify_all()
+            for waiting in self._joining:
+                waiting.append(record)
+            return existed
+
+    def lead(self, claim: WalRecord) -> bool:
+        """Be the primary from this claim on, which is in the WAL; False where something came before it, or after."""
+        with self._lock:
+            next_one = claim.lsn == self._lsn + 1
+            if not self._generations or not (next_one or (claim.lsn, claim.epoch) == (self._lsn, self._epoch)):
+                return False
+            self._led_as = claim.epoch
+        if next_one:
+            self._apply(claim, own=True)
+        return True
+
+    def follow(self) -> None:
+        """Be no primary any more."""
+        with self._lock:
+            self._led_as = 0
+            self._moved.notify_all()
+
+    # --- reads --------------------------------------------------------------------------------------------------
 
     def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
         """One `Hits`, or the error of that group alone, per group. Unavailable where the generation is not held."""
-        view = self._view(request.generation)
-        return tuple(_group_outcome(view, request.vectors, group) for group in request.groups)
+        return self.view(request.generation).search(request)
 
     def fetch(self, generation: int, ids: Any, columns: Sequence[str]) -> tuple[NDArray[np.bool_], Any]:
         """(found (n,), table of `columns` for the found ids in their order) for an Arrow array of ids."""
-        view = self._view(generation)
-        _check_columns(view, columns)
-        found = np.zeros(len(ids), dtype=bool)
-        parts, positions = [], []
-        for segment in view.segments:
-            rows = segment.rows.rows_of_ids(ids)
-            here = rows >= 0
-            if here.any():
-                parts.append(pa.table(segment.rows.take(rows[here], columns)))
-                positions.append(np.flatnonzero(here))
-                found |= here
-        if not parts:
-            return found, None
-        order = np.argsort(np.concatenate(positions))
-        return found, pa.concat_tables(parts).take(pa.array(order))
+        return self.view(generation).fetch(ids, columns)
+
+    def view(self, generation: int) -> ShardView:
+        """What is held of a generation now; Unavailable where nothing is."""
+        held = self._generations.get(generation)
+        if held is None:
+            raise Unavailable(f"generation {generation} of {self.collection!r} is not loaded here", 0.1)
+        return held.view
+
+    def newest(self) -> LiveGeneration | None:
+        """The newest generation that is held."""
+        return max(self._generations.values(), key=lambda held: held.view.generation, default=None)
+
+    def retire(self, generation: int) -> None:
+        """Drop every generation older than this one, and their cached files that no later one uses."""
+        before = self._cached_files()
+        with self._lock:
+            self._generations = {g: held for g, held in self._generations.items() if g >= generation}
+        self._delete_unused(before)
+
+    def _delete_unused(self, before: set[Path]) -> None:
+        """Delete cached files that were in use before and are not now; who has mapped one keeps it."""
+        for path in before - self._cached_files():
+            path.unlink(missing_ok=True)
+
+    def _views(self) -> list[ShardView]:
+        return [held.view for _, held in sorted(self._generations.items())]
+
+    def _cached_files(self) -> set[Path]:
+        """Where the files of all views lie if they are cached; equal files are one."""
+        segments = (segment for view in self._views() for segment in view.segments)
+        return {cached_path(self._cache_dir, entry) for s in segments for entry in s.description.files.values()}
 
     def status(self) -> ReplicaStatus:
-        views = sorted(self._views.values(), key=lambda view: view.generation)
-        if not views:
-            return ReplicaStatus("failed", error="nothing is loaded")
+        held = [one for _, one in sorted(self._generations.items())]
+        if not held:
+            return ReplicaStatus("failed", error=self._failure or "nothing is loaded")
+        views = [one.view for one in held]
+        newest = views[-1]
         return ReplicaStatus(
             "ready",
-            tuple(view.version for view in views),
+            tuple(sorted({version for one in held for version in one.versions})),
             tuple(view.generation for view in views),
-            views[-1].points,
-            segments=tuple(_segment_facts(segment) for segment in views[-1].segments),
-            attributes={view.generation: view.attributes for view in views},
+            newest.points,
+            segments=tuple(_segment_facts(segment, newest) for segment in newest.segments),
+            attributes={v.generation: {name: str(dtype) for name, dtype in v.attributes.items()} for v in views},
+            lsn=self._lsn,
+            epoch=self._led_as,
+            tail_points=newest.tail_points,
+            tombstones=newest.tombstones,
         )
 
-    def _view(self, generation: int) -> ShardView:
-        view = self._views.get(generation)
-        if view is None:
-            raise Unavailable(f"generation {generation} of {self._collection!r} is not loaded here", 0.1)
-        return view
+
+def _entry(manifest: Manifest, shard: int) -> ShardEntry:
+    """The shard's entry in a manifest; an empty one where that generation has fewer shards."""
+    return manifest.shards[shard] if shard < len(manifest.shards) else ShardEntry(shard)
 
 
-def _group_outcome(view: ShardView, vectors: NDArray[np.float32], group: SearchGroup) -> Hits | EaglerayError:
-    try:
-        return _search_group(view, vectors, group)
-    except EaglerayError as error:
-        return error
-
-
-def _search_group(view: ShardView, vectors: NDArray[np.float32], group: SearchGroup) -> Hits:
-    queries = vectors[group.start : group.stop]
-    _check_columns(view, group.columns)
-    if not view.segments:
-        return _no_hits(view.config, len(queries))
-    parts = [_segment_hits(segment, queries, group) for segment in view.segments]
-    return merge_hits(parts, group.k, view.config.metric)
-
-
-def _segment_hits(segment: LoadedSegment, queries: NDArray[np.float32], group: SearchGroup) -> Hits:
-    labels, scores = segment.search(queries, group.k, group.params)
-    found = labels >= 0
-    rows = labels[found]
-    ids = segment.ids.take(pa.array(rows))
-    columns = _columns(segment, rows, group.columns) if group.columns else None
-    return Hits(found.sum(axis=1), ids, scores[found], columns)
-
-
-def _columns(segment: LoadedSegment, rows: NDArray[np.int64], columns: Sequence[str]) -> Any:
-    """The table of some rows; without rows an empty one, so that the answer's schema does not depend on the data."""
-    if len(rows) == 0:
-        return segment.rows.schema.empty_table().select(columns)
-    return pa.table(segment.rows.take(rows, columns))
-
-
-def _no_hits(config: CollectionConfig, queries: int) -> Hits:
-    ids = pa.array([], type=ID_ARROW_TYPE[config.id_type])
-    return Hits(np.zeros(queries, np.int64), ids, np.empty(0, np.float32))
-
-
-def _check_columns(view: ShardView, columns: Sequence[str]) -> None:
-    for segment in view.segments:
-        for name in columns:
-            if name not in segment.rows.schema.names:
-                known = sorted(set(segment.rows.schema.names) - set(ROW_COLUMNS))
-                raise Invalid.at("with_attributes", f"no attribute {name!r}; the collection has: {known}")
-
-
-def _segment_facts(segment: LoadedSegment) -> dict[str, Any]:
-    description = segment.description
+def _segment_facts(segment: LoadedSegment, view: ShardView) -> dict[str, Any]:
+    description, selection = segment.description, view.selection(segment)
     return {
         "segment_id": description.segment_id,
         "count": description.count,
+        "tombstones": 0 if selection is None else selection.count - selection.kept,
         "index_kind": segment.spec.kind,
         "index_params": segment.spec.params,
         "codes": segment.spec.codes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from cluster.errors import EaglerayError
 from cluster.placement import ReplicaKey
 from cluster.query import Hits, ShardSearch
 from cluster.routing import Routing
+from cluster.write import PointWrite, WriteOutcome
 
 
 class ShardClient(Protocol):
@@ -20,8 +21,16 @@ class ShardClient(Protocol):
         """One outcome per group of the request (`Shard.search`)."""
         ...
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str]) -> tuple[Any, Any]:
-        """(found, table) for an Arrow array of ids (`Shard.fetch`)."""
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> tuple[Any, Any]:
+        """(found, table) for an Arrow array of ids (`Shard.fetch`), once the replica has applied `min_lsn`."""
+        ...
+
+    async def write(self, writes: Sequence[PointWrite]) -> tuple[WriteOutcome | EaglerayError, ...]:
+        """One outcome per write, each acknowledged by itself.
+
+        Fenced where the replica is not the primary (any more): nothing was applied, ask the one that is. Exhausted
+        where its queue is full: nothing was applied. Unavailable: nobody knows whether it was, or will be.
+        """
         ...
 
 
@@ -34,8 +43,9 @@ class ServedCollection:
     version: int
     generation: int
     shard_points: dict[int, int]
-    attributes: tuple[str, ...]
+    attributes: Mapping[str, str]  # name -> Arrow type, as text
     replicas: dict[int, tuple[ReplicaKey, ...]]
+    primaries: dict[int, ReplicaKey] = field(default_factory=dict)  # of the shards that have one
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from actors.known_manifests import KnownManifests
@@ -31,15 +32,18 @@ from cluster.placement import (
     Start,
     Stop,
     WantedReplica,
+    choose_lead,
     held_by_every_shard,
+    leader,
     plan,
-    publishable_version,
+    publishable,
     replica_resources,
     replicas_of,
 )
 
 TABLE_WAIT_S = 10.0  # how long `next_table` waits for a change
 STORE_POLL_S = 5.0  # how often manifests are looked for without being told
+POINTS_PERIOD_S = 5.0  # how often a table is published of which only the points differ
 RETIRE_AFTER_S = 10.0  # an old generation stays loaded for queries that began under it
 logger = logging.getLogger(__name__)
 
@@ -62,7 +66,11 @@ class Supervisor:
         self._known = KnownManifests(store, new_nonce)
         self._replicas = WatchedReplicas(runtime, settings, clock, self._wake)
         self._served: dict[str, Manifest] = {}  # the version in the table; the newest one once that can be switched to
-        self._served_since: dict[str, float] = {}
+        self._served_since: dict[str, float] = {}  # of the generation in the table
+        self._led_last: dict[tuple[str, int], ReplicaKey] = {}  # by collection and shard
+        self._reading: dict[str, asyncio.Task[None]] = {}  # of collections of which a replica holds an unknown version
+        self._looked_for: dict[str, int] = {}  # the last such version
+        self._published_at = clock()
         self._polled_at = clock() - STORE_POLL_S
         self._changed = asyncio.Event()
         self._waits_for = "the manifests have not been read yet"  # why there is no table
@@ -130,11 +138,16 @@ class Supervisor:
                 self._served.setdefault(name, found)
 
     async def _newest_held(self, newest: Manifest) -> Manifest | None:
-        """The newest version of a collection that every one of its shards holds."""
-        name = newest.collection
+        """The newest version of a collection whose generation every one of its shards holds."""
+        name, manifest = newest.collection, newest
         for version in self._replicas.versions(name):
-            manifest = await self._known.earlier(newest, version) if version <= newest.version else None
-            if manifest and held_by_every_shard(name, len(manifest.shards), self._observed(), version):
+            if version > newest.version:
+                continue
+            earlier = await self._known.earlier(manifest, version)  # from the last one on: each is read once
+            if earlier is None:
+                return None
+            manifest = earlier
+            if held_by_every_shard(name, len(manifest.shards), self._observed(), manifest.generation):
                 return manifest
         return None
 
@@ -143,8 +156,10 @@ class Supervisor:
         self._wake.clear()
         if not self._taken_over:
             return
+        self._look_for_newer()
         self._choose_served()
         self._retire()
+        self._choose_leads()
         for action in plan(self._wanted(), self._observed()):
             self._perform(action)
         self._publish()
@@ -157,6 +172,8 @@ class Supervisor:
     def close(self) -> None:
         """Stop watching; the replicas go on."""
         self._replicas.close()
+        for reading in self._reading.values():
+            reading.cancel()
 
     async def next_table(self, known_stamp: str | None) -> ServingTable:
         """The table once its stamp is not `known_stamp`, or unchanged after `TABLE_WAIT_S`.
@@ -200,13 +217,14 @@ class Supervisor:
         served = self._served.get(newest.collection)
         shards = max(len(newest.shards), len(served.shards) if served else 0)
         resources = replica_resources(newest.config, self._settings)
-        version = served.version if served else None
-        wanted = WantedReplica(newest.version, newest.generation, len(newest.shards), *resources, served=version)
+        wanted = WantedReplica(newest.version, newest.generation, len(newest.shards), *resources)
+        if served is not None:
+            wanted = replace(wanted, served=served.version, served_generation=served.generation)
         return dict.fromkeys(replicas_of(newest.collection, newest.config, shards), wanted)
 
     def _publishable(self, newest: Manifest) -> bool:
         wanted = {key: one for key, one in self._wanted_of(newest).items() if key.shard < len(newest.shards)}
-        return publishable_version(wanted, self._observed(), newest.version)
+        return publishable(wanted, self._observed(), newest.generation)
 
     def _observed(self) -> dict[ReplicaKey, ObservedReplica]:
         """Without replicas of which nobody knows whether they are wanted, because no manifest could be read."""
@@ -236,11 +254,42 @@ class Supervisor:
                     self._replicas.retire(key, served.generation)
 
     def _choose_served(self) -> None:
-        """The newest version as soon as all can switch to it; until then what was served goes on."""
+        """The newest version as soon as all can switch to its generation; until then what was served goes on."""
         self._served = {name: served for name, served in self._served.items() if name in self._known.newest}
         for name, newest in self._known.newest.items():
-            if self._publishable(newest):
+            served = self._served.get(name)
+            if (served is not None and served.generation == newest.generation) or self._publishable(newest):
                 self._served[name] = newest
+
+    def _choose_leads(self) -> None:
+        """Have one ready replica lead each shard that no one leads (`placement.choose_lead`)."""
+        shards = {(key.collection, key.shard) for key in self._wanted()}
+        self._led_last = {shard: key for shard, key in self._led_last.items() if shard in shards}
+        for shard in sorted(shards):
+            replicas = self._replicas.candidates(*shard)
+            if (primary := leader(replicas)) is not None:
+                self._led_last[shard] = primary
+            chosen = choose_lead(replicas, self._led_last.get(shard), self._settings.replica_timeout_s)
+            if chosen is not None:
+                self._replicas.lead(chosen)
+
+    def _look_for_newer(self) -> None:
+        """Read the collections of which a replica holds a version that is not known: others should load it soon."""
+        self._looked_for = {name: version for name, version in self._looked_for.items() if name in self._known.newest}
+        for name, newest in self._known.newest.items():
+            told = max(self._replicas.versions(name), default=0)
+            if told > max(newest.version, self._looked_for.get(name, 0)) and name not in self._reading:
+                self._looked_for[name] = told  # once: where that cannot be read the next poll tells why
+                self._reading[name] = asyncio.ensure_future(self._read(name))
+
+    async def _read(self, name: str) -> None:
+        try:
+            await self._known.read(name)
+        except EaglerayError as error:
+            logger.warning("reading the manifest of %s: %s", name, error)
+        finally:
+            self._reading.pop(name, None)
+            self._wake.set()
 
     def _publish(self) -> None:
         before = self._table.collections if self._table else {}
@@ -253,10 +302,25 @@ class Supervisor:
             why = why_unready(collections.get(name), statuses)
             if why:
                 unready[name] = why
-        if self._table is None or (collections, unready) != (self._table.collections, self._table.unready):
+        if self._table is None or self._worth_publishing(self._table, collections, unready):
             for name, served in collections.items():
-                if name not in before or before[name].version != served.version:
+                if name not in before or before[name].generation != served.generation:
                     self._served_since[name] = self._clock()
             self._table = ServingTable(self._new_nonce(), collections, unready)
+            self._published_at = self._clock()
             self._changed.set()
             self._changed = asyncio.Event()
+
+    def _worth_publishing(
+        self, table: ServingTable, collections: dict[str, ServedCollection], unready: dict[str, str]
+    ) -> bool:
+        """Whether anything changed. Points alone, which do so with every write, are published now and then."""
+        if (collections, unready) == (table.collections, table.unready):
+            return False
+        if self._clock() - self._published_at >= POINTS_PERIOD_S:
+            return True
+        return (_without_points(collections), unready) != (_without_points(table.collections), table.unready)
+
+
+def _without_points(collections: dict[str, ServedCollection]) -> dict[str, ServedCollection]:
+    return {name: replace(served, shard_points={}) for name, served in collections.items()}

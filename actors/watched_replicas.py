@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any, Protocol
 
 from actors.shard import ReplicaStatus
 from cluster.config import Settings
 from cluster.errors import EaglerayError, NotFound, Unavailable
-from cluster.placement import ObservedReplica, ReplicaKey, WantedReplica
+from cluster.placement import Candidate, ObservedReplica, ReplicaKey, WantedReplica
 
-CALL_RETRY_S = 5.0  # after a load or a retire that failed
+CALL_RETRY_S = 5.0  # after a call to a replica that failed
+LEAD_TIMEOUT_S = 60.0  # applying the rest of the WAL and loading the newest version
+LEADING = "leading its shard"
 SILENT_TIMEOUTS_MAX = 6  # a replica that hung for so many `replica_timeout_s` is ended
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,10 @@ class Runtime(Protocol):
 
     async def retire(self, key: ReplicaKey, generation: int) -> None: ...
 
+    async def lead(self, key: ReplicaKey) -> None:
+        """Have a replica become the primary of its shard; nothing where it is."""
+        ...
+
 
 class WatchedReplicas:
     """Replicas with a watcher each. `wake` is set when something changed that a round should look at."""
@@ -47,7 +52,9 @@ class WatchedReplicas:
         self._keys = set(runtime.existing())
         self._statuses: dict[ReplicaKey, ReplicaStatus] = {}
         self._watchers: dict[ReplicaKey, asyncio.Task[None]] = {}
-        self._calls: dict[ReplicaKey, asyncio.Task[None]] = {}  # the load or retire of a replica
+        self._silent_since = dict.fromkeys(self._keys, clock())  # replicas that do not answer, but may be at work
+        self._calls: dict[ReplicaKey, asyncio.Task[None]] = {}  # the load, retire or lead of a replica
+        self._told_to_lead: set[ReplicaKey] = set()
         self._call_after: dict[tuple[ReplicaKey, str], float] = {}
         self._start_after: dict[ReplicaKey, float] = {}
 
@@ -76,7 +83,21 @@ class WatchedReplicas:
 
     def observed(self) -> dict[ReplicaKey, ObservedReplica]:
         statuses = {key: self.status(key) for key in self._keys}
-        return {key: ObservedReplica(status.state, status.versions) for key, status in statuses.items()}
+        return {
+            key: ObservedReplica(status.state, max(status.versions, default=0), status.generations)
+            for key, status in statuses.items()
+        }
+
+    def candidates(self, collection: str, shard: int) -> dict[ReplicaKey, Candidate]:
+        """The replicas of a shard that run, by what decides which of them leads it."""
+        keys = (key for key in self._keys if (key.collection, key.shard) == (collection, shard))
+        return {key: self._candidate(key) for key in keys}
+
+    def _candidate(self, key: ReplicaKey) -> Candidate:
+        status, now = self.status(key), self._clock()
+        silent_s = now - self._silent_since[key] if key in self._silent_since else None
+        refused = now < self._call_after.get((key, LEADING), 0.0)
+        return Candidate(status.state, status.lsn, status.epoch, silent_s, key in self._told_to_lead, refused)
 
     def versions(self, collection: str) -> list[int]:
         """The versions of a collection that ready replicas hold, newest first."""
@@ -108,6 +129,18 @@ class WatchedReplicas:
         what = f"retiring generations before {generation}"
         self._call(key, what, lambda: self._runtime.retire(key, generation), self._settings.replica_timeout_s)
 
+    def lead(self, key: ReplicaKey) -> None:
+        """Have a replica lead its shard. Until that is done, or has failed, `candidates` says that it was asked."""
+
+        async def tell() -> None:
+            self._told_to_lead.add(key)
+            try:
+                await self._runtime.lead(key)
+            finally:
+                self._told_to_lead.discard(key)
+
+        self._call(key, LEADING, tell, LEAD_TIMEOUT_S)
+
     def _call(
         self, key: ReplicaKey, what: str, call: Callable[[], Awaitable[None]], timeout_s: float | None = None
     ) -> None:
@@ -131,7 +164,9 @@ class WatchedReplicas:
             self._call_after.pop((key, what), None)
         except Exception as error:  # noqa: BLE001  # logged, and done again later
             log_failure(f"{key}: {what}", error)
-            self._call_after[key, what] = self._clock() + CALL_RETRY_S
+            now = self._clock()
+            waiting = {call: at for call, at in self._call_after.items() if at > now}  # of old versions none is left
+            self._call_after = {**waiting, (key, what): now + CALL_RETRY_S}
 
     async def _watch(self, key: ReplicaKey) -> None:
         """Ask a replica for its status for ever; a call that is late is waited for, not repeated."""
@@ -179,16 +214,23 @@ class WatchedReplicas:
         return True
 
     def _set_status(self, key: ReplicaKey, status: ReplicaStatus) -> None:
+        if key not in self._keys:
+            return
         before = self._statuses.get(key)
-        if key in self._keys and before != status:
-            self._statuses[key] = status
-            if before is None or replace(before, observed=()) != replace(status, observed=()):
-                self._wake.set()  # the observed recall is told, nothing is decided by it
+        self._statuses[key] = status
+        if status.state != "unreachable":
+            self._silent_since.pop(key, None)
+        elif key not in self._silent_since:
+            self._silent_since[key] = self._clock()
+        if before is None or _decisive(before) != _decisive(status):
+            self._wake.set()
 
     def _forget(self, key: ReplicaKey) -> None:
         """A replica's process is gone for good: the next round starts another if it is wanted."""
         self._keys.discard(key)
         self._statuses.pop(key, None)
+        self._silent_since.pop(key, None)
+        self._told_to_lead.discard(key)
         watcher = self._watchers.pop(key, None)
         if watcher is not None and watcher is not asyncio.current_task():
             watcher.cancel()
@@ -196,6 +238,11 @@ class WatchedReplicas:
             self._calls.pop(key).cancel()
         self._call_after = {(k, what): at for (k, what), at in self._call_after.items() if k != key}
         self._wake.set()
+
+
+def _decisive(status: ReplicaStatus) -> tuple[object, ...]:
+    """What a round must look at without delay. The rest, such as the LSN, changes each second under writes."""
+    return status.state, status.error, status.versions, status.generations, status.epoch, status.attributes
 
 
 def log_failure(what: str, error: Exception) -> None:

@@ -192,7 +192,9 @@ class Limits:
 
     `answer_numbers` bounds the memory of an answer: a hit counts as 4 numbers, and its vector as its dimension.
     `recent_queries` is how many vectors of a collection's searches a coordinator keeps for its next import to tune
-    on; 0 keeps none, and deletes what was kept.
+    on; 0 keeps none, and deletes what was kept. `attribute_bytes` is of one point. Writes that wait for a shard take
+    at most `queued_write_bytes_per_shard`, those that share one WAL object `wal_object_bytes` (one that is larger goes
+    alone).
     """
 
     body_bytes: int = 64 * 1024 * 1024
@@ -205,12 +207,42 @@ class Limits:
     batch_vectors: int = 512
     calls_in_flight_per_replica: int = 2
     recent_queries: int = 1_000
+    points_per_upsert: int = 10_000
+    ids_per_delete: int = 10_000
+    attribute_bytes: int = 64 * 1024
+    queued_write_bytes_per_shard: int = 128 * 1024 * 1024
+    wal_object_bytes: int = 16 * 1024 * 1024
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             least = 0 if name == "recent_queries" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise Invalid.at(f"limits.{name}", f"must be an integer from {least} on, not {value!r}")
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """When a shard seals its tail into a segment, and when it merges segments.
+
+    The tail is sealed when it has `seal_points` points, `seal_bytes` of vectors or `seal_records` WAL records; at
+    `tail_bytes_max` writes are refused until a seal is done. Segments are merged when there are more than
+    `segments_max`; one is rebuilt when the share `tombstone_ratio` of its rows is deleted.
+    """
+
+    seal_points: int = 50_000
+    seal_bytes: int = 64 * 1024 * 1024
+    seal_records: int = 10_000
+    tail_bytes_max: int = 512 * 1024 * 1024
+    segments_max: int = 8
+    tombstone_ratio: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "tombstone_ratio":
+                if not (_is_number(value) and 0.0 < value <= 1.0):
+                    raise Invalid.at(f"upkeep.{name}", f"must be a number over 0 and at most 1, not {value!r}")
+            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise Invalid.at(f"upkeep.{name}", f"must be an integer from 1 on, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -234,6 +266,7 @@ class Settings:
     observed_share: float = 0.001
     observed_duty: float = 0.02
     limits: Limits = field(default_factory=Limits)
+    upkeep: Upkeep = field(default_factory=Upkeep)
 
     def __post_init__(self) -> None:
         if not isinstance(self.shard_cpus, int | float) or not 0 <= self.shard_cpus < float("inf"):
@@ -251,7 +284,8 @@ class Settings:
     def from_dict(cls, data: Mapping[str, Any]) -> Settings:
         """Parse a decoded object such as the `args` of a Serve config file; unknown fields are Invalid."""
         cls.check_names(data)
-        return cls(**{**data, "limits": Limits(**data.get("limits", {}))})
+        parts = {"limits": Limits(**data.get("limits", {})), "upkeep": Upkeep(**data.get("upkeep", {}))}
+        return cls(**{**data, **parts})
 
     @classmethod
     def check_names(cls, data: Mapping[str, Any]) -> None:
@@ -259,10 +293,11 @@ class Settings:
         _refuse_unknown(data, cls, "")
         if "data" not in data:
             raise Invalid.at("data", "is required: the storage URL, such as file:///var/lib/eagleray")
-        limits = data.get("limits", {})
-        if not isinstance(limits, Mapping):
-            raise Invalid.at("limits", "must be an object")
-        _refuse_unknown(limits, Limits, "limits.")
+        for name, part in (("limits", Limits), ("upkeep", Upkeep)):
+            given = data.get(name, {})
+            if not isinstance(given, Mapping):
+                raise Invalid.at(name, "must be an object")
+            _refuse_unknown(given, part, f"{name}.")
 
     def check_shared(self) -> None:
         """Invalid unless every process of a cluster finds the same data under `data`."""

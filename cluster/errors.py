@@ -65,7 +65,7 @@ class Exhausted(EaglerayError):
 
 
 class Unavailable(EaglerayError):
-    """Not now; the same request may succeed after `retry_after_s` seconds."""
+    """Not now; the same request may succeed after `retry_after_s` seconds. A write may have been applied or not."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0, coverage: object = None) -> None:
         super().__init__(message, retry_after_s, coverage)

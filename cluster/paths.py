@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 MANIFEST_NAME = re.compile(r"(\d{20})\.json")
+WAL_NAME = re.compile(r"([0-9]{20})\.arrow")
+TOMBSTONES_NAME = re.compile(r".+-([0-9]{20})\.arrow")
 
 ROWS, INDEX, DESCRIPTION = "rows.arrow", "index.faiss", "segment.json"
 SEGMENT_FILES = (ROWS, INDEX, DESCRIPTION)
@@ -34,6 +36,35 @@ def segments_prefix(collection: str) -> str:
 
 def segment_file(collection: str, segment_id: str, name: str) -> str:
     return f"collections/{collection}/segments/{segment_id}/{name}"
+
+
+def wal_prefix(collection: str, shard: int) -> str:
+    return f"collections/{collection}/shards/{shard:04d}/wal/"
+
+
+def wal_record(collection: str, shard: int, lsn: int) -> str:
+    return f"{wal_prefix(collection, shard)}{lsn:020d}.arrow"
+
+
+def wal_lsn(key: str) -> int | None:
+    """The LSN that the key of a WAL record names, or None for any other key."""
+    match = WAL_NAME.fullmatch(key.rsplit("/", 1)[-1])
+    return int(match.group(1)) if match else None
+
+
+def tombstones_prefix(collection: str, shard: int) -> str:
+    return f"collections/{collection}/shards/{shard:04d}/tombstones/"
+
+
+def tombstones(collection: str, shard: int, segment_id: str, lsn: int) -> str:
+    """The deleted rows of a segment, as of an LSN of its shard."""
+    return f"{tombstones_prefix(collection, shard)}{segment_id}-{lsn:020d}.arrow"
+
+
+def tombstones_lsn(key: str) -> int | None:
+    """The LSN that the key of a tombstone file names, or None for any other key."""
+    match = TOMBSTONES_NAME.fullmatch(key.rsplit("/", 1)[-1])
+    return int(match.group(1)) if match else None
 
 
 def staging_prefix(collection: str, job_id: str = "") -> str:

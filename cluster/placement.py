@@ -33,7 +33,8 @@ class ReplicaKey:
 class WantedReplica:
     """The manifest version a replica should hold, its generation, how many shards there are, and its resources.
 
-    `served` is the version that is served until `version` can be: the replica should hold it too.
+    `served` is the version, and `served_generation` its generation, that is served until `version` can be: the replica
+    should hold that generation too.
     """
 
     version: int
@@ -42,19 +43,36 @@ class WantedReplica:
     num_cpus: float
     num_gpus: float = 0.0
     served: int | None = None
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """What to hold, the most urgent first."""
-        return (self.version,) if self.served is None or self.served == self.version else (self.served, self.version)
+    served_generation: int | None = None
 
 
 @dataclass(frozen=True)
 class ObservedReplica:
-    """What a replica last said of itself: the manifest versions it holds, newest last."""
+    """What a replica last said of itself: the newest manifest version it holds, and the generations, newest last.
+
+    That version is of the newest of its generations. All versions of one generation answer alike, for a replica
+    follows the WAL; what a newer one brings is that less of it is in the tail.
+    """
 
     state: ReplicaState
-    versions: tuple[int, ...] = ()
+    version: int = 0
+    generations: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What matters of a replica for who leads its shard.
+
+    `epoch` is that of the replica as primary, 0 where it is none; `silent_s` for how long it has not answered, None
+    where it does. `asked`: it is being told to lead. `refused`: that failed a moment ago.
+    """
+
+    state: ReplicaState
+    lsn: int = 0
+    epoch: int = 0
+    silent_s: float | None = None
+    asked: bool = False
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,7 @@ def plan(wanted: Mapping[ReplicaKey, WantedReplica], observed: Mapping[ReplicaKe
     """Actions that bring `observed` to `wanted`: retire what is not wanted, start what is missing, load what is old.
 
     A replica that is starting or unreachable is left alone: Ray restarts it, and it loads the newest version. One that
-    lacks more than one version has a `Load` for each, the most urgent first.
+    lacks more than one generation has a `Load` for each, the one that is served first.
     """
     actions: list[Action] = [Stop(key) for key in sorted(observed.keys() - wanted.keys())]
     for key in sorted(wanted):
@@ -91,8 +109,18 @@ def plan(wanted: Mapping[ReplicaKey, WantedReplica], observed: Mapping[ReplicaKe
         if replica is None:
             actions.append(Start(key, wanted[key]))
         elif replica.state in ("ready", "failed"):
-            actions += [Load(key, version) for version in wanted[key].versions if version not in replica.versions]
+            actions += [Load(key, version) for version in _lacking(wanted[key], replica)]
     return actions
+
+
+def _lacking(wanted: WantedReplica, replica: ObservedReplica) -> list[int]:
+    """Versions to load: any of the generation that is served, and the newest one unless it has a later one already."""
+    lacking = []
+    if wanted.served is not None and wanted.served_generation not in replica.generations:
+        lacking.append(wanted.version if wanted.served_generation == wanted.generation else wanted.served)
+    if replica.version < wanted.version and wanted.version not in lacking:
+        lacking.append(wanted.version)
+    return lacking
 
 
 def replicas_of(collection: str, config: CollectionConfig, shards: int) -> list[ReplicaKey]:
@@ -115,10 +143,10 @@ def search_threads(shards: int, settings: Settings, node_cores: int) -> int:
     return max(1, node_cores // shards)
 
 
-def publishable_version(
-    wanted: Mapping[ReplicaKey, WantedReplica], observed: Mapping[ReplicaKey, ObservedReplica], version: int
+def publishable(
+    wanted: Mapping[ReplicaKey, WantedReplica], observed: Mapping[ReplicaKey, ObservedReplica], generation: int
 ) -> bool:
-    """True when a collection may switch to `version`: every replica that can answer holds it, each shard has one.
+    """True when a collection may switch to `generation`: every replica that can answer holds it, each shard has one.
 
     `wanted` are the replicas of one collection.
     """
@@ -127,19 +155,48 @@ def publishable_version(
         replica = observed.get(key)
         if replica is None or replica.state != "ready":
             continue
-        if version not in replica.versions:
+        if generation not in replica.generations:
             return False
         holding[key.shard] = True
     return all(holding.values())
 
 
 def held_by_every_shard(
-    collection: str, shards: int, observed: Mapping[ReplicaKey, ObservedReplica], version: int
+    collection: str, shards: int, observed: Mapping[ReplicaKey, ObservedReplica], generation: int
 ) -> bool:
-    """True when a ready replica of each of the shards holds `version`."""
+    """True when a ready replica of each of the shards holds `generation`."""
     holding = {
         key.shard
         for key, replica in observed.items()
-        if key.collection == collection and replica.state == "ready" and version in replica.versions
+        if key.collection == collection and replica.state == "ready" and generation in replica.generations
     }
     return holding >= set(range(shards))
+
+
+# --- who leads ----------------------------------------------------------------------------------------------------
+
+
+def leader(replicas: Mapping[ReplicaKey, Candidate]) -> ReplicaKey | None:
+    """The primary of a shard: of the ready replicas that say they lead the one of the highest epoch."""
+    leading = [key for key, replica in replicas.items() if replica.state == "ready" and replica.epoch > 0]
+    return max(leading, key=lambda key: replicas[key].epoch, default=None)
+
+
+def choose_lead(
+    replicas: Mapping[ReplicaKey, Candidate], led_last: ReplicaKey | None, patience_s: float
+) -> ReplicaKey | None:
+    """The replica of one shard to tell that it shall lead; None where one does, may do, or none can.
+
+    A replica that is silent may still lead, and may be back in a moment: for `patience_s` it is waited for, if it led
+    last or nobody knows who did. Whoever led last is preferred, then who has applied most of the WAL.
+    """
+    if leader(replicas) is not None:
+        return None
+    leads_again = led_last is not None and led_last in replicas and replicas[led_last].state == "ready"
+    for key, replica in replicas.items():
+        silent_s = replica.silent_s or 0.0
+        may_lead = replica.silent_s is not None and not leads_again and led_last in (key, None)
+        if (replica.asked or may_lead) and silent_s < patience_s:
+            return None
+    ready = [key for key, replica in replicas.items() if replica.state == "ready" and not replica.refused]
+    return min(ready, key=lambda key: (key != led_last, -replicas[key].lsn, key), default=None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,11 @@ class SearchParams:
         knobs = {"nprobe": self.nprobe, "ef_search": self.ef_search, "rerank": self.rerank}
         return {name: value for name, value in knobs.items() if value is not None}
 
+    def without(self, knob: str) -> SearchParams:
+        """The same without a raw knob."""
+        knobs: dict[str, Any] = {knob: None}
+        return replace(self, **knobs)
+
 
 @dataclass(frozen=True)
 class Query:
@@ -42,6 +48,7 @@ class Query:
     min_coverage: float = 1.0
     with_attributes: tuple[str, ...] = ()
     with_vectors: bool = False
+    min_lsn: Mapping[int, int] = field(default_factory=dict)  # shard -> LSN that its answer must include
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,14 @@ class SearchGroup:
 class ShardSearch:
     """One call to one shard: many requests' vectors, shape (n, dimension) float32, and how to search them.
 
-    After `timeout_s` nobody waits for the answer any more.
+    After `timeout_s` nobody waits for the answer any more. A replica that has not applied `min_lsn` yet waits for it.
     """
 
     generation: int
     vectors: NDArray[np.float32]
     groups: tuple[SearchGroup, ...]
     timeout_s: float = 60.0
+    min_lsn: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,13 +82,14 @@ class Hits:
 
     `counts` int64 (queries,) says how many of the flat rows belong to each query; `ids` is an Arrow array and
     `scores` float32, both (sum of counts,), best first within a query, ties by id. `columns` holds attributes
-    and vectors of the same rows where they were asked for.
+    and vectors of the same rows where they were asked for. `lsn` is the last one that the shard had applied.
     """
 
     counts: NDArray[np.int64]
     ids: Any
     scores: NDArray[np.float32]
     columns: Any = None
+    lsn: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,7 @@ class SearchResult:
     hits: Hits
     coverage: Coverage
     generation: int
+    lsn: Mapping[int, int] = field(default_factory=dict)  # by shard that answered
 
 
 def coverage_of(shard_points: dict[int, int], answered: set[int]) -> Coverage:

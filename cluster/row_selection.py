@@ -1,4 +1,4 @@
-"""Which rows of a segment may be found: tombstones now, filters later. A bitmap, as FAISS takes it."""
+"""Which rows of a segment or a tail may be found: those without a tombstone. A bitmap, as FAISS takes it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,20 @@ class RowSelection:
     def of(cls, mask: NDArray[np.bool_]) -> RowSelection:
         """From a mask (count,), True where the row is kept."""
         return cls(np.packbits(mask, bitorder="little"), int(np.count_nonzero(mask)), len(mask))
+
+    @classmethod
+    def everything(cls, count: int) -> RowSelection:
+        """Every row of `count`."""
+        return cls(np.full((count + 7) // 8, 0xFF, dtype=np.uint8), count, count)
+
+    def without(self, rows: NDArray[np.int64]) -> RowSelection:
+        """A new selection that keeps none of some rows (n,), which may repeat or be left out already."""
+        gone = np.unique(rows[self.holds(rows)])
+        if len(gone) == 0:
+            return self
+        bits = self.bits.copy()
+        np.bitwise_and.at(bits, gone >> 3, ~(1 << (gone & 7)).astype(np.uint8))
+        return RowSelection(bits, self.kept - len(gone), self.count)
 
     def rows(self) -> NDArray[np.int64]:
         """The kept rows, ascending."""

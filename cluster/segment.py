@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
@@ -230,11 +231,37 @@ class Rows:
         """Every row's id as one Arrow array, copied into memory."""
         return pa.concat_arrays([batch.column("id") for batch in self._batches])
 
-    def rows_of_ids(self, ids: Any) -> NDArray[np.int64]:
-        """The row of each id of an Arrow array, -1 where this segment does not hold it; shape (n,)."""
+    def rows_of_ids(self, ids: Any, hashes: NDArray[np.uint64] | None = None) -> NDArray[np.int64]:
+        """The row of each id of an Arrow array, -1 where this segment does not hold it; shape (n,).
+
+        `hashes` are those of the ids, where they are known already.
+        """
         rows = np.full(len(ids), -1, dtype=np.int64)
-        for position, (value, digest) in enumerate(zip(ids.to_pylist(), hash_ids(ids), strict=True)):
-            rows[position] = self._row_of_id(value, digest)
+        if len(ids) == 0 or self.count == 0:
+            return rows
+        hashes = hash_ids(ids) if hashes is None else hashes
+        order = np.argsort(hashes)
+        batches = np.maximum(0, np.searchsorted(self._first_hashes, hashes[order], side="left") - 1)
+        starts = np.flatnonzero(np.append(True, batches[1:] != batches[:-1]))
+        for start, stop in zip(starts, np.append(starts[1:], len(order)), strict=True):
+            positions = order[start:stop]
+            rows[positions] = self._rows_in_batch(int(batches[start]), ids, positions, hashes[positions])
+        return rows
+
+    def _rows_in_batch(
+        self, number: int, ids: Any, positions: NDArray[np.int64], hashes: NDArray[np.uint64]
+    ) -> NDArray[np.int64]:
+        """Rows of the ids at `positions`, whose hashes begin in this batch if anywhere."""
+        batch = self._batches[number]
+        column = batch.column("id_hash").to_numpy()
+        at = np.searchsorted(column, hashes, side="left")
+        equal = column[np.minimum(at, len(column) - 1)] == hashes
+        rows = np.where(equal, number * self._per_batch + at, -1)
+        doubtful = at == len(column)  # its hash may begin the next batch; or another id has the same hash
+        stored, wanted = batch.column("id").take(pa.array(at[equal])), ids.take(pa.array(positions[equal]))
+        doubtful[equal] = pc.not_equal(stored, wanted.cast(stored.type)).to_numpy(zero_copy_only=False)
+        for place in np.flatnonzero(doubtful):
+            rows[place] = self._row_of_id(ids[int(positions[place])].as_py(), hashes[place])
         return rows
 
     def _row_of_id(self, value: int | str, digest: np.uint64) -> int:

@@ -22,7 +22,8 @@ def smaller_is_better(metric: Metric) -> bool:
 def merge_hits(parts: Sequence[Hits], k: int, metric: Metric) -> Hits:
     """Merge several answers to the same queries into the best `k` of each query.
 
-    Every part must hold the same number of queries, and the parts' points must be disjoint.
+    Every part must hold the same number of queries, and the parts' points must be disjoint. A column that some of the
+    parts lack is null in their rows; the merged answer includes the lowest LSN that every part does.
     """
     if len(parts) == 1 and parts[0].counts.max(initial=0) <= k and not _has_ties(parts[0]):
         return parts[0]
@@ -34,9 +35,20 @@ def merge_hits(parts: Sequence[Hits], k: int, metric: Metric) -> Hits:
     counts = np.bincount(query, minlength=queries)
     rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     order = order[rank < k]
+    columns = _joined_columns(parts)
+    return Hits(
+        np.minimum(counts, k),
+        ids.take(pa.array(order)),
+        scores[order],
+        None if columns is None else columns.take(pa.array(order)),
+        min(part.lsn for part in parts),
+    )
+
+
+def _joined_columns(parts: Sequence[Hits]) -> Any:
+    """The parts' columns below each other; not every part has to know an attribute that was written just now."""
     tables = [part.columns for part in parts if part.columns is not None]  # a part without hits has none
-    columns = pa.concat_tables(tables).take(pa.array(order)) if tables else None
-    return Hits(np.minimum(counts, k), ids.take(pa.array(order)), scores[order], columns)
+    return pa.concat_tables(tables, promote_options="permissive") if tables else None
 
 
 def _has_ties(hits: Hits) -> bool:
@@ -66,6 +78,7 @@ def split_hits(hits: Hits, sizes: Sequence[int]) -> list[Hits]:
                 hits.ids.slice(start, stop - start),
                 hits.scores[start:stop],
                 columns,
+                hits.lsn,
             )
         )
         first += size
@@ -76,12 +89,12 @@ def join_queries(parts: Sequence[Hits]) -> Hits:
     """The inverse of `split_hits`: answers to consecutive runs of queries as one."""
     if len(parts) == 1:
         return parts[0]
-    tables = [part.columns for part in parts if part.columns is not None]
     return Hits(
         np.concatenate([part.counts for part in parts]),
         pa.concat_arrays([part.ids for part in parts]),
         np.concatenate([part.scores for part in parts]),
-        pa.concat_tables(tables) if tables else None,
+        _joined_columns(parts),
+        min(part.lsn for part in parts),
     )
 
 

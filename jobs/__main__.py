@@ -1,4 +1,4 @@
-"""`python -m jobs import ...`: what `ray job submit` runs."""
+"""`python -m jobs import ...` and `compact ...`: what `ray job submit` runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any
 
@@ -16,8 +18,9 @@ from actors import ray_jobs, ray_runtime
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Invalid
 from cluster.manifest import Manifest, ManifestLog
-from cluster.object_store import open_store
+from cluster.object_store import ObjectStore, open_store
 from jobs.build_plan import Workers
+from jobs.compact import CompactOptions, Compactor
 from jobs.import_source import Columns
 from jobs.importer import DEFAULT_MEMORY_BYTES, Importer, ImportOptions
 from jobs.progress_bar import progress_bar, rate_note
@@ -52,12 +55,38 @@ def import_command(
     """Import a Parquet file, folder or URL: all of it becomes the collection's points, or nothing does."""
     columns = Columns(id_column, vector_column, parse_attributes(attribute_columns))
     options = ImportOptions(collection, source, columns, _json_object(create), memory_bytes, seed)
+    settings = _connected(address, data, namespace)
+    run_import(settings, options, _first_status("import", job_id, collection))
+
+
+@app.command("compact")
+def compact_command(
+    collection: Annotated[str, typer.Option(help="The collection to compact.")],
+    shard: Annotated[int | None, typer.Option(help="Only this shard.", min=0)] = None,
+    data: Annotated[str | None, typer.Option(help="Storage URL; taken from the running Eagleray if absent.")] = None,
+    memory_bytes: Annotated[int, typer.Option(help=MEMORY_HELP, min=1)] = DEFAULT_MEMORY_BYTES,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
+    namespace: Annotated[str, typer.Option(help="Ray namespace of the Eagleray.")] = "eagleray",
+    job_id: Annotated[str | None, typer.Option(help="Name of this run; made up if absent.")] = None,
+) -> None:
+    """Seal what was written into segments, and merge each shard's segments into one without deleted rows."""
+    settings = _connected(address, data, namespace)
+    options = CompactOptions(collection, shard, memory_bytes)
+    run_compact(settings, options, _first_status("compact", job_id, collection))
+
+
+def _connected(address: str | None, data: str | None, namespace: str) -> Settings:
+    """Join the Ray cluster; the settings of the Eagleray there, or with `data` those of none."""
     ray_runtime.connect(address)
     settings = Settings(data=data, namespace=namespace) if data else ray_runtime.settings_of_supervisor(namespace)
     settings.check_shared()
+    return settings
+
+
+def _first_status(kind: str, job_id: str | None, collection: str) -> JobStatus:
     submission_id = _submission_id()
-    name = job_id or submission_id or new_job_id("import")
-    run_import(settings, options, JobStatus(name, "import", collection, submitted=submission_id == name))
+    name = job_id or submission_id or new_job_id(kind)
+    return JobStatus(name, kind, collection, submitted=submission_id == name)
 
 
 def _submission_id() -> str | None:
@@ -87,19 +116,9 @@ def run_import(settings: Settings, options: ImportOptions, status: JobStatus) ->
     """
     store = open_store(settings.data)
     log = ManifestLog(store, options.collection, lambda: uuid.uuid4().hex)
-    with progress_bar("starting") as show:
-
-        def listener(now: JobStatus) -> None:
-            show(now.phase, now.progress, rate_note(now.rate) or str(now.report.get("message", "")))
-
-        reporter = JobReporter(store, status, listener)
-        try:
+    with _reporter(store, status) as reporter:
+        with _told_if_it_fails(reporter, "stopped before it was committed"):
             manifest = Importer(settings.data, store, log, options, _workers(reporter)).run(status.job_id, reporter)
-        except BaseException as error:  # a cancelled job, SystemExit, has an end to report too
-            state = "failed" if isinstance(error, Exception) else "stopped"
-            message = str(error) if state == "failed" else "stopped before it was committed"
-            reporter.finish(state, {"error": type(error).__name__, "message": message})
-            raise
         report = {"points": manifest.points, "version": manifest.version, "generation": manifest.generation}
         served: dict[str, Any] = {"served": False, "message": "committed; the job was stopped before it was served"}
         try:
@@ -107,6 +126,39 @@ def run_import(settings: Settings, options: ImportOptions, status: JobStatus) ->
             served = _wait_until_served(settings.namespace, manifest)
         finally:
             reporter.finish("succeeded", report | served)
+
+
+def run_compact(settings: Settings, options: CompactOptions, status: JobStatus) -> None:
+    """Run a compaction, show and report its progress. Replicas load what it commits as they do with their own seals."""
+    store = open_store(settings.data)
+    log = ManifestLog(store, options.collection, lambda: uuid.uuid4().hex)
+    with _reporter(store, status) as reporter:
+        with _told_if_it_fails(reporter, "stopped; what it had committed stays"):
+            compactor = Compactor(settings.data, store, log, options, _workers(reporter), settings.cache_dir)
+            report = compactor.run(reporter)
+        reporter.finish("succeeded", report)
+
+
+@contextmanager
+def _reporter(store: ObjectStore, status: JobStatus) -> Iterator[JobReporter]:
+    """Reports to the store, and to a progress bar."""
+    with progress_bar("starting") as show:
+
+        def listener(now: JobStatus) -> None:
+            show(now.phase, now.progress, rate_note(now.rate) or str(now.report.get("message", "")))
+
+        yield JobReporter(store, status, listener)
+
+
+@contextmanager
+def _told_if_it_fails(reporter: JobReporter, stopped: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:  # a cancelled job, SystemExit, has an end to report too
+        state = "failed" if isinstance(error, Exception) else "stopped"
+        message = str(error) if state == "failed" else stopped
+        reporter.finish(state, {"error": type(error).__name__, "message": message})
+        raise
 
 
 def _workers(reporter: JobReporter) -> Workers:

@@ -2,8 +2,9 @@
 
 Phases: partition (read, check, split by hash of id; `row_reader`), build (one segment per partition;
 `segment_task`), commit (one manifest). A crash or a bad row before the commit leaves only garbage, and the old
-manifest served. Memory is bounded: a task holds one batch, or builds one segment, and the builds of a node together
-take at most `memory_bytes` for their indexes (`build_plan`).
+manifest served. Writes that were acknowledged before the import began are replaced by it, later ones stay on top: its
+plan fixes every shard's place in the WAL. Memory is bounded: a task holds one batch, or builds one segment, and the
+builds of a node together take at most `memory_bytes` for their indexes (`build_plan`).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """Checked before any row is read."""
+    """Checked before any row is read. `wal_ends` are then the ends of the shards' WALs: the import replaces them."""
 
     parent: Manifest | None
     config: CollectionConfig
@@ -68,6 +69,7 @@ class ImportPlan:
     partitions: int  # shards x segments per shard
     index: IndexPlan  # of a shard of the mean count: all its segments are of that kind
     builds: Builds
+    wal_ends: tuple[ShardEntry, ...]
     rates: Rates = REFERENCE
 
     @property
@@ -150,7 +152,8 @@ class Importer:
         count = ceil(source.rows / partitions)
         needed = segment_bytes(like(index.spec, count, config), count, config.dimension)
         builds = plan_builds(min(partitions, source.rows), needed, options.memory_bytes, self._workers)
-        return ImportPlan(parent, config, source, partitions, index, builds)
+        wal_ends = self._log.wal_ends(parent, config.shards)
+        return ImportPlan(parent, config, source, partitions, index, builds, wal_ends)
 
     def _measured(
         self, plan: ImportPlan, job_id: str, pieces: dict[int, dict[int, int]], reporter: JobReporter
@@ -276,8 +279,8 @@ def _shard_entries(plan: ImportPlan, refs: dict[int, SegmentRef]) -> tuple[Shard
     """Partitions of a shard are consecutive; one without rows has no segment."""
     each = plan.partitions // plan.config.shards
     return tuple(
-        ShardEntry(shard, tuple(refs[p] for p in range(shard * each, (shard + 1) * each) if p in refs))
-        for shard in range(plan.config.shards)
+        replace(end, segments=tuple(refs[p] for p in range(end.shard * each, (end.shard + 1) * each) if p in refs))
+        for end in plan.wal_ends
     )
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import queue
 import re
 import tempfile
-import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 
 from actors.build_rates import SAMPLE_POINTS, measure_rates
 from actors.faiss_index import use_threads
-from actors.segment_builder import BuildOptions, build_segment, publish_segment
+from actors.segment_builder import BuildOptions, Progress, build_segment, publish_segment
 from cluster import paths
 from cluster.arrow_rows import gather, vectors_view
 from cluster.config import CollectionConfig
@@ -28,6 +26,7 @@ from cluster.index_costs import Rates
 from cluster.index_policy import IndexPlan
 from cluster.object_store import ObjectStore, open_store
 from cluster.segment import rows_per_batch, rows_schema, write_rows
+from jobs.build_progress import shares_of
 from jobs.import_source import Unit
 from jobs.row_reader import SOURCE_ROW, SOURCE_ROW_GROUP, describe_place
 
@@ -169,23 +168,9 @@ def _open_pieces(task: SegmentTask, store: ObjectStore, folder: Path) -> _Pieces
 
 
 def _build(task: SegmentTask, folder: Path, segment_id: str) -> Iterator[dict[str, Any]]:
-    """`build_segment` in a thread, its progress passed on as it comes."""
-    progress: queue.Queue[float | None] = queue.Queue()
-    failure: list[BaseException] = []
+    def work(progress: Progress) -> None:
+        options = BuildOptions(task.threads, task.seed, progress, task.plan, task.rates, task.queries)
+        build_segment(folder, segment_id, task.config, task.count, rows_per_batch(task.config), options)
 
-    def work() -> None:
-        try:
-            options = BuildOptions(task.threads, task.seed, progress.put, task.plan, task.rates, task.queries)
-            build_segment(folder, segment_id, task.config, task.count, rows_per_batch(task.config), options)
-        except BaseException as error:  # noqa: BLE001  # carried to the caller's thread, nothing is lost
-            failure.append(error)
-        finally:
-            progress.put(None)
-
-    thread = threading.Thread(target=work, name="build")
-    thread.start()
-    while (share := progress.get()) is not None:
+    for share in shares_of(work):
         yield {"share": GATHER_SHARE + (1.0 - GATHER_SHARE) * share}
-    thread.join()
-    if failure:
-        raise failure[0]

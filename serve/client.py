@@ -64,6 +64,24 @@ class Client:
         body = {"ids": list(ids), "with_vectors": with_vectors}
         return dict(self.call("POST", f"/v1/collections/{name}/points:fetch", body))
 
+    def upsert(
+        self,
+        name: str,
+        ids: Sequence[int | str],
+        vectors: NDArray[Any],
+        attributes: Sequence[dict[str, Any]] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Insert or replace points: vectors (n, dimension), and each point's attributes. The LSNs of the answer are
+        what a search gives as `min_lsn` to see them on any replica."""
+        rows = zip(ids, vectors.tolist(), attributes or [{}] * len(ids), strict=True)
+        points = [{"id": point_id, "vector": vector, "attributes": more} for point_id, vector, more in rows]
+        return dict(self.call("POST", f"/v1/collections/{name}/points:upsert", {"points": points, **options}))
+
+    def delete_points(self, name: str, ids: Sequence[int | str], **options: Any) -> dict[str, Any]:
+        """Delete points; ids that there are not do no harm, and are not counted."""
+        return dict(self.call("POST", f"/v1/collections/{name}/points:delete", {"ids": list(ids), **options}))
+
     def vector_of(self, name: str, point_id: int | str) -> NDArray[np.float32]:
         """The stored vector of a point, shape (1, dimension); NotFound."""
         points = self.fetch(name, [point_id], with_vectors=True)["points"]

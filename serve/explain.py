@@ -15,9 +15,8 @@ KINDS_WITH_CODES = ("flat", "hnsw", "ivf_flat")  # the others have codes of thei
 
 def explanation(description: Facts) -> Facts:
     """The part of a collection's description that is about its indexes."""
-    shards = [
-        {name: shard[name] for name in ("shard", "points", "segments", "observed")} for shard in description["shards"]
-    ]
+    told = ("shard", "points", "tail_points", "tombstones", "segments", "observed")
+    shards = [{name: shard[name] for name in told} for shard in description["shards"]]
     return {name: description[name] for name in ("name", "config", "points", "generation")} | {"shards": shards}
 
 
@@ -35,7 +34,9 @@ def print_explanation(out: Console, description: Facts) -> None:
             considered = segment["considered"]
         for observed in shard["observed"]:
             print_line(out, f"  observed by replica {observed['replica']}: {observed_text(observed)}")
-        if not shard["segments"]:
+        if shard["tail_points"] or shard["tombstones"]:
+            print_line(out, f"\nshard {shard['shard']}: {unsealed_text(shard)}")
+        elif not shard["segments"]:
             print_line(out, f"\nshard {shard['shard']}: no index, {shard['points']:,} points")
 
 
@@ -67,6 +68,14 @@ def print_segment(out: Console, shard: int, segment: Facts, as_before: bool) -> 
         out.print(considered_table(segment["considered"]))
     print_line(out, f"  measured: {_built_text(segment)}")
     out.print(_points_table(segment["operating_points"]))
+
+
+def unsealed_text(shard: Facts) -> str:
+    """What writes left that no segment holds yet, and what of the segments they deleted."""
+    return (
+        f"{shard['tail_points']:,} points written since the last segment, searched exactly; "
+        f"{shard['tombstones']:,} rows of segments deleted"
+    )
 
 
 def considered_table(considered: Iterable[Facts]) -> Table:

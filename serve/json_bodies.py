@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -14,8 +15,14 @@ def search_answer(result: SearchResult, took_ms: float) -> dict[str, Any]:
         "results": _hit_lists(result.hits),
         "coverage": result.coverage.to_dict(),
         "generation": result.generation,
+        "lsn": lsn_answer(result.lsn),
         "took_ms": round(took_ms, 3),
     }
+
+
+def lsn_answer(lsn: Mapping[int, int]) -> dict[str, int]:
+    """LSNs by shard number, as JSON has them."""
+    return {str(shard): value for shard, value in lsn.items()}
 
 
 def _hit_lists(hits: Hits) -> list[list[dict[str, Any]]]:
@@ -33,7 +40,7 @@ def _hit_lists(hits: Hits) -> list[list[dict[str, Any]]]:
     return lists
 
 
-def points_of(table: Any, attributes: tuple[str, ...]) -> list[dict[str, Any]]:
+def points_of(table: Any, attributes: Collection[str]) -> list[dict[str, Any]]:
     """Rows of a table as points: id and vector where there are such columns, and the attributes together."""
     if table is None:
         return []

@@ -11,6 +11,10 @@ from prometheus_client.metrics_core import Metric
 
 LATENCY_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+OPERATIONS = {
+    "upserted": "Points whose upsert was acknowledged.",
+    "deleted": "Points whose delete was acknowledged, as far as they existed.",
+}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -39,6 +43,23 @@ class EndpointMetrics:
             buckets=BATCH_BUCKETS,
             registry=self._registry,
         )
+        self._writes = Counter(
+            "eagleray_writes",
+            "Upsert and delete requests by outcome.",
+            ("collection", "operation", "outcome"),
+            registry=self._registry,
+        )
+        self._points = {
+            operation: Counter(f"eagleray_points_{operation}", what, ("collection",), registry=self._registry)
+            for operation, what in OPERATIONS.items()
+        }
+        self._write_latency = Histogram(
+            "eagleray_write_latency_seconds",
+            "Time from the first byte of an upsert or delete request to its acknowledgement.",
+            ("collection", "operation"),
+            buckets=LATENCY_BUCKETS_S,
+            registry=self._registry,
+        )
 
     def batch(self, collection: str, shard: int, vectors: int) -> None:
         self._batches.labels(collection, str(shard)).observe(vectors)
@@ -47,6 +68,12 @@ class EndpointMetrics:
         self._queries.labels(collection, outcome).inc()
         self._vectors.labels(collection).inc(vectors)
         self._latency.labels(collection).observe(seconds)
+
+    def write(self, collection: str, operation: str, outcome: str, points: int, seconds: float) -> None:
+        """`operation` is one of `OPERATIONS`; `points` were acknowledged."""
+        self._writes.labels(collection, operation, outcome).inc()
+        self._points[operation].labels(collection).inc(points)
+        self._write_latency.labels(collection, operation).observe(seconds)
 
     def snapshot(self) -> list[Metric]:
         """Everything counted so far, as plain data that travels."""
@@ -65,7 +92,12 @@ class _Families:
 
 def render(snapshots: dict[str, list[Metric]], descriptions: list[dict[str, Any]]) -> bytes:
     """Prometheus text: every coordinator's counts under its label, and the shards' gauges."""
-    families = [*_merged(snapshots), *_gauges(descriptions), *_observed_gauges(descriptions)]
+    families = [
+        *_merged(snapshots),
+        *_gauges(descriptions),
+        *_write_gauges(descriptions),
+        *_observed_gauges(descriptions),
+    ]
     return generate_latest(_Families(families))
 
 
@@ -100,6 +132,26 @@ def _gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
             for kind, size in sizes.items():
                 index.add_metric((*place, kind), size)
     return [points, index, ready]
+
+
+def _write_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
+    """What the writes since the last segment left behind, and how far each replica is in the log."""
+    place_labels = ("collection", "shard")
+    tail = GaugeMetricFamily("eagleray_tail_points", "Live points of a shard in no segment yet.", labels=place_labels)
+    dead = GaugeMetricFamily(
+        "eagleray_tombstones", "Rows of a shard's segments that are deleted or replaced.", labels=place_labels
+    )
+    lsn = GaugeMetricFamily(
+        "eagleray_lsn", "Last record of the shard's log that a replica has applied.", labels=(*place_labels, "replica")
+    )
+    for description in descriptions:
+        for shard in description["shards"]:
+            place = (description["name"], str(shard["shard"]))
+            tail.add_metric(place, shard["tail_points"])
+            dead.add_metric(place, shard["tombstones"])
+            for replica in shard["replicas"]:
+                lsn.add_metric((*place, str(replica["replica"])), replica["lsn"])
+    return [tail, dead, lsn]
 
 
 def _observed_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:

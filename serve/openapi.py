@@ -16,7 +16,9 @@ from cluster.config import COLLECTION_NAME
 from serve.arrow_bodies import ARROW
 from serve.job_service import JOB_ID
 from serve.problems import PROBLEM
-from serve.schemas import CollectionBody, FetchBody, ImportBody, SearchBody, SearchOptions
+from serve.schemas import CollectionBody, ImportBody
+from serve.search_bodies import FetchBody, SearchBody, SearchOptions
+from serve.write_bodies import DeleteBody, UpsertBody, WriteOptions
 
 JSON = "application/json"
 Json = dict[str, Any]
@@ -30,7 +32,7 @@ def openapi_json() -> bytes:
 
 def openapi_document() -> Json:
     """OpenAPI 3.1 of everything the endpoint serves."""
-    bodies = (CollectionBody, SearchBody, FetchBody, ImportBody)
+    bodies = (CollectionBody, SearchBody, FetchBody, UpsertBody, DeleteBody, ImportBody)
     _, components = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
     _describe_search(components["SearchBody"])
     return {
@@ -70,9 +72,11 @@ def _paths() -> Json:
         f"{one}/points:fetch": {
             "parameters": collection,
             "post": _operation(
-                "Points by id", {200: _json("Points")}, 400, 404, 413, 415, 503, body=_json_body("FetchBody")
+                "Points by id", {200: _json("Points")}, 400, 404, 413, 415, 429, 503, body=_json_body("FetchBody")
             ),
         },
+        f"{one}/points:upsert": {"parameters": collection, "post": _upsert_operation()},
+        f"{one}/points:delete": {"parameters": collection, "post": _delete_operation()},
         f"{one}/jobs": {
             "parameters": collection,
             "post": _operation(
@@ -100,16 +104,48 @@ def _search_operation() -> Json:
         400, 404, 413, 415, 429, 503,
         body=_json_body("SearchBody"),
     )  # fmt: skip
-    binary = {"schema": {"type": "string", "contentMediaType": ARROW}}
-    operation["responses"]["200"]["content"][ARROW] = binary
-    operation["requestBody"]["content"][ARROW] = binary
+    operation["responses"]["200"]["content"][ARROW] = _stream()
+    operation["requestBody"]["content"][ARROW] = _stream()
     operation["description"] = (
         f"With Content-Type {ARROW} the body is a record batch stream with the column `vector` "
         "(FixedSizeList of float32 or float16), one row per query, and the options are URL parameters: "
         f"{', '.join(msgspec.structs.asdict(SearchOptions()))}. With Accept {ARROW} the answer is a stream with "
-        "the columns query, id, score and the attributes; coverage and generation are in its metadata."
+        "the columns query, id, score and the attributes; coverage, generation and lsn are in its metadata."
     )
     return operation
+
+
+def _upsert_operation() -> Json:
+    operation = _write_operation("Insert points, or replace those with the same ids", "Upserted", "UpsertBody")
+    operation["description"] = (
+        f"With Content-Type {ARROW} the body is a record batch stream, uncompressed, with the columns `id`, `vector` "
+        f"(FixedSizeList of float32 or float16) and one per attribute; {_write_parameters()}. Answered once the points "
+        "are in object storage; a search with the answer's `lsn` as `min_lsn` sees them on any replica. An attribute "
+        "that the collection does not have yet is declared, with the type of its values."
+    )
+    return operation
+
+
+def _delete_operation() -> Json:
+    operation = _write_operation("Delete points by id; ids that there are not do no harm", "Deleted", "DeleteBody")
+    operation["description"] = (
+        f"With Content-Type {ARROW} the body is a record batch stream with the one column `id`; {_write_parameters()}."
+    )
+    return operation
+
+
+def _write_operation(summary: str, answer: str, body: str) -> Json:
+    operation = _operation(summary, {200: _json(answer)}, 400, 404, 409, 413, 415, 429, 503, body=_json_body(body))
+    operation["requestBody"]["content"][ARROW] = _stream()
+    return operation
+
+
+def _write_parameters() -> str:
+    return f"the options are URL parameters: {', '.join(msgspec.structs.asdict(WriteOptions()))}"
+
+
+def _stream() -> Json:
+    return {"schema": {"type": "string", "contentMediaType": ARROW}}
 
 
 def _operation(summary: str, answers: dict[int, Json], *problems: int, body: Json | None = None) -> Json:
@@ -150,25 +186,31 @@ def _answers() -> Json:
     point = _object(id=identifier)
     point["properties"] |= {"attributes": anything, "vector": vector}
     coverage = _object(shards=number, points=number, missing=_list(integer))
+    lsn = {"type": "object", "description": "LSN by shard number", "additionalProperties": integer}
     replica = _object(
         replica=integer, state=string, node=string, pid=integer, threads=integer, error=string,
-        generations=_list(integer),
+        generations=_list(integer), lsn=integer, epoch=integer, upkeep=string,
     )  # fmt: skip
     observed = _object(
         replica=integer, generation=integer, recall=number, low=number, high=number, queries=integer, k=integer,
         dropped=integer,
     )  # fmt: skip
     shard = _object(
-        shard=integer, points=integer, replicas=_list(replica), segments=_list(anything), observed=_list(observed)
-    )
+        shard=integer, points=integer, lsn=integer, primary=_or_null(integer), tail_points=integer, tombstones=integer,
+        upkeep=string, replicas=_list(replica), segments=_list(anything), observed=_list(observed),
+    )  # fmt: skip
     problem = _object(type=string, title=string, status=integer, detail=string)
     problem["properties"] |= {"errors": _list(_object(field=string, message=string)), "coverage": coverage}
     return {
         "Problem": problem,
         "Status": _object(status=string),
         "JobId": _object(job_id=string),
-        "Points": _object(points=_list(point), missing=_list(identifier)),
-        "SearchAnswer": _object(results=_list(_list(hit)), coverage=coverage, generation=integer, took_ms=number),
+        "Points": _object(points=_list(point), missing=_list(identifier), lsn=lsn),
+        "Upserted": _object(upserted=integer, lsn=lsn),
+        "Deleted": _object(deleted=integer, lsn=lsn),
+        "SearchAnswer": _object(
+            results=_list(_list(hit)), coverage=coverage, generation=integer, lsn=lsn, took_ms=number
+        ),
         "Collections": _object(collections=_list({"$ref": "#/components/schemas/Collection"})),
         "Collection": _object(
             name=string,
@@ -176,26 +218,35 @@ def _answers() -> Json:
             points=integer,
             version=integer,
             generation=integer,
-            serving_generation={"anyOf": [integer, {"type": "null"}]},
+            serving_generation=_or_null(integer),
             ready=boolean,
             reason=string,
             shards=_list(shard),
         ),
-        "Job": _object(
-            job_id=string,
-            kind=string,
-            collection=string,
-            submitted=boolean,
-            state={"enum": ["pending", "running", "succeeded", "failed", "stopped"]},
-            phase=string,
-            progress=number,
-            rate=number,
-            remaining_s={"anyOf": [number, {"type": "null"}]},
-            report=anything,
-            plan=anything,
-            log=_list(string),
-        ),
+        "Job": _job(),
     }
+
+
+def _job() -> Json:
+    string, number, anything = ({"type": t} for t in ("string", "number", "object"))
+    return _object(
+        job_id=string,
+        kind=string,
+        collection=string,
+        submitted={"type": "boolean"},
+        state={"enum": ["pending", "running", "succeeded", "failed", "stopped"]},
+        phase=string,
+        progress=number,
+        rate=number,
+        remaining_s=_or_null(number),
+        report=anything,
+        plan=anything,
+        log=_list(string),
+    )
+
+
+def _or_null(schema: Json) -> Json:
+    return {"anyOf": [schema, {"type": "null"}]}
 
 
 def _list(items: Json) -> Json:

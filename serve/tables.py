@@ -29,12 +29,15 @@ def print_collection(out: Console, description: dict[str, Any]) -> None:
     out.print(Text.assemble((description["name"], "bold"), facts))
     shards = description["shards"]
     observed = ("observed",) if any(shard["observed"] for shard in shards) else ()
-    table = Table("shard", "points", "replicas", "index", "bytes", "recall@10", "at", "ms", *observed)
+    written = ("tail", "deleted") if any(shard["tail_points"] or shard["tombstones"] for shard in shards) else ()
+    table = Table("shard", "points", *written, "replicas", "index", "bytes", "recall@10", "at", "ms", *observed)
     for shard in shards:
+        unsealed = [f"{shard['tail_points']:,}", f"{shard['tombstones']:,}"] if written else []
         replicas = ", ".join(f"{r['state']} {r['error']}".strip() for r in shard["replicas"])
         told = (_observed_cell(shard["observed"], description["serving_generation"]),) if observed else ()
         for segment in shard["segments"] or [None]:
-            table.add_row(str(shard["shard"]), f"{shard['points']:,}", replicas, *_segment_cells(segment), *told)
+            cells = [*unsealed, replicas, *_segment_cells(segment), *told]
+            table.add_row(str(shard["shard"]), f"{shard['points']:,}", *cells)
     out.print(table)
 
 

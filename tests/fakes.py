@@ -12,23 +12,32 @@ import asyncio
 import pickle
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import uuid
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
+from actors.replica import Replica
+from actors.replica_upkeep import ReplicaUpkeep, Work
+from actors.segment_upkeep import merge_segments, seal_tail
 from actors.shard import ReplicaStatus, Shard
 from actors.shard_client import ServingTable
 from actors.supervisor import Supervisor
 from cluster.config import Settings
 from cluster.errors import EaglerayError, NotFound, Unavailable
+from cluster.manifest import ManifestLog
 from cluster.object_store import ObjectInfo, ObjectStore
 from cluster.placement import ReplicaKey, WantedReplica
 from cluster.query import Hits, ShardSearch
+from cluster.upkeep import Seal
+from cluster.write import PointWrite, WriteOutcome
 
 T = TypeVar("T")
 SETTINGS = Settings(data="memory://fakes", shard_cpus=0.0, reconcile_period_s=0.01, replica_timeout_s=0.2)
+PAUSED_S_MAX = 30.0  # what waits for a test to let it go on does not do so for ever
 
 
 def run_tasks_here(
@@ -56,31 +65,86 @@ class ManualClock:
 # --- replicas in this process -----------------------------------------------------------------------------------
 
 
+class _ProcessStore:
+    """The store as one process has it: after `die` every call fails, and while it is `paused` every call waits."""
+
+    def __init__(self, inner: ObjectStore) -> None:
+        self._inner = inner
+        self._dead = False
+        self._running = threading.Event()
+        self._running.set()
+
+    def die(self) -> None:
+        self._dead = True
+        self._running.set()
+
+    def pause(self) -> None:
+        self._running.clear()
+
+    def go_on(self) -> None:
+        self._running.set()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            if not self._running.wait(PAUSED_S_MAX) or self._dead:
+                raise Unavailable(f"{name}: the process is dead")
+            return getattr(self._inner, name)(*args)
+
+        return call
+
+
 @dataclass
 class _Process:
-    """One replica: its shard (None while it is dead), why it loaded nothing, and a gate that is shut while it hangs."""
+    """One replica (None while it is dead), its store, calls to it under way, and a gate that is shut while it hangs."""
 
-    shard: Shard | None
-    error: str = ""
+    replica: Replica | None
+    store: _ProcessStore
+    calls: set[asyncio.Task[Any]] = field(default_factory=set)
     gate: asyncio.Event | None = None
+
+    def die(self) -> None:
+        """Whatever is in memory is gone: calls under way fail, and nothing is put any more."""
+        replica, self.replica = self.replica, None
+        self.store.die()
+        for call in self.calls:
+            call.cancel()
+        if replica is not None:
+            threading.Thread(target=replica.close, daemon=True).start()
+        self.open()
+
+    def open(self) -> None:
+        self.store.go_on()
+        gate, self.gate = self.gate, None
+        if gate is not None:
+            gate.set()
 
 
 class LocalRuntime:
-    """`watched_replicas.Runtime` whose replicas are `Shard`s of this process.
+    """`watched_replicas.Runtime` whose replicas are `Replica`s of this process, which push to each other.
 
     `kill` makes a replica unreachable until `revive`, which starts it afresh from the newest manifest, as Ray
     restarts an actor; `lose` removes it for good (NotFound), so that the supervisor must start another; `hang`
-    lets every call wait until `revive`. `started`, `stopped`, `loaded` and `retired` record what the supervisor did.
+    stops it like SIGSTOP, with every call to it and from it to the store, until `revive`. `started`, `stopped`,
+    `loaded`, `retired` and `led` record what the supervisor did. Followers read the WAL for a search that waits, when
+    they are told to (`replica(key).catch_up()`), and each `tick_s` where that is given. `drop_pushes` loses all pushes.
+    A primary seals and merges, in this process, at each tick (`replica(key).tick()`).
     """
 
-    def __init__(self, store: ObjectStore, cache_dir: Path) -> None:
+    def __init__(
+        self, store: ObjectStore, cache_dir: Path, settings: Settings = SETTINGS, tick_s: float | None = None
+    ) -> None:
         self._store = store
         self._cache_dir = cache_dir
+        self._settings = settings
+        self._tick_s = tick_s
         self._processes: dict[ReplicaKey, _Process] = {}
+        self.drop_pushes = False
         self.started: list[ReplicaKey] = []
         self.stopped: list[ReplicaKey] = []
         self.loaded: list[tuple[ReplicaKey, int]] = []
         self.retired: list[tuple[ReplicaKey, int]] = []
+        self.led: list[ReplicaKey] = []
+        weakref.finalize(self, _end_all, self._processes)  # the threads of primaries would go on
 
     def existing(self) -> list[ReplicaKey]:
         return sorted(self._processes)
@@ -94,72 +158,125 @@ class LocalRuntime:
         self.lose(key)
 
     async def status(self, key: ReplicaKey) -> ReplicaStatus:
-        shard = await self._answering(key)
-        status = shard.status()
-        process = self._processes[key]
-        return status if status.state == "ready" else ReplicaStatus("failed", error=process.error or status.error)
+        return (await self._answering(key)).status()
 
     async def load(self, key: ReplicaKey, version: int) -> None:
-        shard = await self._answering(key)
         self.loaded.append((key, version))
-        await asyncio.to_thread(shard.load, version)
+        await self.ask(key, lambda replica: replica.load(version))
 
     async def retire(self, key: ReplicaKey, generation: int) -> None:
-        shard = await self._answering(key)
+        await self.ask(key, lambda replica: replica.retire(generation))
         self.retired.append((key, generation))
-        shard.retire(generation)
+
+    async def lead(self, key: ReplicaKey) -> None:
+        self.led.append(key)
+        await self.ask(key, lambda replica: replica.lead())
 
     def client(self, key: ReplicaKey) -> LocalShardClient:
         return LocalShardClient(self, key)
 
+    def replica(self, key: ReplicaKey) -> Replica:
+        """What runs in the process; for tests that look inside."""
+        replica = self._processes[key].replica
+        assert replica is not None
+        return replica
+
     def kill(self, key: ReplicaKey) -> None:
-        """The process dies; calls that hang in it fail."""
-        process = self._processes[key]
-        process.shard = None
-        _open(process)
+        """The process dies; calls to it that are under way fail."""
+        self._processes[key].die()
 
     def lose(self, key: ReplicaKey) -> None:
         """The process is gone for good."""
         process = self._processes.pop(key, None)
         if process is not None:
-            process.shard = None
-            _open(process)
+            process.die()
 
     def hang(self, key: ReplicaKey) -> None:
         """Every call waits from now on."""
         self._processes[key].gate = asyncio.Event()
+        self._processes[key].store.pause()
 
     def revive(self, key: ReplicaKey) -> None:
         """A dead replica starts afresh; one that hangs goes on."""
         process = self._processes[key]
-        if process.shard is None:
+        if process.replica is None:
             self._processes[key] = self._new_process(key)
-        _open(process)
+        process.open()
+
+    def close(self) -> None:
+        """End all replicas."""
+        _end_all(self._processes)
 
     def _new_process(self, key: ReplicaKey) -> _Process:
-        process = _Process(Shard(self._store, key.collection, key.shard, self._cache_dir))
-        try:
-            process.shard.load()
-        except EaglerayError as error:
-            process.error = f"{type(error).__name__}: {error}"
+        process = _Process(None, _ProcessStore(self._store))
+        runtime, store = weakref.ref(self), cast(ObjectStore, process.store)
+
+        def push(data: bytes) -> None:
+            here = runtime()
+            if here is not None and process.replica is not None:
+                here._push(key, data)
+
+        def open_shard() -> Shard:
+            return Shard(store, key.collection, key.shard, self._cache_dir)
+
+        upkeep = self._upkeep(key, store, lambda version: process.replica.begin_load(version))
+        process.replica = Replica(key, open_shard, self._settings, 1, push, upkeep)
+        if self._tick_s is not None:
+            process.replica.keep_ticking(self._tick_s)
         return process
 
-    async def _answering(self, key: ReplicaKey) -> Shard:
-        """The replica's shard once it answers; NotFound where it is gone, Unavailable where it is dead."""
+    def _upkeep(self, key: ReplicaKey, store: ObjectStore, load: Callable[[int | None], Any]) -> ReplicaUpkeep:
+        collection, shard, cache_dir = key.collection, key.shard, self._cache_dir
+
+        def run(work: Work) -> int | None:
+            if isinstance(work, Seal):
+                manifest = seal_tail(store, collection, shard, cache_dir, _new_nonce)
+            else:
+                manifest = merge_segments(store, collection, shard, work.segment_ids, cache_dir, _new_nonce)
+            return manifest.version if manifest is not None else None
+
+        read = ManifestLog(store, collection, _new_nonce).read
+        return ReplicaUpkeep(str(key), self._settings.upkeep, read, run, load)
+
+    def _push(self, sender: ReplicaKey, data: bytes) -> None:
+        for key, process in list(self._processes.items()):
+            same_shard = (key.collection, key.shard) == (sender.collection, sender.shard)
+            if same_shard and key != sender and process.replica and not process.gate and not self.drop_pushes:
+                process.replica.receive(data)
+
+    async def ask(self, key: ReplicaKey, call: Callable[[Replica], Coroutine[Any, Any, T]]) -> T:
+        """Call a replica; NotFound where it is gone, Unavailable where it is dead, or dies meanwhile."""
+        replica, process = await self._answering(key), self._processes[key]
+        task = asyncio.ensure_future(call(replica))
+        process.calls.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if process.replica is replica:
+                raise
+            raise Unavailable(f"replica {key} died") from None
+        finally:
+            process.calls.discard(task)
+
+    async def _answering(self, key: ReplicaKey) -> Replica:
         process = self._processes.get(key)
         if process is None:
             raise NotFound(f"no process for replica {key}")
         if process.gate is not None:
             await process.gate.wait()
-        if process.shard is None:
+        if process.replica is None:
             raise Unavailable(f"replica {key} is dead")
-        return process.shard
+        return process.replica
 
 
-def _open(process: _Process) -> None:
-    gate, process.gate = process.gate, None
-    if gate is not None:
-        gate.set()
+def _new_nonce() -> str:
+    return uuid.uuid4().hex
+
+
+def _end_all(processes: dict[ReplicaKey, _Process]) -> None:
+    for process in processes.values():
+        process.die()
+    processes.clear()
 
 
 class LocalShardClient:
@@ -170,14 +287,17 @@ class LocalShardClient:
         self._key = key
 
     async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
-        return (await self._shard()).search(request)
+        return await self._ask(lambda replica: replica.search(request))
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str]) -> tuple[Any, Any]:
-        return (await self._shard()).fetch(generation, ids, columns)
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> tuple[Any, Any]:
+        return await self._ask(lambda replica: replica.fetch(generation, ids, columns, min_lsn))
 
-    async def _shard(self) -> Shard:
+    async def write(self, writes: Sequence[PointWrite]) -> tuple[WriteOutcome | EaglerayError, ...]:
+        return await self._ask(lambda replica: replica.write(writes))
+
+    async def _ask(self, call: Callable[[Replica], Coroutine[Any, Any, T]]) -> T:
         try:
-            return await self._runtime._answering(self._key)
+            return await self._runtime.ask(self._key, call)
         except NotFound as error:
             raise Unavailable(str(error)) from error
 
@@ -226,7 +346,9 @@ async def serving(
     runtime: LocalRuntime | None = None,
 ) -> AsyncIterator[Serving]:
     """A supervisor doing its rounds over in-process replicas (`runtime`: those of an earlier supervisor)."""
-    runtime = runtime or LocalRuntime(store, cache_dir)
+    mine = LocalRuntime(store, cache_dir, settings) if runtime is None else None
+    runtime = runtime or mine
+    assert runtime is not None
     supervisor = Supervisor(store, runtime, settings, clock)
     rounds = asyncio.create_task(supervisor.run())
     try:
@@ -235,6 +357,8 @@ async def serving(
         rounds.cancel()
         supervisor.close()
         await asyncio.wait({rounds})
+        if mine is not None:
+            mine.close()
 
 
 async def table_when(
@@ -252,7 +376,7 @@ async def table_when(
 
 # --- a store that fails -----------------------------------------------------------------------------------------
 
-Fault = Literal["fail", "lose_answer", "die"]
+Fault = Literal["fail", "lose_answer", "die", "stall"]
 ALL_CALLS = frozenset({"get", "put", "put_if_absent", "upload", "download", "objects", "folders", "delete"})
 
 
@@ -260,8 +384,8 @@ class FaultyStore:
     """An object store whose `at`-th call (from 1; 0: none) goes wrong with Unavailable.
 
     "fail" does nothing; "lose_answer" does it and then raises; "die" does nothing, then or ever after, like a
-    process that was killed there. Only the methods in `counted` count (and, short of "die", fail). `calls` is how
-    many there were; `at` may be moved while it is in use.
+    process that was killed there; "stall" sets `stalled`, waits for `go_on`, and then does it. Only the methods in
+    `counted` count (and, short of "die", fail). `calls` is how many there were; `at` may be moved while it is in use.
     """
 
     def __init__(
@@ -274,6 +398,7 @@ class FaultyStore:
         self._lock = threading.Lock()
         self._dead = False
         self.calls = 0
+        self.stalled, self.go_on = threading.Event(), threading.Event()
 
     def get(self, key: str) -> bytes:
         return self._call("get", key)
@@ -304,6 +429,11 @@ class FaultyStore:
 
     def _call(self, method: str, *args: Any) -> Any:
         wrong = self._goes_wrong(method)
+        if wrong and self._fault == "stall":
+            self.stalled.set()
+            if not self.go_on.wait(PAUSED_S_MAX):
+                raise Unavailable(f"{method} {args[0]}: nobody let the store go on")
+            wrong = False
         if wrong and self._fault != "lose_answer":
             raise Unavailable(f"{method} {args[0]}: the store failed, as it was told to at call {self.at}")
         answer = getattr(self._inner, method)(*args)

@@ -19,7 +19,13 @@ FILE_LINES_MAX = 400
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 
 MAY_IMPORT = {
-    "ray": {"actors/ray_runtime.py", "actors/ray_jobs.py", "serve/app.py", "serve/local_cluster.py"},
+    "ray": {
+        "actors/ray_runtime.py",
+        "actors/ray_replica.py",
+        "actors/ray_jobs.py",
+        "serve/app.py",
+        "serve/local_cluster.py",
+    },
     "faiss": {"actors/faiss_index.py", "actors/exact_search.py"},
 }
 MAY_READ_ENVIRONMENT = {"serve/local_cluster.py", "serve/app.py", "serve/cli.py", "jobs/__main__.py"}

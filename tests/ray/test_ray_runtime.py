@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 
 from actors import ray_jobs, ray_runtime
-from cluster.config import CollectionConfig, Settings
-from cluster.errors import Conflict, Invalid, NotFound, Unavailable
+from cluster.arrow_rows import vectors_array
+from cluster.config import CollectionConfig, Settings, Upkeep
+from cluster.errors import Conflict, Fenced, Invalid, NotFound, Unavailable
 from cluster.manifest import ManifestLog
 from cluster.object_store import open_store
 from cluster.placement import ReplicaKey, WantedReplica
 from cluster.query import SearchGroup, SearchParams, ShardSearch
+from cluster.write import PointWrite, WriteOutcome
 
 pytestmark = pytest.mark.ray
 WANTED = WantedReplica(version=1, generation=1, shards=1, num_cpus=0.0)
@@ -115,6 +120,128 @@ def test_status_of_a_killed_process_is_unavailable_and_then_ready_again(runtime:
 
     first, second, _ = asyncio.run(asyncio.wait_for(kill_and_wait(), 60.0))
     assert first != second
+
+
+def upsert(*numbers: int) -> PointWrite:
+    """Points of these ids; point i lies at (i, i)."""
+    vectors = np.repeat(np.array(numbers, np.float32)[:, None], 2, axis=1)
+    return PointWrite(pa.record_batch([pa.array(numbers), vectors_array(vectors)], names=["id", "vector"]))
+
+
+async def nearest(client: ray_runtime.ActorShardClient, number: int, min_lsn: int) -> Any:
+    group = SearchGroup(0, 1, 1, SearchParams())
+    (hits,) = await client.search(ShardSearch(1, np.full((1, 2), number, np.float32), (group,), 10.0, min_lsn))
+    return hits.ids.to_pylist()  # type: ignore[union-attr]
+
+
+def test_write_is_fenced_before_the_replica_leads_and_found_after_it(runtime: ray_runtime.RayRuntime) -> None:
+    async def write_and_search() -> None:
+        client = ray_runtime.ActorShardClient(runtime.handles[KEY], KEY)
+        (refused,) = await client.write([upsert(7)])
+        assert isinstance(refused, Fenced)
+        await runtime.lead(KEY)
+        outcomes = await client.write([upsert(7), upsert(8, 9), PointWrite(deletes=pa.array([9, 10]))])
+        assert [outcome.count for outcome in outcomes] == [1, 2, 1]  # type: ignore[union-attr]
+        lsn = max(outcome.lsn for outcome in outcomes)  # type: ignore[union-attr]
+        assert [await nearest(client, number, lsn) for number in (7, 9)] == [[7], [8]]
+        found, _ = await client.fetch(1, pa.array([9, 8]), [], lsn)
+        assert found.tolist() == [False, True]
+
+    asyncio.run(asyncio.wait_for(write_and_search(), 60.0))
+
+
+def test_primary_pushes_to_the_other_replica_of_its_shard(tmp_path: Path) -> None:
+    store, other = open_store(str(tmp_path)), ReplicaKey("empty", 0, 1)
+    ManifestLog(store, "empty", lambda: uuid.uuid4().hex).create(CollectionConfig(dimension=2, replicas=2))
+    settings = Settings(data=str(tmp_path), namespace=f"eagleray-{tmp_path.name}", shard_cpus=0.0)
+    runtime = ray_runtime.RayRuntime(settings)
+
+    async def write_and_follow() -> None:
+        runtime.start(KEY, WANTED)
+        runtime.start(other, WANTED)
+        await runtime.lead(KEY)
+        (outcome,) = await ray_runtime.ActorShardClient(runtime.handles[KEY], KEY).write([upsert(7)])
+        client = ray_runtime.ActorShardClient(runtime.handles[other], other)
+        assert await nearest(client, 7, outcome.lsn) == [7]  # type: ignore[union-attr]
+
+    try:
+        asyncio.run(asyncio.wait_for(write_and_follow(), 60.0))
+    finally:
+        ray_runtime.stop_actors(settings.namespace)
+
+
+def test_primary_seals_its_tail_in_a_process_of_its_own(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    log = ManifestLog(store, "empty", lambda: uuid.uuid4().hex)
+    log.create(CollectionConfig(dimension=2, metric="l2"))
+    namespace = f"eagleray-{tmp_path.name}"
+    settings = Settings(data=str(tmp_path), namespace=namespace, shard_cpus=0.0, upkeep=Upkeep(seal_points=20))
+    runtime = ray_runtime.RayRuntime(settings)
+
+    async def write_until_sealed() -> None:
+        runtime.start(KEY, WANTED)
+        await runtime.lead(KEY)
+        client = ray_runtime.ActorShardClient(runtime.handles[KEY], KEY)
+        outcomes = await client.write([upsert(number) for number in range(30)])
+        assert all(isinstance(outcome, WriteOutcome) for outcome in outcomes), outcomes
+        while (status := await runtime.status(KEY)).tail_points:
+            await asyncio.sleep(0.05)
+        assert (status.points, len(status.segments), status.upkeep) == (30, 1, "")
+        assert log.newest_live().shards[0].applied_lsn == status.lsn
+        assert [await nearest(client, number, status.lsn) for number in (0, 29)] == [[0], [29]]
+
+    try:
+        asyncio.run(asyncio.wait_for(write_until_sealed(), 60.0))
+    finally:
+        ray_runtime.stop_actors(namespace)
+
+
+async def led_again(runtime: ray_runtime.RayRuntime, pid: int) -> int:
+    """Until the replica runs in another process and leads; that process."""
+    while True:
+        try:
+            status = await runtime.status(KEY)
+            if status.pid != pid:
+                await runtime.lead(KEY)
+                return status.pid
+        except Unavailable as error:
+            print(f"not yet: {error}")
+        await asyncio.sleep(0.02)
+
+
+def test_acknowledged_writes_outlive_kills_of_the_process(runtime: ray_runtime.RayRuntime) -> None:
+    acknowledged: set[int] = set()
+    numbers = itertools.count()
+
+    async def write_on(client: ray_runtime.ActorShardClient) -> None:
+        """Until the process dies."""
+        while True:
+            number = next(numbers)
+            try:
+                (outcome,) = await client.write([upsert(number)])
+            except Unavailable:
+                return
+            assert isinstance(outcome, WriteOutcome), outcome
+            acknowledged.add(number)
+
+    async def kill_again_and_again() -> None:
+        client = ray_runtime.ActorShardClient(runtime.handles[KEY], KEY)
+        pid = (await runtime.status(KEY)).pid
+        await runtime.lead(KEY)
+        for _ in range(3):
+            before = len(acknowledged)
+            writers = [asyncio.ensure_future(write_on(client)) for _ in range(4)]
+            while len(acknowledged) < before + 50:
+                await asyncio.sleep(0.001)
+            os.kill(pid, signal.SIGKILL)
+            await asyncio.gather(*writers)
+            pid = await led_again(runtime, pid)
+            ids = sorted(acknowledged)
+            found, _ = await client.fetch(1, pa.array(ids), [])
+            assert found.all(), np.array(ids)[~found]
+        print(f"{len(acknowledged)} of {next(numbers)} writes were acknowledged")
+
+    asyncio.run(asyncio.wait_for(kill_again_and_again(), 90.0))
 
 
 def test_status_of_a_stopped_replica_is_not_found(runtime: ray_runtime.RayRuntime) -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from actors.batcher import QUEUE_FULL_RETRY_S, Batcher, GroupKey
+from actors.batcher import CALLS_AHEAD_MAX, QUEUE_FULL_RETRY_S, Batcher, GroupKey
 from cluster.config import Limits
 from cluster.errors import EaglerayError, Exhausted, Invalid, Unavailable
 from cluster.query import Hits, SearchParams, ShardSearch
@@ -72,8 +72,10 @@ def with_batcher(scenario: Callable[[Batcher, Shard], Awaitable[None]], limits: 
     return sizes
 
 
-def ask(batcher: Batcher, *values: int, generation: int = 1, key: GroupKey = TEN) -> asyncio.Task[Hits]:
-    return asyncio.ensure_future(batcher.search(numbers(*values), generation, key))
+def ask(
+    batcher: Batcher, *values: int, generation: int = 1, key: GroupKey = TEN, min_lsn: int = 0
+) -> asyncio.Task[Hits]:
+    return asyncio.ensure_future(batcher.search(numbers(*values), generation, key, min_lsn=min_lsn))
 
 
 async def fill_window(batcher: Batcher, shard: Shard) -> list[asyncio.Task[Hits]]:
@@ -314,5 +316,94 @@ def test_wider_window_lets_more_calls_fly() -> None:
         for number in (0, 1, 3):
             shard.answer(number)
         assert await ids_of(*asked) == [[0], [1], [2], [3]]
+
+    with_batcher(scenario)
+
+
+def test_searches_for_an_lsn_that_was_seen_batch_with_others_and_ask_for_the_highest() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        batcher.saw(9)
+        await fill_window(batcher, shard)
+        late = [ask(batcher, number, min_lsn=lsn) for number, lsn in [(3, 0), (4, 9), (5, 7)]]
+        await asyncio.sleep(0)
+        assert len(shard.calls) == 2
+        shard.answer(0)
+        await shard.came(3)
+        assert shard.calls[2].min_lsn == 9
+        assert shard.calls[0].min_lsn == 0
+        assert shard.calls[2].vectors[:, 0].tolist() == [3.0, 4.0, 5.0]
+        shard.answer(1)
+        shard.answer(2)
+        assert await ids_of(*late) == [[3], [4], [5]]
+
+    with_batcher(scenario)
+
+
+def test_search_for_an_lsn_nobody_has_seen_goes_alone_and_takes_no_slot() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        ahead = ask(batcher, 1, min_lsn=1_000)
+        await shard.came(1)
+        assert (shard.calls[0].min_lsn, shard.calls[0].vectors[:, 0].tolist()) == (1_000, [1.0])
+        others = [ask(batcher, number) for number in (2, 3)]
+        await shard.came(3)  # both slots are free
+        shard.answer(1)
+        shard.answer(2)
+        assert await ids_of(*others) == [[2], [3]]
+        more = [ask(batcher, number) for number in (4, 5)]
+        await shard.came(5)
+        also_ahead = ask(batcher, 6, min_lsn=7)  # even while the window is full
+        await shard.came(6)
+        for number in (3, 4, 5, 0):
+            shard.answer(number)
+        assert await ids_of(*more, also_ahead, ahead) == [[4], [5], [6], [1]]
+
+    with_batcher(scenario)
+
+
+def test_lsn_of_an_answer_or_an_acknowledged_write_is_seen_and_never_goes_back() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        first = ask(batcher, 1)
+        await shard.came(1)
+        shard.answer(0, tuple(replace(hits, lsn=5) for hits in echo(shard.calls[0])))
+        assert (await first).lsn == 5
+        ahead = ask(batcher, 2, min_lsn=8)
+        await shard.came(2)
+        shard.answer(1, tuple(replace(hits, lsn=8) for hits in echo(shard.calls[1])))
+        assert (await ahead).lsn == 8
+        batcher.saw(3)
+        assert batcher.seen_lsn == 8
+
+    with_batcher(scenario)
+
+
+def test_error_of_a_search_that_went_alone_is_its_own() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        behind, wrong = ask(batcher, 1, min_lsn=9), ask(batcher, 2, min_lsn=9)
+        await shard.came(2)
+        shard.answer(0, Unavailable("at LSN 3, not 9"))
+        shard.answer(1, (Invalid("no attribute"),))
+        with pytest.raises(Unavailable, match="at LSN 3"):
+            await behind
+        with pytest.raises(Invalid, match="no attribute"):
+            await wrong
+
+    with_batcher(scenario)
+
+
+def test_too_many_searches_for_an_unseen_lsn_are_exhausted_until_one_ends() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        waiting = [ask(batcher, number, min_lsn=9) for number in range(CALLS_AHEAD_MAX)]
+        await shard.came(CALLS_AHEAD_MAX)
+        with pytest.raises(Exhausted, match=f"{CALLS_AHEAD_MAX} requests wait already for an LSN over 0") as caught:
+            await batcher.search(numbers(7), 1, TEN, min_lsn=9)
+        assert caught.value.retry_after_s == QUEUE_FULL_RETRY_S
+        waiting[0].cancel()
+        await asyncio.wait({waiting[0]})
+        late = ask(batcher, 7, min_lsn=9)
+        await shard.came(CALLS_AHEAD_MAX + 1)
+        for number in range(1, CALLS_AHEAD_MAX + 1):
+            shard.answer(number)
+        assert await ids_of(late) == [[7]]
+        await asyncio.gather(*waiting[1:])
 
     with_batcher(scenario)

@@ -5,13 +5,15 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from numpy.typing import NDArray
 
 from actors import coordinator as coordinator_module
-from actors.coordinator import Coordinator
+from actors.coordinator import Coordinator, FetchResult
 from actors.shard_client import ServingTable
 from cluster.config import CollectionConfig, IndexConfig, Limits
 from cluster.errors import EaglerayError, Exhausted, Invalid, NotFound, Unavailable
@@ -57,6 +59,10 @@ class System:
 
 def config_of(shards: int = 2, kind: str = "flat", **options: object) -> CollectionConfig:
     return CollectionConfig(8, shards=shards, index=IndexConfig(kind=kind), **options)  # type: ignore[arg-type]
+
+
+def found_in(result: FetchResult) -> tuple[NDArray[np.bool_], Any]:
+    return result.found, result.table
 
 
 def fully_served(collection: str) -> Callable[[ServingTable], bool]:
@@ -263,20 +269,40 @@ def test_error_of_the_request_is_raised_even_where_another_shard_is_dead(tmp_pat
         vectors = random_vectors(config, 1, seed=1)
         with pytest.raises(Invalid, match=r"params\.ef_search"):
             await system.coordinator.search("words", query(vectors, params=SearchParams(ef_search=9), min_coverage=0.5))
-        with pytest.raises(Invalid, match="no attribute 'gloss'"):
-            await system.coordinator.search("words", query(vectors, with_attributes=("gloss",), min_coverage=0.5))
 
     with_system(scenario, config, tmp_path)
 
 
 def test_error_inside_a_cut_request_is_raised_as_itself(tmp_path: Path) -> None:
-    config = config_of(1)
+    config = config_of(1, kind="ivf_flat")
 
     async def scenario(system: System) -> None:
-        with pytest.raises(Invalid, match="no attribute 'gloss'"):
-            await system.coordinator.search(
-                "words", query(random_vectors(config, 9, seed=1), with_attributes=("gloss",))
-            )
+        vectors = random_vectors(config, 9, seed=1)
+        with pytest.raises(Invalid, match=r"params\.ef_search"):
+            await system.coordinator.search("words", query(vectors, params=SearchParams(ef_search=9)))
+
+    with_system(scenario, config, tmp_path, limits=Limits(batch_vectors=2))
+
+
+def test_attribute_that_no_replica_knows_yet_is_null_and_of_its_declared_type(tmp_path: Path) -> None:
+    config = config_of(2)
+
+    async def scenario(system: System) -> None:
+        table = system.coordinator.table
+        assert table is not None
+        declared = replace(table.collections["words"], attributes={"name": "large_string", "gloss": "int64"})
+        system.coordinator.apply(replace(table, collections={"words": declared}))
+        queries = random_vectors(config, 3, seed=1)
+        for vectors in (queries[:1], queries):  # one answer, and one that was cut
+            hits = (await system.coordinator.search("words", query(vectors, with_attributes=("gloss", "name")))).hits
+            assert hits.columns.column_names == ["gloss", "name"]
+            assert hits.columns["gloss"].type == pa.int64()
+            assert hits.columns["gloss"].null_count == len(hits.ids)
+            assert hits.columns["name"].null_count == 0
+        fetched = await system.coordinator.fetch("words", system.points.ids[:3], ("id", "gloss", "other"), 20.0)
+        assert fetched.table["gloss"].type == pa.int64()
+        assert fetched.table["gloss"].null_count == fetched.table["other"].null_count == 3
+        assert fetched.table["id"].to_pylist() == system.points.ids[:3].to_pylist()
 
     with_system(scenario, config, tmp_path, limits=Limits(batch_vectors=2))
 
@@ -369,14 +395,14 @@ def test_fetch_over_shards_keeps_the_order_asked(id_type: str, tmp_path: Path) -
         missing = -1_000 if id_type == "int64" else "nobody"
         known = system.points.take(np.random.default_rng(2).permutation(200)[:40])
         ids = pa.array([missing, *known.ids.to_pylist(), missing], ID_ARROW_TYPE[id_type])
-        found, table = await system.coordinator.fetch("words", ids, ("id", "name", "vector"), 20.0)
+        found, table = found_in(await system.coordinator.fetch("words", ids, ("id", "name", "vector"), 20.0))
         assert found.tolist() == [False, *[True] * 40, False]
         assert table["id"].to_pylist() == known.ids.to_pylist()
         assert table["name"].to_pylist() == known.names
         assert table["vector"].to_pylist() == known.vectors.tolist()
-        found, table = await system.coordinator.fetch("words", ids[:1], ("id",), 20.0)
+        found, table = found_in(await system.coordinator.fetch("words", ids[:1], ("id",), 20.0))
         assert (found.tolist(), table) == ([False], None)
-        found, table = await system.coordinator.fetch("words", ids[:0], ("id",), 20.0)
+        found, table = found_in(await system.coordinator.fetch("words", ids[:0], ("id",), 20.0))
         assert (found.tolist(), table) == ([], None)
 
     with_system(scenario, config, tmp_path)
@@ -388,7 +414,7 @@ def test_fetch_needs_only_the_shards_that_may_hold_the_ids(tmp_path: Path) -> No
     async def scenario(system: System) -> None:
         here, there = (points_of_shard(system.points, 2, shard) for shard in range(2))
         system.eagleray.runtime.kill(ReplicaKey("words", 1, 0))
-        found, table = await system.coordinator.fetch("words", here.ids, ("id",), 20.0)
+        found, table = found_in(await system.coordinator.fetch("words", here.ids, ("id",), 20.0))
         assert found.all()
         assert table["id"].to_pylist() == here.ids.to_pylist()
         with pytest.raises(Unavailable, match=r"shards \[1\] did not answer"):

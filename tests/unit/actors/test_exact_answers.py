@@ -85,7 +85,7 @@ def test_lists_too_short_for_k_and_ties_at_the_last_hit_still_give_k_hits(tmp_pa
     vectors = np.concatenate([0.01 * random.standard_normal((5, 4)), np.full((200, 4), 50.0)])
     index = IndexConfig("ivf_flat")
     shard = shard_of(CollectionConfig(4, "l2", index=index), vectors, tmp_path)
-    segment = shard._views[1].segments[0]
+    segment = shard.view(1).segments[0]
     assert segment.spec.params["nlist"] > 1
     hits = search(shard, np.zeros((1, 4)), 10)
     assert hits.ids.to_pylist()[5:] == [5, 6, 7, 8, 9]

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -16,8 +17,15 @@ import pyarrow as pa
 import pytest
 
 from actors import recall_observer
-from actors.ray_runtime import ShardActor
-from actors.recall_observer import BATCH_QUERIES, QUEUE_QUERIES, REST_MIN_S, WINDOW_QUERIES, RecallObserver
+from actors.ray_replica import ShardActor
+from actors.recall_observer import (
+    BATCH_QUERIES,
+    QUEUE_QUERIES,
+    REST_MIN_S,
+    VIEWS_WAITING,
+    WINDOW_QUERIES,
+    RecallObserver,
+)
 from cluster.config import CollectionConfig, IndexConfig, Settings
 from cluster.errors import EaglerayError, Invalid, Unavailable
 from cluster.object_store import open_store
@@ -67,6 +75,7 @@ def at(*places: float) -> Vectors:
 
 def offer(
     observer: RecallObserver,
+    shard: LineShard,
     vectors: Vectors,
     ids: list[list[int]],
     k: int = 10,
@@ -74,13 +83,13 @@ def offer(
     params: SearchParams = TUNED,
 ) -> None:
     group = SearchGroup(0, len(vectors), k, params)
-    observer.offer(ShardSearch(generation, vectors, (group,)), (answered(ids),))
+    observer.offer(ShardSearch(generation, vectors, (group,)), (answered(ids),), shard.search)
 
 
 def offer_right(observer: RecallObserver, shard: LineShard, count: int, k: int = 10, generation: int = 1) -> None:
     """Queries at 0, 1, ... that were answered as they should be."""
     vectors = at(*range(count))
-    offer(observer, vectors, [shard.nearest(float(x), k) for x in range(count)], k, generation)
+    offer(observer, shard, vectors, [shard.nearest(float(x), k) for x in range(count)], k, generation)
 
 
 def told(observer: RecallObserver, generation: int = 1) -> dict[str, Any]:
@@ -102,7 +111,7 @@ def places_asked(shard: LineShard) -> list[float]:
 
 def test_nothing_is_sampled_with_share_zero() -> None:
     shard = LineShard()
-    observer = RecallObserver(shard.search, share=0.0, duty=1.0)
+    observer = RecallObserver(share=0.0, duty=1.0)
     for _ in range(100):
         offer_right(observer, shard, 50, k=1)
     observer.drain()
@@ -116,9 +125,9 @@ def test_share_of_queries_is_sampled_whatever_the_size_of_the_groups() -> None:
     places = {}
     for size in (1, 7, 400):
         shard = LineShard(points=1)
-        observer = RecallObserver(shard.search, share=0.02, duty=1.0, uniform=Random(SEED).random)
+        observer = RecallObserver(share=0.02, duty=1.0, uniform=Random(SEED).random)
         for start in range(0, 11_200, size):
-            offer(observer, at(*range(start, start + size)), [[0]] * size, k=1)
+            offer(observer, shard, at(*range(start, start + size)), [[0]] * size, k=1)
             observer.drain()
         places[size] = places_asked(shard)
     assert places[1] == places[7] == places[400]
@@ -139,25 +148,25 @@ def test_share_of_queries_is_sampled_whatever_the_size_of_the_groups() -> None:
 )
 def test_queries_with_options_of_their_own_are_not_sampled(params: SearchParams) -> None:
     shard = LineShard()
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
-    offer(observer, at(3), [[3]], k=1, params=params)
+    observer = RecallObserver(share=1.0, duty=1.0)
+    offer(observer, shard, at(3), [[3]], k=1, params=params)
     observer.drain()
     assert observer.observed(1) is None
-    offer(observer, at(3), [[3]], k=1)
+    offer(observer, shard, at(3), [[3]], k=1)
     observer.drain()
     assert told(observer)["queries"] == 1
 
 
 def test_groups_are_sampled_each_by_its_own_answer() -> None:
     shard = LineShard()
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
+    observer = RecallObserver(share=1.0, duty=1.0)
     groups = (
         SearchGroup(0, 1, 1, TUNED),
         SearchGroup(1, 2, 1, TUNED),  # went wrong
         SearchGroup(2, 4, 2, TUNED),
     )
     outcomes = (answered([[7]]), Invalid.at("k", "is wrong"), answered([[], [30, 99]]))
-    observer.offer(ShardSearch(1, at(7, 8, 20, 30), groups), outcomes)
+    observer.offer(ShardSearch(1, at(7, 8, 20, 30), groups), outcomes, shard.search)
     observer.drain()
     assert places_asked(shard) == [7, 20, 30]
     assert told(observer)["recall"] == round((1.0 + 0.0 + 0.5) / 3, 4)
@@ -165,9 +174,9 @@ def test_groups_are_sampled_each_by_its_own_answer() -> None:
 
 def test_sample_outlives_the_batch_it_came_with() -> None:
     shard = LineShard()
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
+    observer = RecallObserver(share=1.0, duty=1.0)
     vectors = at(7)
-    offer(observer, vectors, [[7]], k=1)
+    offer(observer, shard, vectors, [[7]], k=1)
     vectors[:] = 50
     observer.drain()
     assert told(observer)["recall"] == 1.0
@@ -175,19 +184,21 @@ def test_sample_outlives_the_batch_it_came_with() -> None:
 
 def test_full_queue_drops_the_newest_and_counts_them() -> None:
     shard = LineShard(points=1)
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
-    offer(observer, at(*range(QUEUE_QUERIES + 50)), [[0]] * (QUEUE_QUERIES + 50), k=1)
+    observer = RecallObserver(share=1.0, duty=1.0)
+    offer(observer, shard, at(*range(QUEUE_QUERIES + 50)), [[0]] * (QUEUE_QUERIES + 50), k=1)
     assert observer.dropped == 50
     observer.drain()
     assert places_asked(shard) == list(range(QUEUE_QUERIES))
     assert (told(observer)["queries"], told(observer)["dropped"]) == (QUEUE_QUERIES, 50)
-    offer(observer, at(5), [[0]], k=1)
+    offer(observer, shard, at(5), [[0]], k=1)
     assert observer.dropped == 50, "there is room again"
 
 
 def test_error_while_sampling_is_logged_and_not_raised(caplog: pytest.LogCaptureFixture) -> None:
-    observer = RecallObserver(LineShard().search, share=1.0, duty=1.0)
-    observer.offer(ShardSearch(1, at(1), (SearchGroup(0, 1, 1, TUNED),)), ())  # fewer answers than groups
+    observer = RecallObserver(share=1.0, duty=1.0)
+    observer.offer(
+        ShardSearch(1, at(1), (SearchGroup(0, 1, 1, TUNED),)), (), LineShard().search
+    )  # fewer answers than groups
     assert "sampling queries" in caplog.text
 
 
@@ -196,10 +207,10 @@ def test_error_while_sampling_is_logged_and_not_raised(caplog: pytest.LogCapture
 
 def test_recall_is_the_share_of_the_best_that_was_answered() -> None:
     shard = LineShard()
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
+    observer = RecallObserver(share=1.0, duty=1.0)
     right = shard.nearest(50.0, 10)
     for wrong in (0, 3, 10):
-        offer(observer, at(50), [right[wrong:] + [90, 91, 92, 93, 94, 95, 96, 97, 98, 99][:wrong]])
+        offer(observer, shard, at(50), [right[wrong:] + [90, 91, 92, 93, 94, 95, 96, 97, 98, 99][:wrong]])
     observer.drain()
     facts = told(observer)
     assert (facts["generation"], facts["recall"], facts["queries"], facts["k"]) == (1, round(1.7 / 3, 4), 3, 10)
@@ -208,10 +219,10 @@ def test_recall_is_the_share_of_the_best_that_was_answered() -> None:
 
 def test_only_the_first_ten_hits_of_a_query_count() -> None:
     shard = LineShard()
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
+    observer = RecallObserver(share=1.0, duty=1.0)
     right = shard.nearest(50.0, 20)
-    offer(observer, at(50), [right[:10] + [90] * 10], k=20)
-    offer(observer, at(50), [[90] * 10 + right[:10]], k=20)
+    offer(observer, shard, at(50), [right[:10] + [90] * 10], k=20)
+    offer(observer, shard, at(50), [[90] * 10 + right[:10]], k=20)
     observer.drain()
     assert (told(observer)["recall"], told(observer)["k"]) == (0.5, 10)
     assert shard.asked[0].groups[0].k == 10
@@ -219,34 +230,37 @@ def test_only_the_first_ten_hits_of_a_query_count() -> None:
 
 def test_query_for_fewer_hits_counts_at_its_own_k() -> None:
     shard = LineShard()
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
-    offer(observer, at(50), [[50, 49]], k=2)
+    observer = RecallObserver(share=1.0, duty=1.0)
+    offer(observer, shard, at(50), [[50, 49]], k=2)
     observer.drain()
     assert (told(observer)["recall"], told(observer)["k"]) == (1.0, 2)
-    offer(observer, at(50), [shard.nearest(50.0, 5)], k=5)
-    offer(observer, at(50), [[51, 52]], k=2)  # 50 and 49 would be right: 51 is as far as 49, and has the larger id
+    offer(observer, shard, at(50), [shard.nearest(50.0, 5)], k=5)
+    offer(
+        observer, shard, at(50), [[51, 52]], k=2
+    )  # 50 and 49 would be right: 51 is as far as 49, and has the larger id
     observer.drain()
     assert (told(observer)["recall"], told(observer)["k"]) == (round(2 / 3, 4), 5)
 
 
 def test_shard_with_fewer_points_than_asked_for_is_measured_on_those() -> None:
     shard = LineShard(points=4)
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
-    offer(observer, at(0), [[0, 1, 2]])
+    observer = RecallObserver(share=1.0, duty=1.0)
+    offer(observer, shard, at(0), [[0, 1, 2]])
     observer.drain()
     assert told(observer)["recall"] == 0.75
 
 
 def test_shard_without_points_has_no_recall() -> None:
-    observer = RecallObserver(LineShard(points=0).search, share=1.0, duty=1.0)
-    offer(observer, at(0), [[]])
+    shard = LineShard(points=0)
+    observer = RecallObserver(share=1.0, duty=1.0)
+    offer(observer, shard, at(0), [[]])
     observer.drain()
     assert observer.observed(1) is None
 
 
 def test_truth_of_many_queries_is_asked_for_at_once_and_exactly() -> None:
     shard = LineShard(points=100)
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
+    observer = RecallObserver(share=1.0, duty=1.0)
     offer_right(observer, shard, BATCH_QUERIES + 6, k=3)
     observer.drain()
     assert [len(request.vectors) for request in shard.asked] == [BATCH_QUERIES, 6]
@@ -259,23 +273,23 @@ def test_truth_of_many_queries_is_asked_for_at_once_and_exactly() -> None:
 
 def test_window_forgets_queries_of_long_ago() -> None:
     shard = LineShard(points=1)
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
+    observer = RecallObserver(share=1.0, duty=1.0)
     for ids in ([[]] * 200, *[[[0]] * 100] * (WINDOW_QUERIES // 100)):
-        offer(observer, at(*range(len(ids))), ids, k=1)
+        offer(observer, shard, at(*range(len(ids))), ids, k=1)
         observer.drain()
     assert (told(observer)["queries"], told(observer)["recall"]) == (WINDOW_QUERIES, 1.0)
 
 
 def test_generations_are_told_apart_and_old_ones_forgotten() -> None:
     shard = LineShard(generations=range(1, 20))
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
-    offer(observer, at(3, 3), [[3], [4]], k=1, generation=1)
-    offer(observer, at(3), [[3]], k=1, generation=2)
+    observer = RecallObserver(share=1.0, duty=1.0)
+    offer(observer, shard, at(3, 3), [[3], [4]], k=1, generation=1)
+    offer(observer, shard, at(3), [[3]], k=1, generation=2)
     observer.drain()
     assert (told(observer, 1)["recall"], told(observer, 2)["recall"]) == (0.5, 1.0)
     assert [told(observer, generation)["queries"] for generation in (1, 2)] == [2, 1]
     for generation in range(3, 20):
-        offer(observer, at(3), [[3]], k=1, generation=generation)
+        offer(observer, shard, at(3), [[3]], k=1, generation=generation)
     observer.drain()
     assert observer.observed(1) is None
     assert told(observer, 19)["generation"] == 19
@@ -283,14 +297,56 @@ def test_generations_are_told_apart_and_old_ones_forgotten() -> None:
 
 def test_what_is_told_changes_only_when_a_batch_was_evaluated() -> None:
     shard = LineShard(points=1)
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
-    offer(observer, at(0), [[0]], k=1)
+    observer = RecallObserver(share=1.0, duty=1.0)
+    offer(observer, shard, at(0), [[0]], k=1)
     observer.drain()
     before = told(observer)
-    offer(observer, at(*range(2 * QUEUE_QUERIES)), [[]] * (2 * QUEUE_QUERIES), k=1)
+    offer(observer, shard, at(*range(2 * QUEUE_QUERIES)), [[]] * (2 * QUEUE_QUERIES), k=1)
     assert told(observer) == before
     observer.drain()
     assert told(observer) != before
+
+
+# --- of which view ----------------------------------------------------------------------------------------------
+
+
+def test_truth_is_asked_of_the_view_that_answered() -> None:
+    """What is written after an answer must not count against it: here 20 points were deleted meanwhile, or added."""
+    before, after = LineShard(points=30), LineShard(points=10)
+    observer = RecallObserver(share=1.0, duty=1.0)
+    offer(observer, before, at(25), [[25]], k=1)
+    offer(observer, after, at(25), [[9]], k=1)
+    offer(observer, before, at(24), [[24]], k=1)
+    observer.drain()
+    assert told(observer)["recall"] == 1.0
+    assert (places_asked(before), places_asked(after)) == ([25, 24], [25])
+    assert len(before.asked) == 1, "queries of one view are answered at once"
+
+
+def test_views_that_wait_are_bounded_and_the_rest_counted() -> None:
+    observer = RecallObserver(share=1.0, duty=1.0)
+    shards = [LineShard() for _ in range(VIEWS_WAITING + 3)]
+    for shard in shards:
+        offer(observer, shard, at(3), [[3]], k=1)
+    offer(observer, shards[0], at(4), [[4]], k=1)
+    assert observer.dropped == 3
+    observer.drain()
+    assert (told(observer)["queries"], told(observer)["dropped"]) == (VIEWS_WAITING + 1, 3)
+
+
+def test_view_is_let_go_once_it_was_asked_or_its_generation_retired() -> None:
+    observer = RecallObserver(share=1.0, duty=1.0, pause=Pauses(most=1))
+    asked, retired, kept = LineShard(), LineShard(), LineShard(generations=(2,))
+    views = [weakref.ref(shard) for shard in (asked, retired, kept)]
+    offer(observer, asked, at(3), [[3]], k=1)
+    observer.run()
+    offer(observer, retired, at(3, 4), [[3], [4]], k=1)
+    offer(observer, kept, at(3), [[3]], k=1, generation=2)
+    observer.retire(2)
+    del asked, retired, kept
+    assert [view() is None for view in views] == [True, True, False]
+    observer.drain()
+    assert (told(observer, 2)["queries"], told(observer, 2)["dropped"], observer.retired) == (1, 2, 2)
 
 
 # --- its interval -----------------------------------------------------------------------------------------------
@@ -327,9 +383,9 @@ def test_interval_holds_the_true_mean_19_times_of_20() -> None:
 
 def test_queries_of_a_retired_generation_are_dropped_quietly(caplog: pytest.LogCaptureFixture) -> None:
     shard = LineShard(generations=(2,))
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
-    offer(observer, at(3, 4), [[3], [4]], k=1, generation=1)
-    offer(observer, at(3), [[3]], k=1, generation=2)
+    observer = RecallObserver(share=1.0, duty=1.0)
+    offer(observer, shard, at(3, 4), [[3], [4]], k=1, generation=1)
+    offer(observer, shard, at(3), [[3]], k=1, generation=2)
     observer.drain()
     assert (observer.observed(1), observer.retired, observer.failed) == (None, 2, 0)
     assert (told(observer, 2)["queries"], told(observer, 2)["dropped"]) == (1, 2)
@@ -341,17 +397,17 @@ def test_error_of_the_exact_search_is_logged_and_the_next_batch_evaluated(
     raised: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     shard = LineShard()
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0)
+    observer = RecallObserver(share=1.0, duty=1.0)
     if raised:
         shard.error = RuntimeError("out of order")
     else:
         shard.outcome = EaglerayError("out of order")
-    offer(observer, at(3), [[3]], k=1)
+    offer(observer, shard, at(3), [[3]], k=1)
     observer.drain()
     assert (observer.observed(1), observer.failed) == (None, 1)
     assert "out of order" in caplog.text
     shard.error = shard.outcome = None
-    offer(observer, at(3), [[3]], k=1)
+    offer(observer, shard, at(3), [[3]], k=1)
     observer.drain()
     assert (told(observer)["queries"], told(observer)["dropped"]) == (1, 1)
 
@@ -375,7 +431,7 @@ class Pauses:
 def test_rest_after_a_batch_keeps_the_duty(duty: float, work_s: float, rest_s: float) -> None:
     clock, pauses = ManualClock(), Pauses(most=3)
     shard = LineShard(clock=clock)
-    observer = RecallObserver(shard.search, share=1.0, duty=duty, clock=clock, pause=pauses)
+    observer = RecallObserver(share=1.0, duty=duty, clock=clock, pause=pauses)
     shard.work_s = work_s
     offer_right(observer, shard, 2 * BATCH_QUERIES + 1, k=1)
     observer.run()
@@ -387,7 +443,7 @@ def test_batches_that_fail_are_rested_after_too() -> None:
     clock, pauses = ManualClock(), Pauses(most=2)
     shard = LineShard(clock=clock)
     shard.error, shard.work_s = RuntimeError("out of order"), 1.0
-    observer = RecallObserver(shard.search, share=1.0, duty=0.02, clock=clock, pause=pauses)
+    observer = RecallObserver(share=1.0, duty=0.02, clock=clock, pause=pauses)
     offer_right(observer, shard, BATCH_QUERIES + 1, k=1)
     observer.run()
     assert pauses.seconds == pytest.approx([49.0, 49.0])
@@ -395,24 +451,25 @@ def test_batches_that_fail_are_rested_after_too() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "setpriority"), reason="threads have no priority of their own here")
 def test_thread_works_with_little_priority_until_it_is_stopped() -> None:
-    shard, rested = LineShard(), threading.Event()
+    rested = threading.Event()
     seen: list[tuple[str, int, bool]] = []
 
-    def search(request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
-        here = threading.current_thread()
-        seen.append((here.name, os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), here.daemon))
-        return shard.search(request)
+    class Watched(LineShard):
+        def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
+            here = threading.current_thread()
+            seen.append((here.name, os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), here.daemon))
+            return super().search(request)
 
     def rest(seconds: float) -> bool:
         rested.set()
         return False
 
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    observer = RecallObserver(search, share=1.0, duty=1.0, pause=rest)
+    observer = RecallObserver(share=1.0, duty=1.0, pause=rest)
     others = observer_threads()
     observer.start()
     (thread,) = observer_threads() - others
-    offer_right(observer, shard, 1)
+    offer_right(observer, Watched(), 1)
     assert rested.wait(20.0)
     assert told(observer)["recall"] == 1.0
     assert seen == [("recall-observer", max(before, recall_observer.NICENESS), True)]
@@ -430,7 +487,7 @@ def test_thread_goes_on_at_normal_priority_where_it_may_not_be_lowered(
 
     monkeypatch.setattr(os, "setpriority", refuse)
     shard, pauses = LineShard(), Pauses(most=1)
-    observer = RecallObserver(shard.search, share=1.0, duty=1.0, pause=pauses)
+    observer = RecallObserver(share=1.0, duty=1.0, pause=pauses)
     offer_right(observer, shard, 1)
     with caplog.at_level(logging.INFO):
         observer._thread()
@@ -468,7 +525,7 @@ def test_replica_tells_the_observed_recall_of_the_generations_it_holds(tmp_path:
         status = asyncio.run(actor.status())
         assert (status.generations, status.observed) == ((2,), ())
     finally:
-        actor._observer.stop()
+        actor._replica.close()
 
 
 def test_replica_with_share_zero_has_no_thread_for_it(tmp_path: Path) -> None:
@@ -476,8 +533,9 @@ def test_replica_with_share_zero_has_no_thread_for_it(tmp_path: Path) -> None:
     settings = Settings(data=str(tmp_path / "data"), cache_dir=str(tmp_path), shard_threads=1, observed_share=0.0)
     commit(open_store(settings.data), "words", config, random_points(config, 50))
     before = observer_threads()
-    ShardActor(settings, ReplicaKey("words", 0, 0), 1)
+    actor = ShardActor(settings, ReplicaKey("words", 0, 0), 1)
     assert observer_threads() - before == set()
+    actor._replica.close()
 
 
 @pytest.mark.parametrize("name", ["observed_share", "observed_duty"])

@@ -6,21 +6,37 @@ import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from actors import supervisor as supervisor_module
 from actors.shard import ReplicaStatus
 from actors.shard_client import ServingTable
-from actors.supervisor import RETIRE_AFTER_S, STORE_POLL_S, Supervisor
+from actors.supervisor import POINTS_PERIOD_S, RETIRE_AFTER_S, STORE_POLL_S, Supervisor
 from actors.watched_replicas import CALL_RETRY_S, SILENT_TIMEOUTS_MAX
 from cluster import paths
+from cluster.arrow_rows import vectors_array
 from cluster.config import CollectionConfig, IndexConfig
-from cluster.errors import Corrupt, EaglerayError, NotFound, Unavailable
+from cluster.errors import Corrupt, EaglerayError, Fenced, NotFound, Unavailable
+from cluster.manifest import Manifest
 from cluster.memory_store import MemoryStore
 from cluster.object_store import ObjectStore
 from cluster.placement import ReplicaKey, WantedReplica
-from tests.fakes import SETTINGS, FaultyStore, LocalRuntime, ManualClock, Serving, serving, table_when
+from cluster.query import Hits, SearchGroup, SearchParams, ShardSearch
+from cluster.write import PointWrite, WriteOutcome
+from tests.fakes import (
+    SETTINGS,
+    FaultyStore,
+    LocalRuntime,
+    LocalShardClient,
+    ManualClock,
+    Serving,
+    serving,
+    table_when,
+)
 from tests.unit.actors.points import commit, flipped, manifest_log, random_points
 
 CONFIG = CollectionConfig(4, metric="l2", shards=2, index=IndexConfig(kind="flat"))
@@ -38,11 +54,16 @@ def fill(
 
 
 def serves(generation: int, collection: str = "words") -> Callable[[ServingTable], bool]:
-    """The generation is served by every replica that is wanted."""
+    """The generation is served by every replica that is wanted, and every shard has a primary."""
 
     def is_so(table: ServingTable) -> bool:
         served = table.collections.get(collection)
-        return served is not None and served.generation == generation and collection not in table.unready
+        return (
+            served is not None
+            and served.generation == generation
+            and served.primaries.keys() == served.replicas.keys()
+            and collection not in table.unready
+        )
 
     return is_so
 
@@ -61,7 +82,7 @@ def with_serving(
 
     async def run() -> None:
         clock = ManualClock()
-        async with asyncio.timeout(60), serving(store, tmp_path, SETTINGS, clock, runtime) as eagleray:
+        async with asyncio.timeout(20), serving(store, tmp_path, SETTINGS, clock, runtime) as eagleray:
             await scenario(eagleray, clock)
 
     asyncio.run(run())
@@ -84,7 +105,7 @@ def test_wanted_replicas_are_started_and_published_when_ready(tmp_path: Path) ->
         served = table.collections["words"]
         assert (served.config, served.version, served.generation) == (DOUBLED, 1, 1)
         assert sum(served.shard_points.values()) == 20
-        assert served.attributes == ("name",)
+        assert served.attributes == {"name": "large_string"}
         assert served.replicas == {0: tuple(keys_of(replicas=2)[:2]), 1: tuple(keys_of(replicas=2)[2:])}
         assert table.unready == {}
 
@@ -397,7 +418,7 @@ def test_restarted_supervisor_finds_the_replicas_that_run(tmp_path: Path) -> Non
     runtime = LocalRuntime(store, tmp_path)
 
     async def run() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(20):
             async with serving(store, tmp_path, runtime=runtime) as first:
                 await table_when(first.directory, serves(1))
             async with serving(store, tmp_path, runtime=runtime) as second:
@@ -723,7 +744,7 @@ def test_first_table_of_a_restarted_supervisor_is_whole(tmp_path: Path) -> None:
     runtime = LocalRuntime(store, tmp_path)
 
     async def run() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(20):
             async with serving(store, tmp_path, runtime=runtime) as first:
                 before = await table_when(first.directory, serves(1))
             async with serving(store, tmp_path, runtime=runtime) as second:
@@ -783,7 +804,7 @@ def test_supervisor_that_restarts_during_a_switch_serves_what_was_served(tmp_pat
         table = await eagleray.directory.next_table(None)
         served = table.collections["words"]
         assert (served.version, served.generation, sum(served.shard_points.values())) == (1, 1, 20)
-        assert (replicas_in(table), served.attributes, table.unready) == (keys_of(), ("name",), {})
+        assert (replicas_in(table), served.attributes, table.unready) == (keys_of(), {"name": "large_string"}, {})
         runtime.gates[late].set()
         await table_when(eagleray.directory, serves(2))
 
@@ -866,7 +887,7 @@ def test_attributes_stay_known_while_no_replica_answers(tmp_path: Path) -> None:
         table = await table_when(
             eagleray.directory, lambda table: not any(table.collections["words"].replicas.values())
         )
-        assert table.collections["words"].attributes == ("name",)
+        assert table.collections["words"].attributes == {"name": "large_string"}
 
     with_serving(scenario, store, tmp_path)
 
@@ -899,7 +920,7 @@ def test_replica_that_is_starting_is_waited_for(tmp_path: Path) -> None:
     fast = replace(SETTINGS, replica_timeout_s=0.01)
 
     async def run() -> None:
-        async with asyncio.timeout(60), serving(store, tmp_path, fast, ManualClock(), runtime) as eagleray:
+        async with asyncio.timeout(20), serving(store, tmp_path, fast, ManualClock(), runtime) as eagleray:
             await table_when(eagleray.directory, lambda table: "words" in table.unready)
             await asyncio.sleep(3 * SILENT_TIMEOUTS_MAX * fast.replica_timeout_s)
             assert runtime.stopped == []
@@ -968,3 +989,373 @@ def test_shard_that_the_new_generation_no_longer_has_is_kept_while_the_old_one_i
         await until(lambda: runtime.stopped == [ReplicaKey("words", 1, 0)])
 
     with_serving(scenario, store, tmp_path, runtime)
+
+
+# --- who leads
+
+
+def primaries_in(table: ServingTable, collection: str = "words") -> dict[int, ReplicaKey]:
+    return table.collections[collection].primaries
+
+
+def led_by(*replicas: int) -> Callable[[ServingTable], bool]:
+    """Shard 0, 1, ... of the doubled collection is led by this replica of it."""
+    expected = {shard: ReplicaKey("words", shard, replica) for shard, replica in enumerate(replicas)}
+    return lambda table: primaries_in(table) == expected
+
+
+def upsert(*numbers: int) -> PointWrite:
+    """Points of these ids; point i lies at (i, i, i, i)."""
+    vectors = np.repeat(np.array(numbers, np.float32)[:, None], 4, axis=1)
+    return PointWrite(pa.record_batch([pa.array(numbers), vectors_array(vectors)], names=["id", "vector"]))
+
+
+async def found(client: LocalShardClient, number: int, min_lsn: int = 0) -> Any:
+    """The id that lies nearest to a point, as one replica has it."""
+    group = SearchGroup(0, 1, 1, SearchParams())
+    (hits,) = await client.search(ShardSearch(1, np.full((1, 4), number, np.float32), (group,), 5.0, min_lsn))
+    assert isinstance(hits, Hits), hits
+    return hits.ids.to_pylist()[0]
+
+
+def test_every_shard_gets_one_primary_and_keeps_it(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store, config=DOUBLED)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        table = await table_when(eagleray.directory, serves(1))
+        assert led_by(0, 0)(table)
+        clock.advance(100.0)
+        await rounds(eagleray.supervisor, 5)
+        assert eagleray.runtime.led == [ReplicaKey("words", 0, 0), ReplicaKey("words", 1, 0)]
+        epochs = [(await eagleray.runtime.status(key)).epoch for key in keys_of(replicas=2)]
+        assert epochs == [1, 0, 1, 0]
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_restarted_supervisor_leaves_the_primaries_as_they_are(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store, config=DOUBLED)
+    runtime = LocalRuntime(store, tmp_path)
+
+    async def before(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        runtime.lose(ReplicaKey("words", 0, 0))
+        await table_when(eagleray.directory, lambda table: led_by(1, 0)(table) and serves(1)(table))
+
+    async def after(eagleray: Serving, clock: ManualClock) -> None:
+        assert led_by(1, 0)(await eagleray.directory.next_table(None))
+        await rounds(eagleray.supervisor)
+        assert len(runtime.led) == 3
+
+    with_serving(before, store, tmp_path, runtime)
+    with_serving(after, store, tmp_path, runtime)
+
+
+def test_primary_that_restarts_soon_leads_again(tmp_path: Path) -> None:
+    store, key = MemoryStore(), ReplicaKey("words", 1, 0)
+    fill(store, config=DOUBLED)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        for epoch in (2, 3):
+            eagleray.runtime.kill(key)
+            table = await table_when(eagleray.directory, lambda table: "words" in table.unready)
+            assert primaries_in(table) == {0: ReplicaKey("words", 0, 0)}
+            await rounds(eagleray.supervisor)
+            eagleray.runtime.revive(key)
+            assert led_by(0, 0)(await table_when(eagleray.directory, serves(1)))
+            assert (await eagleray.runtime.status(key)).epoch == epoch
+        assert eagleray.runtime.led == [ReplicaKey("words", 0, 0), key, key, key]
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_primary_that_stays_away_is_replaced_after_its_time_and_does_not_lead_when_it_is_back(tmp_path: Path) -> None:
+    store, key = MemoryStore(), ReplicaKey("words", 0, 0)
+    fill(store, config=DOUBLED)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        eagleray.runtime.kill(key)
+        await table_when(eagleray.directory, lambda table: "words" in table.unready)
+        clock.advance(SETTINGS.replica_timeout_s - 0.01)
+        await rounds(eagleray.supervisor)
+        assert len(eagleray.runtime.led) == 2
+        clock.advance(0.02)
+        await table_when(eagleray.directory, led_by(1, 0))
+        eagleray.runtime.revive(key)
+        assert led_by(1, 0)(await table_when(eagleray.directory, serves(1)))
+        await rounds(eagleray.supervisor)
+        assert eagleray.runtime.led == [key, ReplicaKey("words", 1, 0), ReplicaKey("words", 0, 1)]
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_primary_whose_process_is_gone_is_replaced_at_once(tmp_path: Path) -> None:
+    store, key = MemoryStore(), ReplicaKey("words", 0, 0)
+    fill(store, config=DOUBLED)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        eagleray.runtime.lose(key)
+        await table_when(eagleray.directory, led_by(1, 0))
+        await table_when(eagleray.directory, serves(1))
+        await rounds(eagleray.supervisor)
+        assert eagleray.runtime.led[2:] == [ReplicaKey("words", 0, 1)]
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_primary_that_was_paused_is_fenced_and_the_table_names_only_the_other(tmp_path: Path) -> None:
+    store, old, new = MemoryStore(), ReplicaKey("words", 0, 0), ReplicaKey("words", 0, 1)
+    fill(store, config=DOUBLED)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        client = eagleray.runtime.client(old)
+        (first,) = await client.write([upsert(1_000)])
+        assert isinstance(first, WriteOutcome)
+        eagleray.runtime.hang(old)
+        late = asyncio.ensure_future(client.write([upsert(2_000)]))
+        await table_when(eagleray.directory, lambda table: "words" in table.unready)
+        clock.advance(SETTINGS.replica_timeout_s)
+        await table_when(eagleray.directory, led_by(1, 0))
+        (second,) = await eagleray.runtime.client(new).write([upsert(3_000)])
+        assert isinstance(second, WriteOutcome)
+        eagleray.runtime.revive(old)
+        (outcome,) = await late
+        assert isinstance(outcome, Fenced)
+        assert led_by(1, 0)(await table_when(eagleray.directory, serves(1)))
+        while (await eagleray.runtime.status(old)).epoch:
+            await asyncio.sleep(0.001)
+        assert [await found(client, number, second.lsn) for number in (1_000, 2_000, 3_000)] == [1_000, 1_000, 3_000]
+        assert eagleray.runtime.led[2:] == [new]
+
+    with_serving(scenario, store, tmp_path)
+
+
+class Unwilling(LocalRuntime):
+    """Replicas of which some cannot lead."""
+
+    unwilling: frozenset[ReplicaKey] = frozenset()
+
+    async def lead(self, key: ReplicaKey) -> None:
+        if key in self.unwilling:
+            self.led.append(key)
+            raise Unavailable(f"{key} cannot lead")
+        await super().lead(key)
+
+
+def test_replica_that_cannot_lead_is_passed_over_and_asked_again_later(tmp_path: Path) -> None:
+    store, key = MemoryStore(), ReplicaKey("words", 0, 0)
+    fill(store, config=replace(DOUBLED, shards=1))
+    runtime = Unwilling(store, tmp_path)
+    runtime.unwilling = frozenset(keys_of(shards=1, replicas=2))
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await until(lambda: len(runtime.led) == 2)
+        await rounds(eagleray.supervisor, 5)
+        assert sorted(runtime.led) == keys_of(shards=1, replicas=2), "it must not ask in a tight loop"
+        runtime.unwilling = frozenset({key})
+        clock.advance(CALL_RETRY_S)
+        table = await table_when(eagleray.directory, serves(1))
+        assert primaries_in(table) == {0: ReplicaKey("words", 0, 1)}
+
+    with_serving(scenario, store, tmp_path, runtime)
+
+
+def test_written_points_are_found_on_every_replica_and_after_every_death(tmp_path: Path) -> None:
+    store, one = MemoryStore(), replace(DOUBLED, shards=1)
+    fill(store, config=one)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        runtime, written, lsn = eagleray.runtime, [], 0
+        for number in range(1_000, 1_012):
+            table = await table_when(eagleray.directory, serves(1))
+            primary = primaries_in(table)[0]
+            runtime.drop_pushes = number % 2 == 0
+            (outcome,) = await runtime.client(primary).write([upsert(number)])
+            assert isinstance(outcome, WriteOutcome)
+            written.append(number)
+            assert outcome.lsn > lsn
+            lsn = outcome.lsn
+            for key in keys_of(shards=1, replicas=2):
+                assert await found(runtime.client(key), number, lsn) == number
+            if number % 4 == 3:
+                runtime.kill(primary)
+                await table_when(eagleray.directory, lambda table: "words" in table.unready)
+                runtime.revive(primary)
+            elif number % 4 == 1:
+                runtime.lose(primary)
+                await until(lambda: len(runtime.started) == 2 + len(written) // 4 + 1)
+        for key in keys_of(shards=1, replicas=2):
+            assert [await found(runtime.client(key), number, lsn) for number in written] == written
+
+    with_serving(scenario, store, tmp_path)
+
+
+# --- versions of one generation
+
+
+def seal(store: ObjectStore, collection: str = "words") -> Manifest:
+    """A further version of the newest generation, as a seal commits it (of nothing)."""
+    log = manifest_log(store, collection)
+    parent = log.newest_live()
+    return log.commit_shards(parent, {0: parent.shards[0]})
+
+
+def test_version_of_the_same_generation_is_loaded_by_all_and_served_at_once(tmp_path: Path) -> None:
+    store, late = MemoryStore(), ReplicaKey("words", 1, 1)
+    fill(store, config=DOUBLED)
+    runtime = GatedLoads(store, tmp_path)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        runtime.gates[late] = asyncio.Event()
+        seal(store)
+        await eagleray.directory.refresh("words")
+        table = await eagleray.directory.next_table(None)
+        assert (table.collections["words"].version, table.collections["words"].generation) == (2, 1)
+        assert (replicas_in(table), table.unready) == (keys_of(replicas=2), {})
+        for _ in range(3):
+            seal(store)
+        await eagleray.directory.refresh("words")
+        runtime.gates[late].set()
+        await until(lambda: all(5 in eagleray.supervisor._replicas.status(key).versions for key in keys_of(replicas=2)))
+        clock.advance(RETIRE_AFTER_S)
+        await rounds(eagleray.supervisor)
+        assert serves(1)(await eagleray.directory.next_table(None))
+        assert runtime.retired == []
+        assert all(
+            sorted(set(v)) == v for key in keys_of(replicas=2) for v in [[v for k, v in runtime.loaded if k == key]]
+        )
+
+    with_serving(scenario, store, tmp_path, runtime)
+
+
+def test_version_that_one_replica_has_loaded_by_itself_is_found_through_it(tmp_path: Path) -> None:
+    store, first = MemoryStore(), ReplicaKey("words", 0, 0)
+    fill(store, config=DOUBLED)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        seal(store)
+        seal(store)
+        await eagleray.runtime.replica(first).load(None)
+        await table_when(eagleray.directory, lambda table: table.collections["words"].version == 3)
+        await until(lambda: len(eagleray.runtime.loaded) == 3)
+        await rounds(eagleray.supervisor)
+        assert sorted(eagleray.runtime.loaded) == [(key, 3) for key in keys_of(replicas=2) if key != first]
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_unknown_version_that_cannot_be_read_is_not_read_in_a_loop(tmp_path: Path) -> None:
+    inner = MemoryStore()
+    fill(inner)
+    store = FaultyStore(inner, counted=frozenset({"objects"}))
+
+    async def run() -> None:
+        runtime = LocalRuntime(inner, tmp_path)
+        async with asyncio.timeout(20), serving(store, tmp_path, SETTINGS, ManualClock(), runtime) as eagleray:
+            await table_when(eagleray.directory, serves(1))
+            seal(inner)
+            store.at = store.calls + 1
+            await runtime.replica(ReplicaKey("words", 0, 0)).load(None)
+            await until(lambda: store.calls == store.at)
+            await rounds(eagleray.supervisor, 5)
+            assert store.calls == store.at
+            assert eagleray.supervisor.describe("words")["manifest"].version == 1
+            await eagleray.supervisor.poll()
+            await table_when(eagleray.directory, lambda table: table.collections["words"].version == 2)
+        runtime.close()
+
+    asyncio.run(run())
+
+
+def test_seals_during_a_switch_do_not_hold_it_up(tmp_path: Path) -> None:
+    store, late = MemoryStore(), ReplicaKey("words", 1, 1)
+    fill(store, config=DOUBLED)
+    runtime = GatedLoads(store, tmp_path)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        runtime.gates[late] = asyncio.Event()
+        fill(store, config=DOUBLED, count=30, seed=2)
+        await eagleray.directory.refresh("words")
+        await until(lambda: len(runtime.loaded) == 3)
+        seal(store)
+        await eagleray.directory.refresh("words")
+        await until(lambda: len(runtime.loaded) == 6)
+        assert serves(1)(await eagleray.directory.next_table(None))
+        await runtime.replica(late).load(2)  # it has the generation, though not its newest version
+        table = await table_when(eagleray.directory, serves(2))
+        assert table.collections["words"].version == 3
+        runtime.gates[late].set()
+        await until(lambda: (late, 3) in runtime.loaded)
+
+    with_serving(scenario, store, tmp_path, runtime)
+
+
+def test_supervisor_that_restarts_during_a_switch_serves_the_generation_that_was_sealed_meanwhile(
+    tmp_path: Path,
+) -> None:
+    store, late = MemoryStore(), ReplicaKey("words", 1, 0)
+    fill(store)
+    runtime = GatedLoads(store, tmp_path)
+
+    async def before(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        for _ in range(3):
+            seal(store)
+        await runtime.replica(ReplicaKey("words", 0, 0)).load(None)
+        runtime.gates = {key: asyncio.Event() for key in keys_of()}
+        fill(store, count=30, seed=2)
+        await runtime.replica(ReplicaKey("words", 0, 0)).load(None)
+
+    async def after(eagleray: Serving, clock: ManualClock) -> None:
+        runtime.gates = {late: asyncio.Event()}
+        served = (await eagleray.directory.next_table(None)).collections["words"]
+        assert served.generation == 1
+        assert all(served.replicas.values())
+        runtime.gates[late].set()
+        await table_when(eagleray.directory, serves(2))
+
+    with_serving(before, store, tmp_path, runtime)
+    with_serving(after, store, tmp_path, runtime)
+
+
+# --- what writes change
+
+
+def test_points_follow_the_writes_without_a_table_for_each(tmp_path: Path) -> None:
+    store, key = MemoryStore(), ReplicaKey("words", 0, 0)
+    fill(store, config=replace(CONFIG, shards=1))
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        table = await table_when(eagleray.directory, serves(1))
+        for number in range(1_000, 1_010):
+            await eagleray.runtime.client(key).write([upsert(number)])
+        await rounds(eagleray.supervisor)
+        assert await eagleray.directory.next_table(None) == table
+        clock.advance(POINTS_PERIOD_S)
+        later = await table_when(eagleray.directory, lambda table: table.collections["words"].shard_points == {0: 30})
+        assert replace(later.collections["words"], shard_points={0: 20}) == table.collections["words"]
+
+    with_serving(scenario, store, tmp_path)
+
+
+def test_attributes_are_those_of_the_manifest_and_of_what_replicas_hold(tmp_path: Path) -> None:
+    store = MemoryStore()
+    fill(store)
+
+    async def scenario(eagleray: Serving, clock: ManualClock) -> None:
+        await table_when(eagleray.directory, serves(1))
+        manifest_log(store, "words").declare_attributes({"year": "int64"})
+        await eagleray.directory.refresh("words")
+        served = (await eagleray.directory.next_table(None)).collections["words"]
+        assert served.attributes == {"name": "large_string", "year": "int64"}
+
+    with_serving(scenario, store, tmp_path)

@@ -13,6 +13,7 @@ from cluster.config import (
     IndexConfig,
     Limits,
     Settings,
+    Upkeep,
     check_collection_name,
 )
 from cluster.errors import Invalid
@@ -308,10 +309,11 @@ def test_settings_take_every_field() -> None:
         "observed_share": 0.5,
         "observed_duty": 0.25,
         "limits": {"k": 5},
+        "upkeep": {"seal_points": 7},
     }
     assert set(data) == {field.name for field in fields(Settings)}
     settings = Settings.from_dict(data)
-    assert vars(settings) == data | {"limits": Limits(k=5)}
+    assert vars(settings) == data | {"limits": Limits(k=5), "upkeep": Upkeep(seal_points=7)}
 
 
 @pytest.mark.parametrize(

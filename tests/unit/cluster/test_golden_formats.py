@@ -1,8 +1,9 @@
-"""Files of format version 1, as they were written once: every later version must read the same from them."""
+"""Files of every format version, as they were written once: each later version must read the same from them."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pyarrow as pa
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.ids import id_array
 from cluster.index_spec import IndexSpec
-from cluster.manifest import Manifest, SegmentRef, ShardEntry
+from cluster.manifest import Manifest, SegmentRef, ShardEntry, TombstonesRef
+from cluster.memory_store import MemoryStore
 from cluster.routing import Routing
 from cluster.segment import (
     FileEntry,
@@ -23,8 +25,11 @@ from cluster.segment import (
     rows_schema,
     verify_file,
 )
+from cluster.tombstones import read_tombstones
+from cluster.wal import WalRecord
 
-V1 = Path(__file__).resolve().parents[2] / "formats" / "v1"
+FORMATS = Path(__file__).resolve().parents[2] / "formats"
+V1, V2 = FORMATS / "v1", FORMATS / "v2"
 
 CONFIG = CollectionConfig(
     dimension=3,
@@ -155,9 +160,13 @@ def test_manifest_of_format_1_is_read() -> None:
     assert Manifest.decode((V1 / "manifest.json").read_bytes(), "manifest.json") == MANIFEST
 
 
-def test_manifest_of_format_1_is_still_written_the_same() -> None:
+def test_manifest_of_format_1_is_written_as_one_of_format_2_that_says_the_same() -> None:
     """A new field needs a new format version: older processes refuse fields that they do not know."""
-    assert MANIFEST.encode() == (V1 / "manifest.json").read_bytes()
+    assert Manifest.decode(MANIFEST.encode(), "manifest.json") == replace(MANIFEST, format=2)
+    then, now = json.loads((V1 / "manifest.json").read_bytes()), json.loads(MANIFEST.encode())
+    new = {"applied_lsn": 0, "epoch": 0, "tombstones": []}
+    shards = [entry | new for entry in then["shards"]]
+    assert now == then | {"format": 2, "attributes": {}, "shards": shards, "checksum": now["checksum"]}
 
 
 def test_manifest_of_format_1_names_the_golden_segment() -> None:
@@ -215,3 +224,82 @@ def test_rows_of_format_1_are_read() -> None:
 def test_rows_of_format_1_are_found_by_id() -> None:
     asked = id_array(["a", "absent", "🐟", "löwe", "", "日本語"], "string")
     assert open_rows().rows_of_ids(asked).tolist() == [4, -1, 3, 2, 1, 0]
+
+
+# --- format 2: LSNs, tombstones and declared attributes in the manifest; WAL records; tombstone files -----------------
+
+MANIFEST_2 = Manifest(
+    collection="golden",
+    version=9,
+    config=CollectionConfig(dimension=3, metric="l2", id_type="string", shards=2),
+    routing=Routing(shards=2, kind="hash"),
+    generation=3,
+    shards=(
+        ShardEntry(
+            0,
+            (SegmentRef("seg-0001", 5, "xxh3_128:00"), SegmentRef("seg-0002", 7, "xxh3_128:01")),
+            12,
+            2,
+            (TombstonesRef("seg-0001", 11, 3, "xxh3_128:914148e0282b9396ad100c93e7cb4722"),),
+        ),
+        ShardEntry(1, (), 4, 1, ()),
+    ),
+    created_at="2026-01-02T03:04:05+00:00",
+    writer="nonce-of-the-writer",
+    state="live",
+    format=2,
+    attributes={"title": "string", "year": "int32"},
+)
+
+
+def test_manifest_of_format_2_is_read() -> None:
+    manifest = Manifest.decode((V2 / "manifest.json").read_bytes(), "manifest.json")
+    assert manifest == MANIFEST_2
+    assert [entry.points for entry in manifest.shards] == [9, 0]
+
+
+def test_manifest_of_format_2_is_still_written_the_same() -> None:
+    assert MANIFEST_2.encode() == (V2 / "manifest.json").read_bytes()
+
+
+def test_tombstone_file_of_format_2_is_read() -> None:
+    store = MemoryStore()
+    data = (V2 / "tombstones.arrow").read_bytes()
+    store.put("collections/golden/shards/0000/tombstones/seg-0001-00000000000000000011.arrow", data)
+    (ref,) = MANIFEST_2.shards[0].tombstones
+    assert read_tombstones(store, "golden", 0, ref, 5).tolist() == [0, 3, 4]
+
+
+def test_wal_write_of_format_1_is_read() -> None:
+    data = (V2 / "wal-write.arrow").read_bytes()
+    assert checksum_bytes(data) == "xxh3_128:6907aa2f9fa28e69427821b1808b689b"
+    record = WalRecord.decode(data, "wal-write.arrow", 0, 13)
+    assert (record.lsn, record.epoch, record.kind) == (13, 2, "write")
+    assert record.nonce == "000102030405060708090a0b0c0d0e0f"
+    assert record.upserts.schema == pa.schema(
+        {
+            "id": pa.large_string(),
+            "vector": pa.list_(pa.float32(), 3),
+            "title": pa.string(),
+            "year": pa.int32(),
+        }
+    )
+    assert record.upserts.to_pydict() == {
+        "id": ["日本語", "a"],
+        "vector": [[1.0, -2.0, 0.5], [-0.0, 65504.0, -1.5]],
+        "title": [None, "first"],
+        "year": [2003, None],
+    }
+    assert record.deletes.type == pa.large_string()
+    assert record.deletes.to_pylist() == ["löwe", ""]
+
+
+def test_wal_claim_of_format_1_is_read() -> None:
+    record = WalRecord.decode((V2 / "wal-claim.arrow").read_bytes(), "wal-claim.arrow", 0, 14)
+    assert (record.lsn, record.epoch, record.kind) == (14, 3, "claim")
+    assert (record.nonce, record.upserts, record.deletes) == ("f0e0d0c0b0a090807060504030201000", None, None)
+
+
+def test_wal_claim_of_format_1_is_still_written_the_same() -> None:
+    claim = WalRecord(14, 3, "claim", "f0e0d0c0b0a090807060504030201000")
+    assert claim.encode(0) == (V2 / "wal-claim.arrow").read_bytes()

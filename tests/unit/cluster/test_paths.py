@@ -13,6 +13,9 @@ def test_keys_are_pinned() -> None:
     assert paths.manifest_prefix("c") == "collections/c/manifest/"
     assert paths.manifest("c", 7) == "collections/c/manifest/00000000000000000007.json"
     assert paths.segment_file("c", "s1", paths.ROWS) == "collections/c/segments/s1/rows.arrow"
+    assert paths.wal_prefix("c", 3) == "collections/c/shards/0003/wal/"
+    assert paths.wal_record("c", 3, 7) == "collections/c/shards/0003/wal/00000000000000000007.arrow"
+    assert paths.tombstones("c", 12, "s1", 7) == "collections/c/shards/0012/tombstones/s1-00000000000000000007.arrow"
     assert paths.staging_prefix("c") == "collections/c/staging/"
     assert paths.staging_prefix("c", "job") == "collections/c/staging/job/"
     assert paths.staging_piece("c", "job", 3, 12) == "collections/c/staging/job/000003/00000012.arrow"
@@ -34,6 +37,12 @@ def test_manifest_keys_sort_by_version() -> None:
     versions = [10, 2, 9, 10**12, 1, 100, 99]
     keys = [paths.manifest("c", version) for version in versions]
     assert sorted(keys) == [paths.manifest("c", version) for version in sorted(versions)]
+
+
+def test_wal_keys_sort_by_lsn() -> None:
+    lsns = [10, 2, 9, 10**12, 1, 100, 99]
+    keys = [paths.wal_record("c", 0, lsn) for lsn in lsns]
+    assert sorted(keys) == [paths.wal_record("c", 0, lsn) for lsn in sorted(lsns)]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cluster.config import CollectionConfig, IndexConfig, Settings
 from cluster.errors import Invalid
 from cluster.placement import (
+    Candidate,
     Load,
     ObservedReplica,
     ReplicaKey,
@@ -19,9 +20,11 @@ from cluster.placement import (
     Start,
     Stop,
     WantedReplica,
+    choose_lead,
     held_by_every_shard,
+    leader,
     plan,
-    publishable_version,
+    publishable,
     replica_resources,
     replicas_of,
     search_threads,
@@ -29,40 +32,50 @@ from cluster.placement import (
 
 A0, A1, B0 = ReplicaKey("a", 0, 0), ReplicaKey("a", 1, 0), ReplicaKey("b", 0, 0)
 A0_SECOND = ReplicaKey("a", 0, 1)
-V2 = WantedReplica(version=2, generation=1, shards=2, num_cpus=1.0)
-V2_WHILE_V1 = replace(V2, served=1)
+G2 = WantedReplica(version=20, generation=2, shards=2, num_cpus=1.0)
+G2_WHILE_G1 = replace(G2, served=10, served_generation=1)
 
 
 def seen(state: ReplicaState, *versions: int) -> ObservedReplica:
-    return ObservedReplica(state, versions)
+    """A replica that holds these versions, of which 10 to 19 are of generation 1, and so on."""
+    generations = sorted({version // 10 for version in versions})
+    return ObservedReplica(state, max(versions, default=0), tuple(generations))
 
 
 @pytest.mark.parametrize(
     ("wanted", "observed", "actions"),
     [
         ({}, {}, []),
-        ({A0: V2}, {}, [Start(A0, V2)]),
-        ({}, {A0: seen("ready", 2)}, [Stop(A0)]),
+        ({A0: G2}, {}, [Start(A0, G2)]),
+        ({}, {A0: seen("ready", 20)}, [Stop(A0)]),
         ({}, {A0: seen("starting")}, [Stop(A0)]),
         ({}, {A0: seen("unreachable")}, [Stop(A0)]),
         ({}, {A0: seen("failed")}, [Stop(A0)]),
-        ({A0: V2}, {A0: seen("starting")}, []),
-        ({A0: V2}, {A0: seen("unreachable")}, []),
-        ({A0: V2}, {A0: seen("unreachable", 1)}, []),
-        ({A0: V2}, {A0: seen("ready", 2)}, []),
-        ({A0: V2}, {A0: seen("ready", 1, 2)}, []),
-        ({A0: V2}, {A0: seen("ready", 1)}, [Load(A0, 2)]),
-        ({A0: V2}, {A0: seen("ready")}, [Load(A0, 2)]),
-        ({A0: V2}, {A0: seen("ready", 3)}, [Load(A0, 2)]),
-        ({A0: V2}, {A0: seen("failed")}, [Load(A0, 2)]),
-        ({A0: V2}, {A0: seen("failed", 1)}, [Load(A0, 2)]),
-        ({A0: V2}, {A0: seen("failed", 2)}, []),
-        ({A0: V2_WHILE_V1}, {A0: seen("ready", 2)}, [Load(A0, 1)]),
-        ({A0: V2_WHILE_V1}, {A0: seen("ready", 1)}, [Load(A0, 2)]),
-        ({A0: V2_WHILE_V1}, {A0: seen("ready", 1, 2)}, []),
-        ({A0: V2_WHILE_V1}, {A0: seen("failed")}, [Load(A0, 1), Load(A0, 2)]),
-        ({A0: V2_WHILE_V1}, {A0: seen("starting")}, []),
-        ({A0: replace(V2, served=2)}, {A0: seen("failed")}, [Load(A0, 2)]),
+        ({A0: G2}, {A0: seen("starting")}, []),
+        ({A0: G2}, {A0: seen("unreachable")}, []),
+        ({A0: G2}, {A0: seen("unreachable", 10)}, []),
+        ({A0: G2}, {A0: seen("ready", 20)}, []),
+        ({A0: G2}, {A0: seen("ready", 10, 20)}, []),
+        ({A0: G2}, {A0: seen("ready", 10)}, [Load(A0, 20)]),
+        ({A0: G2}, {A0: seen("ready")}, [Load(A0, 20)]),
+        ({A0: G2}, {A0: seen("ready", 30)}, []),  # it knows more
+        ({A0: replace(G2, served=20, served_generation=2)}, {A0: seen("ready", 30)}, [Load(A0, 20)]),
+        ({A0: G2}, {A0: seen("failed")}, [Load(A0, 20)]),
+        ({A0: G2}, {A0: seen("failed", 10)}, [Load(A0, 20)]),
+        ({A0: G2}, {A0: seen("failed", 20)}, []),
+        ({A0: G2_WHILE_G1}, {A0: seen("ready", 20)}, [Load(A0, 10)]),
+        ({A0: G2_WHILE_G1}, {A0: seen("ready", 10)}, [Load(A0, 20)]),
+        ({A0: G2_WHILE_G1}, {A0: seen("ready", 10, 20)}, []),
+        ({A0: G2_WHILE_G1}, {A0: seen("failed")}, [Load(A0, 10), Load(A0, 20)]),
+        ({A0: G2_WHILE_G1}, {A0: seen("starting")}, []),
+        ({A0: replace(G2, served=20, served_generation=2)}, {A0: seen("failed")}, [Load(A0, 20)]),
+        # versions of one generation that succeed each other
+        ({A0: replace(G2, version=24)}, {A0: seen("ready", 23)}, [Load(A0, 24)]),
+        ({A0: replace(G2, version=24)}, {A0: seen("ready", 25)}, []),  # it does not go back
+        ({A0: replace(G2, version=24, served=23, served_generation=2)}, {A0: seen("ready", 22)}, [Load(A0, 24)]),
+        ({A0: replace(G2, version=24, served=23, served_generation=2)}, {A0: seen("ready")}, [Load(A0, 24)]),
+        ({A0: G2_WHILE_G1}, {A0: seen("ready", 9, 13, 22)}, []),
+        ({A0: replace(G2, served=17, served_generation=1)}, {A0: seen("ready", 12)}, [Load(A0, 20)]),
     ],
 )
 def test_plan_for_one_replica(
@@ -72,72 +85,75 @@ def test_plan_for_one_replica(
 
 
 def test_plan_retires_first_then_goes_by_key() -> None:
-    wanted = {A1: V2, A0: V2, A0_SECOND: V2}
-    observed = {ReplicaKey("z", 1, 0): seen("ready", 9), B0: seen("ready", 1), A0_SECOND: seen("ready", 1)}
+    wanted = {A1: G2, A0: G2, A0_SECOND: G2}
+    observed = {ReplicaKey("z", 1, 0): seen("ready", 90), B0: seen("ready", 10), A0_SECOND: seen("ready", 10)}
     assert plan(wanted, observed) == [
         Stop(B0),
         Stop(ReplicaKey("z", 1, 0)),
-        Start(A0, V2),
-        Load(A0_SECOND, 2),
-        Start(A1, V2),
+        Start(A0, G2),
+        Load(A0_SECOND, 20),
+        Start(A1, G2),
     ]
 
 
 @pytest.mark.parametrize(
-    ("observed", "publishable"),
+    ("observed", "expected"),
     [
         ({}, False),
-        ({A0: seen("ready", 2)}, False),  # shard 1 has none
-        ({A0: seen("ready", 2), A1: seen("starting")}, False),
-        ({A0: seen("ready", 2), A1: seen("unreachable", 2)}, False),
-        ({A0: seen("ready", 2), A1: seen("ready", 1)}, False),
-        ({A0: seen("ready", 2), A1: seen("failed", 1)}, False),
-        ({A0: seen("ready", 2), A1: seen("failed")}, False),
-        ({A0: seen("ready", 2), A1: seen("ready", 2)}, True),
-        ({A0: seen("ready", 1, 2), A1: seen("ready", 2, 3)}, True),
-        ({A0_SECOND: seen("ready", 2), A1: seen("ready", 2)}, True),  # the other replica has yet to start
-        ({A0: seen("starting"), A0_SECOND: seen("ready", 2), A1: seen("ready", 2)}, True),
-        ({A0: seen("unreachable", 1), A0_SECOND: seen("ready", 2), A1: seen("ready", 2)}, True),
-        ({A0: seen("ready", 1), A0_SECOND: seen("ready", 2), A1: seen("ready", 2)}, False),  # would answer the old
-        ({A0: seen("ready", 2), A1: seen("ready", 2), B0: seen("ready", 1)}, True),  # not of this collection
+        ({A0: seen("ready", 20)}, False),  # shard 1 has none
+        ({A0: seen("ready", 20), A1: seen("starting")}, False),
+        ({A0: seen("ready", 20), A1: seen("unreachable", 20)}, False),
+        ({A0: seen("ready", 20), A1: seen("ready", 10)}, False),
+        ({A0: seen("ready", 20), A1: seen("failed", 10)}, False),
+        ({A0: seen("ready", 20), A1: seen("failed")}, False),
+        ({A0: seen("ready", 20), A1: seen("ready", 20)}, True),
+        ({A0: seen("ready", 20), A1: seen("ready", 23)}, True),  # whatever its version
+        ({A0: seen("ready", 10, 20), A1: seen("ready", 20, 30)}, True),
+        ({A0_SECOND: seen("ready", 20), A1: seen("ready", 20)}, True),  # the other replica has yet to start
+        ({A0: seen("starting"), A0_SECOND: seen("ready", 20), A1: seen("ready", 20)}, True),
+        ({A0: seen("unreachable", 10), A0_SECOND: seen("ready", 20), A1: seen("ready", 20)}, True),
+        ({A0: seen("ready", 10), A0_SECOND: seen("ready", 20), A1: seen("ready", 20)}, False),  # would answer the old
+        ({A0: seen("ready", 20), A1: seen("ready", 20), B0: seen("ready", 10)}, True),  # not of this collection
     ],
 )
-def test_version_is_publishable_when_all_that_answer_hold_it(
-    observed: dict[ReplicaKey, ObservedReplica], publishable: bool
+def test_generation_is_publishable_when_all_that_answer_hold_it(
+    observed: dict[ReplicaKey, ObservedReplica], expected: bool
 ) -> None:
-    assert publishable_version({A0: V2, A0_SECOND: V2, A1: V2}, observed, 2) is publishable
+    assert publishable({A0: G2, A0_SECOND: G2, A1: G2}, observed, 2) is expected
 
 
 @pytest.mark.parametrize(
     ("observed", "held"),
     [
         ({}, False),
-        ({A0: seen("ready", 2)}, False),
-        ({A0: seen("ready", 1, 2), A1: seen("ready", 2)}, True),
-        ({A0: seen("ready", 1), A0_SECOND: seen("ready", 2), A1: seen("ready", 2)}, True),
-        ({A0: seen("ready", 2), A1: seen("unreachable", 2)}, False),
-        ({A0: seen("ready", 2), A1: seen("ready", 1), ReplicaKey("b", 1, 0): seen("ready", 2)}, False),
+        ({A0: seen("ready", 20)}, False),
+        ({A0: seen("ready", 10, 20), A1: seen("ready", 24)}, True),
+        ({A0: seen("ready", 10), A0_SECOND: seen("ready", 20), A1: seen("ready", 20)}, True),
+        ({A0: seen("ready", 20), A1: seen("unreachable", 20)}, False),
+        ({A0: seen("ready", 20), A1: seen("ready", 10), ReplicaKey("b", 1, 0): seen("ready", 20)}, False),
     ],
 )
-def test_version_is_held_by_every_shard_where_one_ready_replica_of_each_has_it(
+def test_generation_is_held_by_every_shard_where_one_ready_replica_of_each_has_it(
     observed: dict[ReplicaKey, ObservedReplica], held: bool
 ) -> None:
     assert held_by_every_shard("a", 2, observed, 2) is held
 
 
 keys = st.builds(ReplicaKey, st.sampled_from(["a", "b"]), st.integers(0, 2), st.integers(0, 1))
-wanted_replicas = st.builds(
-    WantedReplica,
-    st.integers(1, 4),
-    st.integers(1, 3),
-    st.just(3),
-    st.just(1.0),
-    served=st.none() | st.integers(1, 4),
-)
+versions = st.integers(10, 49)
+
+
+def wanted_of(version: int, served: int | None) -> WantedReplica:
+    if served is None or served // 10 >= version // 10:
+        served = None
+    return WantedReplica(version, version // 10, 3, 1.0, 0.0, served, None if served is None else served // 10)
+
+
+wanted_replicas = st.builds(wanted_of, versions, st.none() | versions)
 observed_replicas = st.builds(
-    ObservedReplica,
+    lambda state, held: seen(state, *held),
     st.sampled_from(["starting", "ready", "failed", "unreachable"]),
-    st.lists(st.integers(1, 4), unique=True, max_size=2).map(lambda versions: tuple(sorted(versions))),
+    st.lists(versions, unique=True, max_size=2),
 )
 
 
@@ -148,14 +164,16 @@ def perform(
     after = dict(observed)
     for key, replica in observed.items():
         if replica.state in ("starting", "unreachable") and key in wanted:
-            after[key] = ObservedReplica("ready", (wanted[key].version,))  # a restart loads the newest version
+            after[key] = seen("ready", wanted[key].version)  # a restart loads the newest version
     for action in actions:
         if isinstance(action, Stop):
             del after[action.key]
         elif isinstance(action, Start):
             after[action.key] = ObservedReplica("starting")
         else:
-            after[action.key] = ObservedReplica("ready", (*after[action.key].versions, action.version))
+            held = after[action.key]
+            generations = {*held.generations, action.version // 10}
+            after[action.key] = ObservedReplica("ready", max(held.version, action.version), tuple(sorted(generations)))
     return after
 
 
@@ -171,7 +189,9 @@ def test_following_the_plan_converges_and_then_rests(
         observed = perform(wanted, observed, plan(wanted, observed))
     assert plan(wanted, observed) == []
     assert observed.keys() == wanted.keys()
-    assert all(set(wanted[key].versions) <= set(observed[key].versions) for key in wanted)
+    for key, one in wanted.items():
+        assert one.served_generation is None or one.served_generation in observed[key].generations
+        assert observed[key].version >= one.version
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -191,14 +211,118 @@ def test_plan_does_one_kind_of_thing_to_a_replica_and_no_thing_twice(
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.dictionaries(keys, observed_replicas, max_size=8), st.integers(1, 4))
-def test_publishable_version_is_held_by_a_replica_of_every_shard(
-    observed: dict[ReplicaKey, ObservedReplica], version: int
+def test_publishable_generation_is_held_by_a_replica_of_every_shard(
+    observed: dict[ReplicaKey, ObservedReplica], generation: int
 ) -> None:
-    wanted = dict.fromkeys(observed, V2) | {A0: V2}
-    if publishable_version(wanted, observed, version):
+    wanted = dict.fromkeys(observed, G2) | {A0: G2}
+    if publishable(wanted, observed, generation):
         for shard in {key.shard for key in wanted}:
             replicas = [observed[key] for key in wanted if key.shard == shard and key in observed]
-            assert any(version in replica.versions for replica in replicas)
+            assert any(generation in replica.generations for replica in replicas)
+
+
+# --- who leads ----------------------------------------------------------------------------------------------------
+
+R0, R1, R2 = (ReplicaKey("a", 0, number) for number in range(3))
+PATIENCE_S = 5.0
+GONE = ReplicaKey("a", 0, 9)
+
+
+def ready(lsn: int = 7, epoch: int = 0, **more: bool) -> Candidate:
+    return Candidate("ready", lsn, epoch, **more)
+
+
+def silent(silent_s: float, state: ReplicaState = "unreachable", **more: bool) -> Candidate:
+    return Candidate(state, silent_s=silent_s, **more)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "led_last", "chosen"),
+    [
+        ({}, None, None),
+        ({R0: ready()}, None, R0),
+        ({R0: Candidate("failed")}, R0, None),
+        ({R0: Candidate("starting")}, None, None),
+        # one leads
+        ({R0: ready(epoch=3)}, None, None),
+        ({R0: ready(), R1: ready(epoch=3)}, R0, None),
+        ({R0: ready(epoch=4), R1: ready(epoch=3)}, R1, None),
+        # which one
+        ({R0: ready(), R1: ready()}, None, R0),
+        ({R0: ready(7), R1: ready(8)}, None, R1),
+        ({R0: ready(7), R1: ready(8)}, R0, R0),  # it was restarted
+        ({R0: ready(7), R1: ready(8), R2: ready(8)}, GONE, R1),
+        ({R0: ready(7), R1: Candidate("failed", 9)}, None, R0),
+        # it led last, and is silent
+        ({R0: silent(0.0), R1: ready()}, R0, None),
+        ({R0: silent(4.9), R1: ready()}, R0, None),
+        ({R0: silent(5.0), R1: ready()}, R0, R1),
+        ({R0: silent(99.0)}, R0, None),
+        ({R0: Candidate("failed"), R1: ready()}, R0, R1),  # it answers that it lost all
+        ({R0: Candidate("starting"), R1: ready()}, R0, R1),  # its process was gone, and is started anew
+        ({R1: ready(), R2: ready()}, R0, R1),  # its process is gone
+        # another one is silent
+        ({R0: silent(1.0), R1: ready()}, R1, R1),
+        ({R0: silent(1.0), R1: ready()}, GONE, R1),
+        ({R0: silent(1.0), R1: ready()}, None, None),  # it may lead, for all that is known
+        ({R0: silent(1.0, "starting"), R1: ready()}, None, None),
+        ({R0: silent(5.0), R1: ready()}, None, R1),
+        # one is being told
+        ({R0: ready(asked=True), R1: ready(9)}, None, None),
+        ({R0: ready(asked=True), R1: ready()}, R1, None),
+        ({R0: silent(1.0, asked=True), R1: ready()}, R1, None),
+        ({R0: silent(5.0, asked=True), R1: ready()}, R0, R1),
+        # that failed lately
+        ({R0: ready(refused=True)}, R0, None),
+        ({R0: ready(refused=True), R1: ready()}, R0, R1),
+    ],
+)
+def test_choice_of_who_leads(
+    replicas: dict[ReplicaKey, Candidate], led_last: ReplicaKey | None, chosen: ReplicaKey | None
+) -> None:
+    assert choose_lead(replicas, led_last, PATIENCE_S) == chosen
+
+
+@pytest.mark.parametrize(
+    ("replicas", "primary"),
+    [
+        ({}, None),
+        ({R0: ready()}, None),
+        ({R0: ready(epoch=2), R1: ready(epoch=11), R2: ready(epoch=9)}, R1),
+        ({R0: ready(epoch=2), R1: Candidate("unreachable", epoch=11)}, R0),
+    ],
+)
+def test_leader_is_the_ready_replica_of_the_highest_epoch(
+    replicas: dict[ReplicaKey, Candidate], primary: ReplicaKey | None
+) -> None:
+    assert leader(replicas) == primary
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.dictionaries(
+        st.sampled_from([R0, R1, R2]),
+        st.builds(
+            Candidate,
+            st.sampled_from(["starting", "ready", "failed", "unreachable"]),
+            st.integers(0, 3),
+            st.integers(0, 2),
+            st.none() | st.floats(0.0, 10.0),
+            st.booleans(),
+            st.booleans(),
+        ),
+    ),
+    st.sampled_from([None, R0, R1, R2]),
+)
+def test_chosen_replica_is_ready_and_no_other_leads_or_was_asked_a_moment_ago(
+    replicas: dict[ReplicaKey, Candidate], led_last: ReplicaKey | None
+) -> None:
+    chosen = choose_lead(replicas, led_last, PATIENCE_S)
+    if chosen is not None:
+        assert replicas[chosen].state == "ready"
+        assert not replicas[chosen].refused
+        assert leader(replicas) is None
+        assert not any(one.asked and (one.silent_s or 0.0) < PATIENCE_S for one in replicas.values())
 
 
 def test_replicas_of_a_collection_are_all_pairs() -> None:

@@ -211,3 +211,38 @@ def test_recall_at_k_is_the_share_of_truth_found(
 def test_recall_at_k_of_no_queries_is_empty() -> None:
     empty = np.empty((0, 10), dtype=np.int64)
     assert recall_at_k(empty, empty).shape == (0,)
+
+
+def test_lsn_is_the_lowest_of_merged_and_joined_parts_and_goes_along_with_split_ones() -> None:
+    parts = [
+        Hits(np.array([1, 0]), pa.array([number], pa.int64()), np.array([float(number)], np.float32), lsn=lsn)
+        for number, lsn in [(1, 9), (2, 7)]
+    ]
+    assert merge_hits(parts, 10, "l2").lsn == 7
+    assert merge_hits(parts[:1], 10, "l2").lsn == 9
+    assert join_queries(parts).lsn == 7
+    assert [part.lsn for part in split_hits(parts[0], [1, 1])] == [9, 9]
+
+
+def test_column_that_a_part_does_not_know_is_null_in_its_rows() -> None:
+    def part(number: int, columns: Any) -> Hits:
+        return Hits(np.array([1]), pa.array([number], pa.int64()), np.array([float(number)], np.float32), columns)
+
+    old = part(1, pa.table({"word": pa.array(["a"], pa.large_string())}))
+    new = part(2, pa.table({"gloss": pa.array([5]), "word": pa.array(["b"], pa.large_string())}))
+    for joined in (merge_hits([old, new], 10, "l2"), join_queries([old, new])):
+        assert joined.columns.select(["word", "gloss"]).to_pylist() == [
+            {"word": "a", "gloss": None},
+            {"word": "b", "gloss": 5},
+        ]
+        assert joined.columns.schema.field("gloss").type == pa.int64()
+
+
+def test_column_of_nulls_takes_the_type_that_another_part_knows() -> None:
+    def part(number: int, values: Any) -> Hits:
+        columns = pa.table({"gloss": values})
+        return Hits(np.array([1]), pa.array([number], pa.int64()), np.array([float(number)], np.float32), columns)
+
+    merged = merge_hits([part(1, pa.nulls(1)), part(2, pa.array([5]))], 10, "l2")
+    assert merged.columns["gloss"].to_pylist() == [None, 5]
+    assert merged.columns.schema.field("gloss").type == pa.int64()

@@ -14,7 +14,7 @@ from actors import build_rates
 from actors.shard import Shard
 from cluster import index_policy, index_spec, paths, segment
 from cluster.config import CollectionConfig, IndexConfig
-from cluster.errors import Conflict, Invalid, NotFound, Unavailable
+from cluster.errors import Conflict, Fenced, Invalid, NotFound, Unavailable
 from cluster.file_store import FileStore
 from cluster.ids import ID_ARROW_TYPE, hash_ids, id_array
 from cluster.manifest import Manifest
@@ -24,6 +24,7 @@ from cluster.query import Hits, SearchGroup, SearchParams, ShardSearch
 from cluster.recent_queries import QuerySample, delete_queries, store_queries
 from cluster.routing import Routing
 from cluster.segment import SegmentDescription
+from cluster.wal import Wal, WalRecord
 from jobs import import_source, importer, row_reader, segment_task
 from jobs.build_plan import Workers
 from jobs.import_source import Columns
@@ -899,6 +900,106 @@ def test_commit_of_another_writer_in_between_is_a_conflict(exists: bool, tmp_pat
     with pytest.raises(Conflict, match="was committed by another writer"):
         run_import(data, source, run_tasks=tasks_beside_another)
     assert_left_alone(store, newest=theirs[0])
+
+
+# --- writes to points, before and beside ------------------------------------------------------------------------
+
+
+def write_records(store: ObjectStore, shard: int, first: int, last: int, epoch: int = 1) -> None:
+    wal = Wal(store, "words", shard)
+    for lsn in range(first, last + 1):
+        wal.append(WalRecord(lsn, epoch, "write", f"{shard:016x}{lsn:016x}", None, pa.array([lsn])))
+
+
+def once_before_rows_are_read(action: Callable[[], object]) -> Any:
+    """A task runner that runs `action` ahead of the first task of an import."""
+    actions = [action]
+
+    def run_tasks(function: Any, items: Any, num_cpus: float, in_flight: int) -> Iterator[tuple[int, Any]]:
+        if actions:
+            actions.pop()()
+        return run_tasks_here(function, items, num_cpus, in_flight)
+
+    return run_tasks
+
+
+def test_import_replaces_the_writes_before_it_and_none_of_those_since(tmp_path: Path) -> None:
+    data, source = new_data_url(), write(tmp_path / "a.parquet", random_table(10))
+    store = open_store(data)
+    first = run_import(data, source, create={"shards": 2})
+    assert [(entry.applied_lsn, entry.epoch) for entry in first.shards] == [(0, 0), (0, 0)]
+    write_records(store, 0, 1, 7, epoch=3)
+    beside = once_before_rows_are_read(lambda: (write_records(store, 0, 8, 9, 3), write_records(store, 1, 1, 2, 4)))
+    second = run_import(data, source, job_id="import-2", run_tasks=beside)
+    assert [(entry.applied_lsn, entry.epoch) for entry in second.shards] == [(7, 3), (0, 0)]
+    assert (second.generation, second.points) == (2, 10)
+    third = run_import(data, source, job_id="import-3")
+    assert [(entry.applied_lsn, entry.epoch) for entry in third.shards] == [(9, 3), (2, 4)]
+
+
+def test_seal_and_declaration_beside_an_import_do_not_stop_it(tmp_path: Path) -> None:
+    data, source = new_data_url(), write(tmp_path / "a.parquet", random_table(10))
+    store = open_store(data)
+    run_import(data, source, create={"shards": 2})
+    write_records(store, 1, 1, 4)
+
+    def seal_and_declare() -> None:
+        write_records(store, 1, 5, 6)
+        parent = log_of(store).newest_live()
+        log_of(store).commit_shards(parent, {1: replace(parent.shards[1], applied_lsn=6, epoch=1)})
+        log_of(store).declare_attributes({"mood": "string"})
+
+    manifest = run_import(data, source, job_id="import-2", run_tasks=once_before_rows_are_read(seal_and_declare))
+    assert (manifest.version, manifest.generation, manifest.points) == (4, 2, 10)
+    assert [entry.applied_lsn for entry in manifest.shards] == [0, 4]  # 5 and 6 go on top again
+    assert manifest.attributes == {"mood": "string"}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_deletion_beside_an_import_is_a_conflict(again: bool, tmp_path: Path) -> None:
+    data, source = new_data_url(), write(tmp_path / "a.parquet", random_table(10))
+    store = open_store(data)
+    config = run_import(data, source).config
+    newest: list[Manifest | None] = []
+
+    def delete() -> None:
+        log_of(store).delete()
+        if again:
+            log_of(store).create(config)
+        newest.append(log_of(store).newest())
+
+    with pytest.raises(Conflict, match="was committed by another writer"):
+        run_import(data, source, job_id="import-2", run_tasks=once_before_rows_are_read(delete))
+    assert_left_alone(store, newest=newest[0])
+
+
+def test_import_over_a_deleted_collection_fences_the_writers_of_that(tmp_path: Path) -> None:
+    data, source = new_data_url(), write(tmp_path / "a.parquet", random_table(10))
+    store = open_store(data)
+    run_import(data, source, create={"shards": 2})
+    write_records(store, 0, 1, 3, epoch=2)
+    log_of(store).delete()
+
+    def write_on() -> None:
+        with pytest.raises(Fenced):
+            write_records(store, 0, 5, 5, epoch=3)
+
+    manifest = run_import(
+        data, source, job_id="import-2", create={"shards": 2}, run_tasks=once_before_rows_are_read(write_on)
+    )
+    assert [(entry.applied_lsn, entry.epoch) for entry in manifest.shards] == [(5, 4), (0, 0)]
+    assert list(Wal(store, "words", 0).read_after(manifest.shards[0].applied_lsn)) == []
+
+
+def test_import_of_a_file_that_does_not_fit_claims_nothing(tmp_path: Path) -> None:
+    data, source = new_data_url(), write(tmp_path / "a.parquet", random_table(10))
+    store = open_store(data)
+    run_import(data, source)
+    write_records(store, 0, 1, 3)
+    log_of(store).delete()
+    with pytest.raises(Invalid, match="has dimension 4, the collection 5"):
+        run_import(data, source, job_id="import-2", create={"dimension": 5})
+    assert Wal(store, "words", 0).end(0, 0) == (4, 2)  # the claim of the deletion
 
 
 # --- staging and stores that fail -------------------------------------------------------------------------------

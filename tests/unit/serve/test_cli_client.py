@@ -41,6 +41,18 @@ def test_client_searches_and_fetches(tmp_path: Path) -> None:
             client.vector_of("words", 10_000_000)
 
 
+def test_client_upserts_and_deletes_points(tmp_path: Path) -> None:
+    vectors = np.full((2, POINTS.vectors.shape[1]), 9.0, np.float32)
+    ids = [10_000_000, POINTS.ids[0].as_py()]
+    with listening(tmp_path) as (client, _):
+        written = client.upsert("words", ids, vectors, [{"name": "new"}, {}], timeout_ms=20_000)
+        assert written["upserted"] == 2
+        (hits,) = client.search("words", vectors[:1], k=2, with_attributes=["name"], min_lsn=written["lsn"])["results"]
+        assert {hit["id"]: hit["attributes"]["name"] for hit in hits} == {ids[0]: "new", ids[1]: None}
+        assert client.upsert("words", ids[:1], vectors[:1])["upserted"] == 1
+        assert client.delete_points("words", [*ids, 10_000_001])["deleted"] == 2
+
+
 @pytest.mark.parametrize(
     ("expected", "method", "path", "body"),
     [

@@ -200,7 +200,7 @@ def test_list_is_ordered_by_name(tmp_path: Path) -> None:
     run_with_endpoint(scenario, tmp_path)
 
 
-def test_delete_removes_the_segments_and_only_those(tmp_path: Path) -> None:
+def test_delete_removes_segments_and_logs_and_only_those(tmp_path: Path) -> None:
     config = CollectionConfig(4, shards=2)
 
     async def scenario(endpoint: Endpoint) -> None:
@@ -213,7 +213,10 @@ def test_delete_removes_the_segments_and_only_those(tmp_path: Path) -> None:
         tombstone = paths.manifest("words", 2)
         gone = {key for key in before if key.startswith("collections/words/segments/") and "not-committed" not in key}
         assert len(gone) == 2 * len(paths.SEGMENT_FILES)
-        assert set(keys(endpoint.store, "")) == set(before) - gone | {tombstone}
+        logs = {key for key in before if paths.wal_lsn(key) == 1 and key.startswith("collections/words/")}
+        assert len(logs) == 2
+        ends = {paths.wal_record("words", shard, 2) for shard in range(2)}  # claims, which stay
+        assert set(keys(endpoint.store, "")) == set(before) - gone - logs | {tombstone} | ends
         problem(await endpoint.http.get("/v1/collections/words"), 404)
         problem(await endpoint.search("words", vector=[1, 0, 0, 0]), 404)
         problem(await endpoint.http.delete("/v1/collections/words"), 404)

@@ -105,7 +105,17 @@ DESCRIPTION: dict[str, Any] = {
     "serving_generation": 3,
     "ready": True,
     "reason": "",
-    "shards": [{"shard": 0, "points": 117_659, "replicas": [], "segments": [SEGMENT], "observed": []}],
+    "shards": [
+        {
+            "shard": 0,
+            "points": 117_659,
+            "tail_points": 0,
+            "tombstones": 0,
+            "replicas": [],
+            "segments": [SEGMENT],
+            "observed": [],
+        }
+    ],
 }
 
 
@@ -186,6 +196,20 @@ def test_status_has_a_column_of_observed_recall_where_there_is_some() -> None:
     output = printed(print_collection, changed(observed=[OBSERVED, OBSERVED | {"generation": 2, "recall": 0.5}]))
     assert "observed" in output
     assert cells(output) == [["0", "117,659", "", "hnsw", "121 MB", "0.961", "ef_search 42", "0.41", "0.944"]]
+
+
+def test_status_has_columns_of_tail_and_deleted_rows_where_there_are_some() -> None:
+    assert "tail" not in printed(print_collection, DESCRIPTION)
+    output = printed(print_collection, changed(tail_points=1_204, tombstones=31))
+    assert "tail" in output
+    assert cells(output) == [["0", "117,659", "1,204", "31", "", "hnsw", "121 MB", "0.961", "ef_search 42", "0.41"]]
+
+
+def test_points_that_no_segment_holds_yet_are_explained() -> None:
+    told_of = "shard 0: 1,204 points written since the last segment, searched exactly; 31 rows of segments deleted"
+    assert "written since" not in printed(print_explanation, DESCRIPTION)
+    assert told_of in printed(print_explanation, changed(tail_points=1_204, tombstones=31))
+    assert told_of in printed(print_explanation, changed(tail_points=1_204, tombstones=31, segments=[]))
 
 
 def test_brackets_of_attributes_are_printed_as_they_are() -> None:

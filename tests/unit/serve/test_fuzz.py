@@ -15,6 +15,7 @@ from zlib import crc32
 
 import hypothesis.strategies as st
 import numpy as np
+import pyarrow as pa
 import pytest
 import schemathesis
 from schemathesis.checks import not_a_server_error
@@ -29,13 +30,14 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from actors.faiss_index import use_threads
+from cluster.arrow_rows import vectors_array
 from cluster.config import COLLECTION_NAME, CollectionConfig, IndexConfig
 from jobs.report import JobReporter, JobStatus
 from serve.arrow_bodies import ARROW
 from serve.job_service import JOB_ID
 from serve.openapi import openapi_document
 from tests.unit.actors.points import random_points
-from tests.unit.serve.endpoint import Endpoint, arrow_stream, memory_url, running_endpoint
+from tests.unit.serve.endpoint import Endpoint, arrow_stream, memory_url, running_endpoint, stream_of
 
 SEED = 20_240_601
 EXAMPLES = 120  # per operation, beside the schema's own edge cases
@@ -72,7 +74,21 @@ def streams() -> list[bytes]:
         copy[chance.randrange(len(whole))] ^= chance.randrange(1, 256)
         damaged.append(bytes(copy))
     wrong = [arrow_stream(np.full((1, DIMENSION), np.nan, np.float32)), arrow_stream(np.ones((1, 9), np.float16))]
-    return [whole, *cut, *damaged, *wrong]
+    return [whole, *cut, *damaged, *wrong, *written()]
+
+
+def written() -> list[bytes]:
+    """Streams of upserts and deletes, for ids of both types."""
+    vectors = vectors_array(np.ones((2, DIMENSION), np.float32))
+    batches = []
+    for ids in (pa.array([1, 2]), pa.array(["a", "b"])):
+        batches += [
+            pa.record_batch([ids], names=["id"]),
+            pa.record_batch([ids, vectors], names=["id", "vector"]),
+            pa.record_batch([ids, vectors, pa.array(["x", None])], names=["id", "vector", "name"]),
+            pa.record_batch([ids, vectors, pa.array([1.5, None])], names=["id", "vector", "rate"]),
+        ]
+    return [stream_of([batch], batch.schema) for batch in batches]
 
 
 schemathesis.openapi.media_type(ARROW, st.sampled_from(streams()) | st.binary())
@@ -150,6 +166,8 @@ def fitted(body: dict[str, Any], dice: int) -> dict[str, Any]:
             fields["vector"] = body["vector"][:DIMENSION]
         if isinstance(body.get("vectors"), list):
             fields["vectors"] = [v[:DIMENSION] if isinstance(v, list) else v for v in body["vectors"]]
+        if isinstance(body.get("points"), list):
+            fields["points"] = [p | fitted(p, dice) if isinstance(p, dict) else p for p in body["points"]]
     return fields
 
 

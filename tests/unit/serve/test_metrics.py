@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from actors.shard import ReplicaStatus
 from cluster.config import CollectionConfig, IndexConfig
-from cluster.manifest import Manifest, ShardEntry
+from cluster.manifest import Manifest, SegmentRef, ShardEntry, TombstonesRef
 from cluster.placement import ReplicaKey
 from cluster.routing import Routing
 from serve.descriptions import describe_collection, describe_unreadable
@@ -141,6 +142,35 @@ def test_gauges_tell_the_observed_recall_of_every_replica_and_generation() -> No
         for name, key in (("recall", "recall"), ("recall_low", "low"), ("recall_high", "high"), ("queries", "queries")):
             assert value(samples, f"eagleray_observed_{name}", **place) == told[key]
     assert sum(name.startswith("eagleray_observed") for name, _ in samples) == 3 * 4
+
+
+def test_description_tells_what_the_most_advanced_replica_of_the_generation_has() -> None:
+    segments = (SegmentRef("s", 50, "xxh3_128:0"),)
+    entries = tuple(ShardEntry(shard, segments, 4, 1, (TombstonesRef("s", 4, 3, "xxh3_128:0"),)) for shard in range(3))
+    manifest = Manifest("words", 3, replace(CONFIG, shards=3), Routing(3), 2, entries, created_at="", writer="")
+
+    def status(lsn: int, points: int, generation: int = 2, **more: Any) -> ReplicaStatus:
+        return ReplicaStatus("ready", (3,), (1, generation), points, lsn=lsn, **more)
+
+    statuses = {
+        ReplicaKey("words", 0, 0): status(7, 60, epoch=2, tail_points=10, tombstones=3, upkeep="merging"),
+        ReplicaKey("words", 0, 1): status(9, 61, tail_points=11, tombstones=5),
+        ReplicaKey("words", 1, 0): status(8, 70, generation=1, epoch=1),  # the new generation is being loaded
+        ReplicaKey("words", 2, 0): ReplicaStatus("unreachable", epoch=5),
+    }
+    described = describe_collection({"manifest": manifest, "serving_generation": 1, "statuses": statuses}, None)
+    told = ("points", "lsn", "primary", "tail_points", "tombstones", "upkeep")
+    assert [tuple(shard[name] for name in told) for shard in described["shards"]] == [
+        (61, 9, 0, 11, 5, "merging"),
+        (47, 8, 0, 0, 3, ""),
+        (47, 4, None, 0, 3, ""),
+    ]
+    assert described["points"] == 61 + 47 + 47
+    assert [(each["lsn"], each["epoch"]) for each in described["shards"][0]["replicas"]] == [(7, 2), (9, 0)]
+    samples = parsed(render({}, [described]).decode())
+    assert value(samples, "eagleray_tail_points", collection="words", shard="0") == 11
+    assert value(samples, "eagleray_tombstones", collection="words", shard="1") == 3
+    assert value(samples, "eagleray_lsn", collection="words", shard="0", replica="1") == 9
 
 
 def test_either_endpoint_tells_the_counts_of_both(tmp_path: Path) -> None:

@@ -150,9 +150,11 @@ class Conversation:
 
 
 COLLECTION = "/v1/collections/{collection}"
-SEARCH, FETCH, JOBS, JOB = (
+SEARCH, FETCH, UPSERT, DELETE, JOBS, JOB = (
     f"{COLLECTION}/points:search",
     f"{COLLECTION}/points:fetch",
+    f"{COLLECTION}/points:upsert",
+    f"{COLLECTION}/points:delete",
     f"{COLLECTION}/jobs",
     "/v1/jobs/{job_id}",
 )
@@ -188,6 +190,7 @@ async def talk_of_points(talk: Conversation, endpoint: Endpoint, ids: list[int])
     assert (len(fetched["points"]), len(fetched["missing"])) == (2, 1)
     await talk.ask("POST", FETCH, 400, json={"ids": []})
     await talk.ask("POST", FETCH, 404, "nothing", json={"ids": [1]})
+    await talk_of_writes(talk, ids)
     endpoint.eagleray.runtime.kill(ReplicaKey("words", 0, 0))
     refused = await talk.ask("POST", SEARCH, 503, json=one)
     assert refused["coverage"]["missing"] == [0]
@@ -195,6 +198,26 @@ async def talk_of_points(talk: Conversation, endpoint: Endpoint, ids: list[int])
     await talk.ask("POST", FETCH, 503, json={"ids": ids})
     await talk.ask("GET", COLLECTION, 200)
     endpoint.eagleray.runtime.revive(ReplicaKey("words", 0, 0))
+
+
+async def talk_of_writes(talk: Conversation, ids: list[int]) -> None:
+    point = {"id": ids[0], "vector": [1, 2, 3], "attributes": {"name": "new", "rank": 1}}
+    written = await talk.ask("POST", UPSERT, 200, json={"points": [point]})
+    assert written["upserted"] == 1
+    arrow = {"Content-Type": ARROW}
+    await talk.ask("POST", UPSERT, 400, content=b"", headers=arrow)
+    await talk.ask("POST", UPSERT, 400, json={"points": []})
+    await talk.ask("POST", UPSERT, 404, "nothing", json={"points": [point]})
+    await talk.ask("POST", UPSERT, 413, content=b"", headers={"Content-Length": str(2**40)})
+    await talk.ask("POST", UPSERT, 415, content=b"", headers={"Content-Type": "text/plain"})
+    answer = await talk.ask("POST", SEARCH, 200, json={"vector": [1, 2, 3], "k": 1, "min_lsn": written["lsn"]})
+    assert answer["results"][0][0]["id"] == ids[0]
+    assert (await talk.ask("POST", DELETE, 200, json={"ids": [ids[0], 10**12]}))["deleted"] == 1
+    await talk.ask("POST", DELETE, 400, json={"ids": ["a"]})
+    await talk.ask("POST", DELETE, 400, content=b"", headers=arrow)
+    await talk.ask("POST", DELETE, 404, "nothing", json={"ids": [1]})
+    await talk.ask("POST", DELETE, 413, content=b"", headers={"Content-Length": str(2**40)})
+    await talk.ask("POST", DELETE, 415, content=b"", headers={"Content-Type": "text/plain"})
 
 
 async def talk_of_jobs(talk: Conversation, endpoint: Endpoint, source: str) -> None:

@@ -9,18 +9,15 @@ import pytest
 from cluster.config import ALL_OPTIONS, CollectionConfig, IndexConfig, Limits
 from cluster.errors import Invalid
 from cluster.query import SearchParams
+from serve.decoding import decode, decode_parameters
 from serve.job_service import import_command
-from serve.schemas import (
+from serve.schemas import CollectionBody, ImportBody, check_create
+from serve.search_bodies import (
     CANDIDATES_MAX,
-    CollectionBody,
     FetchBody,
-    ImportBody,
     SearchBody,
     SearchOptions,
     arrow_query,
-    check_create,
-    decode,
-    decode_options,
     json_query,
 )
 
@@ -111,7 +108,7 @@ def test_factory_string_that_faiss_does_not_know_is_refused_with_one_that_would_
 
 
 def test_search_body_and_url_options_have_the_same_defaults() -> None:
-    body, options = decode(encoded(vector=[1.0, 2.0]), SearchBody), decode_options([])
+    body, options = decode(encoded(vector=[1.0, 2.0]), SearchBody), decode_parameters([], SearchOptions)
     for name in ("k", "timeout_ms", "min_coverage", "exact", "with_vectors"):
         assert getattr(body, name) == getattr(options, name)
     for name in ("nprobe", "ef_search", "rerank", "target_recall"):
@@ -141,7 +138,7 @@ def test_json_query_carries_every_option() -> None:
 
 
 def test_arrow_query_carries_every_option() -> None:
-    options = decode_options(
+    options = decode_parameters(
         [
             ("k", "7"),
             ("timeout_ms", "50.5"),
@@ -151,7 +148,8 @@ def test_arrow_query_carries_every_option() -> None:
             ("rerank", "1.5"),
             ("with_attributes", "b,a,,b"),
             ("with_vectors", "true"),
-        ]
+        ],
+        SearchOptions,
     )
     query = arrow_query(np.array([[1, 2]], np.float16), options, CONFIG, Limits())
     assert query.vectors.dtype == np.float32
@@ -228,7 +226,9 @@ def query_of_json(options: dict[str, Any], k: int) -> SearchParams:
 
 def query_of_arrow(options: dict[str, Any], k: int) -> SearchParams:
     parameters = [(name, str(value).lower()) for name, value in ({"k": k} | options).items()]
-    return arrow_query(np.ones((1, 2), np.float32), decode_options(parameters), CONFIG, Limits()).params
+    return arrow_query(
+        np.ones((1, 2), np.float32), decode_parameters(parameters, SearchOptions), CONFIG, Limits()
+    ).params
 
 
 def queries_of(options: dict[str, Any], k: int) -> list[SearchParams]:
@@ -277,7 +277,7 @@ def test_decode_names_the_place(data: bytes, field: str) -> None:
 
 def test_repeated_url_parameter_is_refused_by_name() -> None:
     with pytest.raises(Invalid) as error:
-        decode_options([("nprobe", "3"), ("k", "1"), ("k", "2")])
+        decode_parameters([("nprobe", "3"), ("k", "1"), ("k", "2")], SearchOptions)
     assert fields_of(error.value) == ["k"]
 
 

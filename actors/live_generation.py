@@ -1,0 +1,123 @@
+"""One generation of a shard that takes writes: applies WAL records and publishes a view after each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from actors.segment_loader import LoadedSegment
+from actors.shard_view import ShardView
+from actors.tail import Tail
+from cluster.errors import Corrupt
+from cluster.ids import hash_ids
+from cluster.manifest import Manifest
+from cluster.row_selection import RowSelection
+from cluster.wal import WalRecord
+
+VERSIONS_KEPT = 32
+SELF_TEST_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Existed:
+    """Which ids of a record's upserts and deletes, both (n,) bool, were live points before it."""
+
+    upserts: NDArray[np.bool_]
+    deletes: NDArray[np.bool_]
+
+
+class LiveGeneration:
+    """Segments with their tombstones, and a tail. One thread at a time applies; `view` is replaced, never changed.
+
+    `versions` are the manifests that it stands for: its own, and older ones of the same generation, whose segments it
+    has in another form.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        segments: tuple[LoadedSegment, ...],
+        selections: Mapping[str, RowSelection],
+        applied_lsn: int,
+    ) -> None:
+        self.applied_lsn = applied_lsn  # of the manifest: what segments and tombstone files hold
+        self.versions: tuple[int, ...] = (manifest.version,)
+        self.records = 0  # in the tail
+        self._tail = Tail(manifest.config)
+        declared = {name: pa.type_for_alias(text) for name, text in manifest.attributes.items()}
+        self.view = ShardView(
+            manifest.version,
+            manifest.generation,
+            manifest.config,
+            segments,
+            dict(selections),
+            self._tail.view(),
+            applied_lsn,
+            declared,
+        )
+
+    def stand_for(self, versions: tuple[int, ...]) -> None:
+        """Stand for these manifest versions, too."""
+        self.versions = tuple(sorted({*self.versions, *versions})[-VERSIONS_KEPT:])
+
+    def apply(self, record: WalRecord) -> Existed:
+        """Apply the next record. A record that the manifest's files hold already changes nothing."""
+        if record.lsn <= self.view.lsn:
+            return NOTHING
+        if record.lsn != self.view.lsn + 1:
+            raise RuntimeError(f"record {record.lsn} does not follow record {self.view.lsn}")
+        ids = _ids_of(record)
+        selections, existed = dict(self.view.selections), NOTHING
+        if ids is not None:
+            self.records += 1
+            existed = self._write(record, ids, selections)
+        self.view = replace(self.view, lsn=record.lsn, selections=selections, tail=self._tail.view())
+        return existed
+
+    def check(self) -> None:
+        """The self-test of what was replayed: the tail finds its points, and none is in a segment as well."""
+        tail = self.view.tail
+        if tail is None or not tail.points:
+            return
+        rows = tail.selection.rows()
+        ids = tail.ids(rows[rows < tail.count])
+        for segment in self.view.segments:
+            twice = self.view.live_rows(segment, ids) >= 0
+            if twice.any():
+                position = int(np.argmax(twice))
+                raise Corrupt(f"{segment.description.segment_id}: still has {ids[position]}, which was written since")
+        some = ids.slice(0, SELF_TEST_ROWS)
+        if (tail.rows_of_ids(some) < 0).any():
+            raise Corrupt(f"LSN {self.view.lsn}: the tail does not find its own points")
+
+    def _write(self, record: WalRecord, ids: Any, selections: dict[str, RowSelection]) -> Existed:
+        """Every id's row so far goes, wherever it is; the upserts come to the end of the tail."""
+        hashes, values = hash_ids(ids), ids.to_pylist()
+        existed = self._tail.remove(values)
+        for segment in self.view.segments:
+            rows = segment.rows.rows_of_ids(ids, hashes)
+            here = rows >= 0
+            if here.any():
+                name = segment.description.segment_id
+                before = selections.get(name) or RowSelection.everything(segment.description.count)
+                existed[here] |= before.holds(rows[here])
+                selections[name] = before.without(rows[here])
+        upserted = len(record.upserts) if record.upserts is not None else 0
+        if upserted:
+            self._tail.append(record.upserts, values[:upserted], hashes[:upserted])
+        return Existed(existed[:upserted], existed[upserted:])
+
+
+NOTHING = Existed(np.zeros(0, bool), np.zeros(0, bool))
+
+
+def _ids_of(record: WalRecord) -> Any:
+    """The ids of a record's upserts, then of its deletes; None where it has none."""
+    parts = [record.upserts.column("id")] if record.upserts is not None else []
+    parts += [record.deletes] if record.deletes is not None else []
+    return pa.concat_arrays(parts) if parts else None

@@ -1,0 +1,314 @@
+"""One replica: a `Shard` that follows its WAL or leads it, with a thread for each thing that may take long. No Ray.
+
+Searches run one at a time in a thread, for FAISS uses several by itself. Loads and claims have another one, records
+of other writers a third. Calls only wait for these, so that the event loop is free to tell the status at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Protocol
+
+from actors.faiss_index import use_threads
+from actors.primary import Primary
+from actors.recall_observer import RecallObserver
+from actors.shard import ReplicaStatus, Shard
+from cluster.config import Settings
+from cluster.errors import EaglerayError, Fenced, Unavailable
+from cluster.placement import ReplicaKey
+from cluster.query import Hits, ShardSearch
+from cluster.write import PointWrite, WriteOutcome
+
+TICK_S = 1.0  # how often a follower reads the WAL without being told, and a primary looks at its shard's upkeep
+PUSHED_MAX = 8  # records of the primary that wait to be applied; others are found in the WAL
+WAIT_FIRST_S, WAIT_MAX_S = 0.01, 0.25  # between looks at the WAL for an LSN that a search waits for
+Outcomes = tuple[Hits | EaglerayError, ...]
+logger = logging.getLogger(__name__)
+
+
+class ShardUpkeep(Protocol):
+    """Seals and merges, done elsewhere."""
+
+    def look(self, shard: Shard) -> None:
+        """Begin what the shard needs, unless it is under way; called every `TICK_S` while the replica leads."""
+        ...
+
+    def told(self) -> str:
+        """What is being done, or why the last of it failed."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Replica:
+    """The constructor loads the newest version and replays the WAL; it leads only once it is told to.
+
+    `open_shard` may fail, and is called again by the next `load`. `push` is given what the primary has written, for
+    the other replicas; it must not block.
+    """
+
+    def __init__(
+        self,
+        key: ReplicaKey,
+        open_shard: Callable[[], Shard],
+        settings: Settings,
+        threads: int,
+        push: Callable[[bytes], None] = lambda data: None,
+        upkeep: ShardUpkeep | None = None,
+    ) -> None:
+        self._key = key
+        self._open_shard = open_shard
+        self._settings = settings
+        self._threads = threads
+        self._push = push
+        self._upkeep = upkeep
+        self._shard: Shard | None = None
+        self._primary: Primary | None = None
+        self._searcher = ThreadPoolExecutor(1, "search", initializer=use_threads, initargs=(threads,))
+        self._loader = ThreadPoolExecutor(1, "load", initializer=use_threads, initargs=(threads,))
+        self._follower = ThreadPoolExecutor(1, "follow", initializer=use_threads, initargs=(1,))
+        self._observer = RecallObserver(settings.observed_share, settings.observed_duty)
+        self._waiters: set[_Waiter] = set()
+        self._pushed = threading.Semaphore(PUSHED_MAX)
+        self._catching_up: Future[None] | None = None
+        self._closed = threading.Event()
+        self._error = ""  # of the last load
+        self._behind = ""  # why the WAL could not be followed
+        try:
+            self._loader.submit(self._load, None).result()
+        except Exception as error:  # noqa: BLE001  # the process stays and says why; it will be asked to load again
+            logger.error("%s: %s", key, error)
+        self._observer.start()
+
+    # --- reads --------------------------------------------------------------------------------------------------
+
+    async def search(self, request: ShardSearch) -> Outcomes:
+        """One outcome per group. Unavailable where the generation is not held, or `min_lsn` not reached in time."""
+        await self._reach(request.min_lsn, request.timeout_s)
+        return await asyncio.get_running_loop().run_in_executor(self._searcher, self._search, request)
+
+    def _search(self, request: ShardSearch) -> Outcomes:
+        view = self._opened().view(request.generation)
+        outcomes = view.search(request)
+        self._observer.offer(request, outcomes, view.search)
+        return outcomes
+
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> tuple[Any, Any]:
+        """(found, table) of an Arrow array of ids (`Shard.fetch`)."""
+        await self._reach(min_lsn, self._settings.limits.timeout_ms / 1_000.0)
+        return await asyncio.to_thread(self._opened().fetch, generation, ids, columns)
+
+    async def _reach(self, min_lsn: int, timeout_s: float) -> None:
+        """Wait until this LSN is applied, reading the WAL; Unavailable where it is not in time."""
+        shard = self._opened()
+        if shard.applied_lsn >= min_lsn:
+            return
+        deadline, pause_s = time.monotonic() + timeout_s, WAIT_FIRST_S
+        waiter = _Waiter()
+        self._waiters.add(waiter)
+        try:
+            while (applied := shard.applied_lsn) < min_lsn:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0.0:
+                    why = f" ({self._behind})" if self._behind else ""
+                    raise Unavailable(f"replica {self._key} has applied LSN {applied}, not yet LSN {min_lsn}{why}", 0.1)
+                self.catch_up()
+                await waiter.wait(min(left_s, pause_s))
+                pause_s = min(2.0 * pause_s, WAIT_MAX_S)
+        finally:
+            self._waiters.discard(waiter)
+
+    # --- writes -------------------------------------------------------------------------------------------------
+
+    async def write(self, writes: Sequence[PointWrite]) -> tuple[WriteOutcome | EaglerayError, ...]:
+        """One outcome per write, each acknowledged by itself; Fenced where this is not the primary."""
+        queued = [self._queue(self._primary, write) for write in writes]
+        waiting = [asyncio.wrap_future(one) for one in queued if isinstance(one, Future)]
+        # A caller that gives up must not cancel them: the primary would find them cancelled while it acknowledges.
+        answers = iter(await asyncio.gather(*map(asyncio.shield, waiting), return_exceptions=True))
+        return tuple(_outcome(next(answers)) if isinstance(one, Future) else one for one in queued)
+
+    def _queue(self, primary: Primary | None, write: PointWrite) -> Future[WriteOutcome] | EaglerayError:
+        if primary is None or primary.lost:
+            why = f": {primary.lost}" if primary is not None else ""
+            return Fenced(f"replica {self._key} is not the primary of shard {self._key.shard}{why}")
+        try:
+            return primary.write(write)
+        except EaglerayError as error:
+            return error
+
+    async def lead(self) -> None:
+        """Become the primary; nothing where it is."""
+        await asyncio.get_running_loop().run_in_executor(self._loader, self._lead)
+
+    def _lead(self) -> None:
+        if self._leads:
+            return
+        shard = self._opened()
+        if shard.newest() is None:
+            raise Unavailable(f"replica {self._key} has loaded nothing: {self.status().error}")
+        self._primary = None
+        primary = Primary.claim(shard, self._settings.limits, self._settings.upkeep, self._push)
+        if self._closed.is_set():
+            primary.stop()
+        else:
+            self._primary = primary
+
+    @property
+    def _leads(self) -> bool:
+        return self._primary is not None and not self._primary.lost
+
+    # --- following ----------------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes) -> Future[None] | None:
+        """Apply a record that the primary pushed; None where too many wait: the WAL has it."""
+        if self._shard is None or self._closed.is_set() or not self._pushed.acquire(blocking=False):
+            return None
+        return self._follower.submit(self._receive, self._shard, data)
+
+    def _receive(self, shard: Shard, data: bytes) -> None:
+        self._pushed.release()
+        self._follow(lambda: shard.receive(data))
+
+    def catch_up(self) -> Future[None]:
+        """Read the WAL to its end, in the thread for that; the one that waits for its turn is enough for all."""
+        if self._closed.is_set():
+            raise Unavailable(f"replica {self._key} ends")
+        if self._catching_up is None or self._catching_up.running() or self._catching_up.done():
+            self._catching_up = self._follower.submit(self._catch_up)
+        return self._catching_up
+
+    def _catch_up(self) -> None:
+        shard = self._shard
+        if shard is not None and not self._closed.is_set():
+            self._follow(shard.catch_up)
+
+    def _follow(self, move: Callable[[], object]) -> None:
+        try:
+            move()
+        except Exception as error:  # noqa: BLE001  # told, and done again by the next tick
+            self._behind = f"{type(error).__name__}: {error}"
+            logger.warning("%s: following the WAL: %s", self._key, error)
+        else:
+            self._behind = ""
+        for waiter in tuple(self._waiters):
+            waiter.wake()
+
+    def keep_ticking(self, period_s: float = TICK_S) -> None:
+        """Follow the WAL and do the upkeep from now on, in a thread of its own."""
+        threading.Thread(target=self._tick_for_ever, args=(period_s,), name="tick", daemon=True).start()
+
+    def _tick_for_ever(self, period_s: float) -> None:
+        while not self._closed.wait(period_s):
+            try:
+                self.tick()
+            except EaglerayError as error:  # such as a store that is away: the next tick finds it back
+                logger.warning("%s: upkeep: %s", self._key, error)
+            except Exception:
+                logger.exception("%s: upkeep", self._key)
+
+    def tick(self) -> None:
+        """Once a period: a follower reads the WAL, a primary sees to what its shard needs."""
+        if not self._leads:
+            self.catch_up()
+        elif self._upkeep is not None:
+            self._upkeep.look(self._opened())
+
+    # --- control ------------------------------------------------------------------------------------------------
+
+    def _load(self, version: int | None) -> None:
+        try:
+            if self._shard is None:
+                self._shard = self._open_shard()
+            self._shard.load(version)
+        except Exception as error:
+            self._error = f"{type(error).__name__}: {error}"
+            raise
+        self._error = ""
+
+    async def load(self, version: int | None) -> None:
+        await asyncio.wrap_future(self.begin_load(version))
+
+    def begin_load(self, version: int | None) -> Future[None]:
+        """Load a version (None: the newest) after what the loading thread is at."""
+        return self._loader.submit(self._load, version)
+
+    async def retire(self, generation: int) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._loader, self._retire, generation)
+
+    def _retire(self, generation: int) -> None:
+        self._opened().retire(generation)
+        self._observer.retire(generation)
+
+    def status(self) -> ReplicaStatus:
+        status = self._shard.status() if self._shard is not None else ReplicaStatus("failed")
+        primary = self._primary
+        return replace(
+            status,
+            threads=self._threads,
+            pid=os.getpid(),
+            node=socket.gethostname(),
+            error=self._error or status.error or self._behind,
+            observed=tuple(told for one in status.generations if (told := self._observer.observed(one))),
+            epoch=primary.epoch if primary is not None and not primary.lost else 0,
+            upkeep=self._upkeep.told() if self._upkeep is not None else "",
+        )
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas its shard shall have."""
+        newest = self._shard.newest() if self._shard is not None else None
+        return newest.view.config.replicas if newest is not None else 1
+
+    def _opened(self) -> Shard:
+        if self._shard is None:
+            raise Unavailable(f"replica {self._key} has loaded nothing: {self._error}")
+        return self._shard
+
+    def close(self) -> None:
+        """End its threads, after what they are at; blocks while a primary gives up."""
+        self._closed.set()
+        self._observer.stop()
+        if self._upkeep is not None:
+            self._upkeep.close()
+        if self._primary is not None:
+            self._primary.stop()
+        for executor in (self._searcher, self._loader, self._follower):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+class _Waiter:
+    """A coroutine that waits for the replica to move on; any thread may wake it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._moved = asyncio.Event()
+
+    def wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._moved.set)
+        except RuntimeError as error:  # its event loop has ended meanwhile
+            logger.debug("nobody waits any more: %s", error)
+
+    async def wait(self, most_s: float) -> None:
+        try:
+            async with asyncio.timeout(most_s):
+                await self._moved.wait()
+        except TimeoutError:
+            return
+        self._moved.clear()
+
+
+def _outcome(answer: WriteOutcome | BaseException) -> WriteOutcome | EaglerayError:
+    if isinstance(answer, WriteOutcome | EaglerayError):
+        return answer
+    logger.error("a write", exc_info=answer)
+    return Unavailable(f"the write may have been applied or not: {type(answer).__name__}: {answer}")

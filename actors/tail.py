@@ -1,0 +1,209 @@
+"""The mutable part of a shard: points written since the last segment, searched exactly.
+
+One writer appends; readers take a `TailView`, which never changes. Vectors and ids lie in blocks that are filled up
+and never moved: a view looks at the first `count` rows only, so what is appended later is not seen by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from actors.exact_search import exact_search
+from actors.ties import found_with_ties
+from cluster.arrow_rows import gather, vector_type, vectors_view
+from cluster.attributes import fitted
+from cluster.config import CollectionConfig
+from cluster.ids import ID_ARROW_TYPE, hash_ids
+from cluster.row_selection import RowSelection
+
+BLOCK_FLOATS = 1 << 20  # 4 MiB of vectors; memory that was not written to yet costs nothing
+Rows = NDArray[np.int64]
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some rows, allocated at once: vectors (rows, dimension) float32, ids (rows,) int64 or text, their hashes."""
+
+    vectors: Vectors
+    ids: NDArray[Any]
+    hashes: NDArray[np.uint64]
+
+
+@dataclass(frozen=True, eq=False)
+class TailView:
+    """The first `count` rows of a tail as they stood once. The lists are shared and only ever grow."""
+
+    config: CollectionConfig
+    count: int
+    selection: RowSelection  # the rows that are live; over `count` rows or more
+    per_block: int
+    blocks: list[_Block]
+    chunks: list[Any]  # record batches of attributes
+    chunk_starts: list[int]
+    chunk_count: int
+
+    @property
+    def points(self) -> int:
+        return self.selection.kept - (self.selection.count - self.count)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the vectors of all rows, live or not."""
+        return self.count * self.config.dimension * 4
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Arrow types of the attributes that any row was given, by name."""
+        return {field.name: field.type for chunk in self.chunks[: self.chunk_count] for field in chunk.schema}
+
+    def vector_blocks(self) -> Iterator[tuple[int, Vectors]]:
+        """(first row, vectors) of every block, in order."""
+        for first in range(0, self.count, self.per_block):
+            yield first, self.blocks[first // self.per_block].vectors[: self.count - first]
+
+    def search(self, queries: Vectors, k: int) -> tuple[Rows, Vectors]:
+        """(rows, scores), both (n, width), best first, -1 where there is none: brute force over the live rows.
+
+        Width is min(k, rows), or more where points tie with the k-th (`ties.found_with_ties`).
+        """
+        live = self.selection if self.points < self.count else None
+
+        def find(asked: Vectors, width: int) -> tuple[Rows, Vectors]:
+            return exact_search(asked, self.vector_blocks(), min(width, self.count), self.config.metric, live)
+
+        return found_with_ties(find, queries, k)
+
+    def rows_of_ids(self, ids: Any) -> Rows:
+        """The live row of each id of an Arrow array, -1 where there is none; shape (n,)."""
+        wanted = np.unique(hash_ids(ids))
+        values = ids.to_pylist()
+        asked = set(values)
+        row_of: dict[int | str, int] = {}
+        for first in range(0, self.count if len(wanted) else 0, self.per_block):
+            block = self.blocks[first // self.per_block]
+            hashes = block.hashes[: self.count - first]
+            at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
+            near = np.flatnonzero(wanted[at] == hashes)
+            live = near[self.selection.holds(near + first)]
+            row_of |= {value: first + row for row in live.tolist() if (value := _plain(block.ids[row])) in asked}
+        return np.array([row_of.get(value, -1) for value in values], dtype=np.int64)
+
+    def ids(self, rows: Rows) -> Any:
+        """The ids of some rows as an Arrow array."""
+        block, row = np.divmod(rows, self.per_block)
+        values = [self.blocks[b].ids[r] for b, r in zip(block.tolist(), row.tolist(), strict=True)]
+        return pa.array(values, ID_ARROW_TYPE[self.config.id_type])
+
+    def vectors(self, rows: Rows) -> Any:
+        """The vectors of some rows as an Arrow array of the stored type."""
+        block, row = np.divmod(rows, self.per_block)
+        out = np.empty((len(rows), self.config.dimension), dtype=self.config.vector_dtype)
+        for number in np.unique(block):
+            mine = block == number
+            out[mine] = self.blocks[number].vectors[row[mine]]
+        flat = pa.array(out.reshape(-1))
+        return pa.FixedSizeListArray.from_arrays(
+            flat, type=vector_type(self.config.dimension, self.config.vector_dtype)
+        )
+
+    def attribute(self, rows: Rows, name: str, dtype: Any) -> Any:
+        """One attribute of some rows as an Arrow array of that type; null where a row was not given it."""
+        whole = pa.nulls(len(rows), dtype)
+        if not self.chunk_count or len(rows) == 0:
+            return whole
+        starts = np.array(self.chunk_starts[: self.chunk_count])
+        chunk = np.searchsorted(starts, rows, side="right") - 1
+        known = np.array([n >= 0 and name in self.chunks[n].schema.names for n in chunk.tolist()])
+        if not known.any():
+            return whole
+        given = gather(self.chunks, chunk[known], rows[known] - starts[chunk[known]], [name]).column(0)
+        values = fitted(given, dtype)
+        places = np.full(len(rows), len(values), dtype=np.int64)
+        places[known] = np.arange(len(values))
+        return pa.concat_arrays([values, pa.nulls(1, dtype)]).take(pa.array(places))
+
+
+def _plain(value: Any) -> int | str:
+    return value if isinstance(value, str) else int(value)
+
+
+class Tail:
+    """Appends and removes points. One thread at a time; `view` gives what was done so far to readers."""
+
+    def __init__(self, config: CollectionConfig) -> None:
+        self._config = config
+        self._per_block = max(8, BLOCK_FLOATS // config.dimension // 8 * 8)
+        self._blocks: list[_Block] = []
+        self._chunks: list[Any] = []
+        self._chunk_starts: list[int] = []
+        self._selection = RowSelection.everything(0)  # over all rows of the blocks, used or not
+        self._count = 0
+        self._row_of: dict[int | str, int] = {}  # the live row of every id
+
+    def view(self) -> TailView:
+        """What the tail holds now; never changes."""
+        return TailView(
+            self._config,
+            self._count,
+            self._selection,
+            self._per_block,
+            self._blocks,
+            self._chunks,
+            self._chunk_starts,
+            len(self._chunks),
+        )
+
+    def remove(self, ids: Sequence[int | str]) -> NDArray[np.bool_]:
+        """Remove points; which of the ids (n,) there were."""
+        rows = np.array([self._row_of.pop(value, -1) for value in ids], dtype=np.int64)
+        here = rows >= 0
+        if here.any():
+            self._selection = self._selection.without(rows[here])
+        return here
+
+    def append(self, batch: Any, ids: Sequence[int | str], hashes: NDArray[np.uint64]) -> None:
+        """Add the points of a record batch (`PointWrite.upserts`), none of which the tail holds."""
+        first = self._count
+        vectors = vectors_view(batch.column("vector"))
+        done = 0
+        while done < len(ids):
+            block, at = self._room()
+            stop = min(len(ids) - done, self._per_block - at) + done
+            block.vectors[at : at + stop - done] = vectors[done:stop]
+            block.ids[at : at + stop - done] = ids[done:stop]
+            block.hashes[at : at + stop - done] = hashes[done:stop]
+            self._count += stop - done
+            done = stop
+        attributes = [name for name in batch.schema.names if name not in ("id", "vector")]
+        if attributes or self._chunks:  # from the first row with attributes on every row belongs to a chunk
+            self._chunks.append(batch.select(attributes))
+            self._chunk_starts.append(first)
+        self._row_of.update(zip(ids, range(first, self._count), strict=True))
+
+    def _room(self) -> tuple[_Block, int]:
+        """A block with free rows, and the first of them."""
+        number, at = divmod(self._count, self._per_block)
+        if number == len(self._blocks):
+            id_dtype = np.int64 if self._config.id_type == "int64" else object
+            self._blocks.append(
+                _Block(
+                    np.empty((self._per_block, self._config.dimension), dtype=np.float32),
+                    np.empty(self._per_block, dtype=id_dtype),
+                    np.empty(self._per_block, dtype=np.uint64),
+                )
+            )
+            self._selection = _grown(self._selection, self._per_block)
+        return self._blocks[number], at
+
+
+def _grown(selection: RowSelection, rows: int) -> RowSelection:
+    """With so many more rows, all kept; `rows` is a multiple of 8."""
+    more = RowSelection.everything(rows)
+    return RowSelection(np.concatenate([selection.bits, more.bits]), selection.kept + rows, selection.count + rows)

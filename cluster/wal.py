@@ -1,0 +1,281 @@
+"""The write-ahead log of one shard: numbered records in object storage, each put if absent, dense from LSN 1.
+
+A record is a fixed header and two Arrow IPC streams, the upserts and the deleted ids. They are two streams because one
+with a column that tells them apart would carry a whole vector of nulls for every deleted id. The checksum covers every
+other byte of the object and is verified before Arrow sees any of it.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import xxhash
+
+from cluster import paths
+from cluster.errors import Corrupt, Fenced, NotFound, Unavailable
+from cluster.object_store import ObjectStore
+
+MAGIC = b"EAGLEWAL"
+FORMAT = 1
+RecordKind = Literal["write", "claim"]
+KINDS: dict[int, RecordKind] = {1: "write", 2: "claim"}
+KIND_NUMBERS = {kind: number for number, kind in KINDS.items()}
+# magic, format, kind, shard, 0, LSN, epoch, nonce, bytes of the upserts, bytes of the deletes; then the checksum. The
+# zero aligns the streams to 8 bytes, so that numbers are read where they lie.
+HEADER = struct.Struct("<8sIIIIQQ16sQQ")
+LSN_FIELD = 5  # of the header
+CHECKSUM_BYTES = 16
+BODY_AT = HEADER.size + CHECKSUM_BYTES
+READ_WINDOW = 16  # records that are read at one time
+APPEND_TRIES = 3
+APPEND_PAUSE_S = 0.1  # before the second try; twice that before the third
+FENCE_TRIES = 10
+
+
+@dataclass(frozen=True, eq=False)
+class WalRecord:
+    """One group commit ("write"), or a new primary's first mark ("claim").
+
+    `nonce` is 32 hex digits, of this record alone. `upserts` is an Arrow record batch: id, vector, attributes; None
+    where there are none. `deletes` is an Arrow array of ids, None where there are none. No id is in both, or twice.
+    """
+
+    lsn: int
+    epoch: int
+    kind: RecordKind
+    nonce: str
+    upserts: Any = None
+    deletes: Any = None
+
+    def encode(self, shard: int) -> bytes:
+        upserts = _stream(self.upserts) if self.upserts is not None and len(self.upserts) else b""
+        deletes = b""
+        if self.deletes is not None and len(self.deletes):
+            deletes = _stream(pa.record_batch([self.deletes], names=["id"]))
+        nonce = bytes.fromhex(self.nonce)
+        if len(nonce) != 16:
+            raise ValueError(f"a nonce has 32 hex digits, not {self.nonce!r}")
+        numbers = (FORMAT, KIND_NUMBERS[self.kind], shard, 0, self.lsn, self.epoch)
+        header = HEADER.pack(MAGIC, *numbers, nonce, len(upserts), len(deletes))
+        return b"".join((header, _checksum(header, upserts, deletes), upserts, deletes))
+
+    @classmethod
+    def decode(cls, data: bytes, key: str, shard: int, lsn: int) -> WalRecord:
+        """Parse the object of that shard and LSN; its arrays are views of `data`.
+
+        Whatever is wrong with the bytes is Corrupt, naming the object.
+        """
+        try:
+            return _decode(data, shard, lsn)
+        except Corrupt as error:
+            raise Corrupt(f"{key}: {error}") from error
+
+
+def lsn_of(data: bytes) -> int:
+    """The LSN that a record says it has, without verifying anything else; Corrupt where there is none."""
+    if len(data) < BODY_AT:
+        raise Corrupt(f"{len(data)} bytes are no WAL record")
+    return int(HEADER.unpack_from(data)[LSN_FIELD])
+
+
+def _stream(batch: Any) -> Any:
+    """A buffer that holds an Arrow IPC stream of one record batch."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def _checksum(*parts: Any) -> bytes:
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def _decode(data: bytes, shard: int, lsn: int) -> WalRecord:
+    if len(data) < BODY_AT:
+        raise Corrupt(f"{len(data)} bytes, the header of a WAL record has {BODY_AT}")
+    magic, version, kind, its_shard, _, its_lsn, epoch, nonce, upserts, deletes = HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise Corrupt("not a WAL record")
+    if version != FORMAT:
+        raise Corrupt(f"WAL format {version}, this version reads {FORMAT}")
+    if len(data) != BODY_AT + upserts + deletes:
+        raise Corrupt(f"{len(data)} bytes, its header says {BODY_AT + upserts + deletes}")
+    view = memoryview(data)
+    if view[HEADER.size : BODY_AT] != _checksum(view[: HEADER.size], view[BODY_AT:]):
+        raise Corrupt("the checksum does not match the content")
+    if kind not in KINDS:
+        raise Corrupt(f"WAL record of kind {kind}, this version knows {', '.join(map(str, KINDS))}")
+    if (its_shard, its_lsn) != (shard, lsn):
+        raise Corrupt(f"holds LSN {its_lsn} of shard {its_shard}")
+    body = pa.py_buffer(data).slice(BODY_AT)
+    points = _batch(body.slice(0, upserts), ["id", "vector"]) if upserts else None
+    ids = _batch(body.slice(upserts), ["id"]) if deletes else None
+    return WalRecord(lsn, epoch, KINDS[kind], nonce.hex(), points, None if ids is None else ids.column(0))
+
+
+def _batch(stream: Any, first_columns: list[str]) -> Any:
+    """The one record batch of a stream, as views of it."""
+    try:
+        reader = pa.ipc.open_stream(stream)
+        batches = list(reader)
+        for batch in batches:
+            batch.validate()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise Corrupt(f"not an Arrow stream: {error!r}") from error
+    if len(batches) != 1 or batches[0].schema.names[: len(first_columns)] != first_columns:
+        raise Corrupt(f"{len(batches)} batches with the columns {reader.schema.names}, not one with {first_columns}")
+    return batches[0]
+
+
+class Wal:
+    """The log of one shard. Records are never changed; of many writers of one LSN exactly one succeeds."""
+
+    def __init__(
+        self, store: ObjectStore, collection: str, shard: int, pause: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._store = store
+        self._collection = collection
+        self._shard = shard
+        self._pause = pause
+
+    def read(self, lsn: int) -> WalRecord | None:
+        """The record of an LSN; None where there is none."""
+        key = self._key(lsn)
+        try:
+            data = self._store.get(key)
+        except NotFound:
+            return None
+        return WalRecord.decode(data, key, self._shard, lsn)
+
+    def read_after(self, lsn: int, until: int | None = None) -> Iterator[WalRecord]:
+        """The records of lsn + 1, lsn + 2, ... up to the first LSN that does not exist, or up to `until`.
+
+        Reads ahead, the further the more records there were: the usual one or two cost as many reads and no thread.
+        Raises Corrupt or Unavailable where the log cannot be read on.
+        """
+        ahead: deque[Future[WalRecord | None]] = deque()
+        pool: ThreadPoolExecutor | None = None
+        unread, found = lsn + 1, 0
+        try:
+            while ahead or until is None or unread <= until:
+                if pool is None and found > 1:
+                    pool = ThreadPoolExecutor(READ_WINDOW, thread_name_prefix="wal-read")
+                while pool and len(ahead) < min(found, READ_WINDOW) and (until is None or unread <= until):
+                    ahead.append(pool.submit(self.read, unread))
+                    unread += 1
+                if ahead:
+                    record = ahead.popleft().result()
+                else:
+                    record = self.read(unread)
+                    unread += 1
+                if record is None:
+                    return
+                found += 1
+                yield record
+        finally:  # also where the caller stops early: the threads end with the reads they are at
+            if pool is not None:
+                pool.shutdown(wait=False)
+
+    def append(self, record: WalRecord) -> bytes:
+        """Put a record at its LSN; it is durable when this returns the bytes written.
+
+        Raises Fenced where another writer's record has that LSN: this one was not written. A failing store is tried
+        again, and a collision with the own record of an earlier try is success; after the last try Unavailable is
+        raised, and nobody knows whether the record was written, or still will be.
+        """
+        key, data = self._key(record.lsn), record.encode(self._shard)
+        failure: Exception | None = None
+        for attempt in range(APPEND_TRIES):
+            if attempt:
+                self._pause(APPEND_PAUSE_S * attempt)
+            try:
+                if self._store.put_if_absent(key, data):
+                    return data
+                there = self._store.get(key)
+            except (Unavailable, NotFound) as error:
+                failure = error
+                continue
+            if there != data:
+                raise self._fenced(WalRecord.decode(there, key, self._shard, record.lsn))
+            return data
+        raise Unavailable(f"{key}: nobody knows whether it was written: {failure}") from failure
+
+    def end(self, after: int, epoch: int) -> tuple[int, int]:
+        """The last LSN of the log and that record's epoch; (after, epoch) where the log ends there.
+
+        Every record that was durable when this was called is at or before it. Records are dense and none is deleted,
+        so that this takes two reads for every doubling of the distance; `after` itself is not read.
+        """
+        last, step = after, 1
+        while self._exists(last + step):
+            last, step = last + step, 2 * step
+        while step > 1:  # last exists, last + step does not
+            step //= 2
+            if self._exists(last + step):
+                last += step
+        if last == after:
+            return after, epoch
+        record = self.read(last)
+        if record is None:
+            raise Unavailable(f"{self._key(last)}: was there, and is gone")
+        return last, record.epoch
+
+    def claim(self, lsn: int, epoch: int, nonce: str) -> WalRecord:
+        """Take over a log that ends at (lsn, epoch): from now on its writer is Fenced. Fenced if lsn + 1 is taken."""
+        record = WalRecord(lsn + 1, epoch + 1, "claim", nonce)
+        self.append(record)
+        return record
+
+    def fence(self, after: int, epoch: int, new_nonce: Callable[[], str]) -> tuple[int, int]:
+        """Claim the end of the log, wherever that is by now: whoever wrote to it is Fenced.
+
+        Returns the claim's LSN and epoch; (0, 0) for a log without records, which stays so.
+        """
+        for _ in range(FENCE_TRIES):
+            after, epoch = self.end(after, epoch)
+            if not after:
+                return 0, 0
+            try:
+                claim = self.claim(after, epoch, new_nonce())
+            except Fenced:  # its writer was faster: the end is further on
+                continue
+            return claim.lsn, claim.epoch
+        raise Unavailable(f"{self._key(after + 1)}: others wrote to the log {FENCE_TRIES} times before it was claimed")
+
+    def last_listed(self) -> int:
+        """The highest LSN, by listing: for a log whose beginning may be deleted. 0 where there is no record."""
+        keys = (info.key for info in self._store.objects(paths.wal_prefix(self._collection, self._shard)))
+        return max((lsn for key in keys if (lsn := paths.wal_lsn(key)) is not None), default=0)
+
+    def delete_before(self, lsn: int) -> None:
+        """Delete the records before that one; only where no writer's next LSN can be among them."""
+        for info in list(self._store.objects(paths.wal_prefix(self._collection, self._shard))):
+            number = paths.wal_lsn(info.key)
+            if number is not None and number < lsn:
+                self._store.delete(info.key)
+
+    def _exists(self, lsn: int) -> bool:
+        try:
+            self._store.get(self._key(lsn))
+        except NotFound:
+            return False
+        return True
+
+    def _key(self, lsn: int) -> str:
+        return paths.wal_record(self._collection, self._shard, lsn)
+
+    def _fenced(self, other: WalRecord) -> Fenced:
+        return Fenced(
+            f"shard {self._shard} of {self._collection!r}: LSN {other.lsn} is another writer's {other.kind} "
+            f"of epoch {other.epoch}"
+        )

@@ -1,0 +1,175 @@
+"""HTTP routes of points: search, fetch, upsert, delete. Decode, call the coordinator, encode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from actors.shard_client import ServedCollection
+from cluster.errors import Exhausted, Invalid, Unavailable
+from cluster.ids import id_array
+from cluster.query import Query
+from serve import arrow_bodies
+from serve.arrow_bodies import ARROW
+from serve.arrow_writes import arrow_delete, arrow_upsert
+from serve.declared_attributes import DeclaredAttributes
+from serve.decoding import decode, decode_parameters
+from serve.http_messages import (
+    LARGE_BODY_BYTES,
+    LARGE_NUMBERS,
+    aside,
+    content_type,
+    json_response,
+    read_body,
+    read_json_body,
+    refuse_parameters,
+)
+from serve.json_bodies import lsn_answer, points_of, search_answer
+from serve.search_bodies import (
+    FetchBody,
+    SearchBody,
+    SearchOptions,
+    answer_numbers,
+    arrow_query,
+    check_answer,
+    json_query,
+    read_min_lsn,
+)
+from serve.services import Services
+from serve.write_bodies import CheckedWrite, DeleteBody, UpsertBody, WriteOptions, json_delete, json_upsert
+
+FETCH_TIMEOUT_S = 10.0
+Check = Callable[[ServedCollection, Mapping[str, str]], CheckedWrite]  # for a collection with these attributes
+
+
+class PointRoutes:
+    """The handlers."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._attributes = DeclaredAttributes(services.log)
+
+    async def search(self, request: Request) -> Response:
+        name = request.path_params["collection"]
+        started = time.perf_counter()
+        outcome, vectors = "error", 0
+        try:
+            served = self._services.coordinator.served(name)
+            query = await self._query(request, served)
+            vectors = len(query.vectors)
+            _check_attributes(query, self._attributes.known(name, served))
+            result = await self._services.coordinator.search(name, query)
+            outcome = "ok" if result.coverage.shards == 1.0 else "partial"
+        except Unavailable:
+            outcome = "unavailable"
+            raise
+        finally:
+            self._services.metrics.search(self._counted(name), outcome, vectors, time.perf_counter() - started)
+        large = answer_numbers(len(result.hits.scores), served.config, query.with_vectors) > LARGE_NUMBERS
+        if ARROW in request.headers.get("accept", ""):
+            return Response(await aside(large, arrow_bodies.write_result, result), media_type=ARROW)
+        took_ms = (time.perf_counter() - started) * 1000.0
+        return await aside(large, lambda: json_response(search_answer(result, took_ms)))
+
+    def _counted(self, name: str) -> str:
+        """The label of a collection: an unknown name would make a new time series for every typo."""
+        return name if self._services.known(name) else ""
+
+    async def _query(self, request: Request, served: ServedCollection) -> Query:
+        limits = self._services.limits
+        body = await read_body(request, limits.body_bytes)
+        large = len(body) > LARGE_BODY_BYTES
+        if content_type(request) == ARROW:
+            options = decode_parameters(request.query_params.multi_items(), SearchOptions)
+            return await aside(
+                large, lambda: arrow_query(arrow_bodies.read_vectors(body), options, served.config, limits)
+            )
+        refuse_parameters(request)
+        return await aside(large, lambda: json_query(decode(body, SearchBody), served.config, limits))
+
+    async def fetch(self, request: Request) -> Response:
+        name, limits = request.path_params["collection"], self._services.limits
+        served = self._services.coordinator.served(name)
+        body = decode(await read_json_body(request, limits.body_bytes), FetchBody)
+        if not 1 <= len(body.ids) <= limits.ids_per_fetch:
+            raise Invalid.at("ids", f"must hold 1 to {limits.ids_per_fetch} ids, not {len(body.ids)}")
+        check_answer(len(body.ids), served.config, body.with_vectors, "ids", limits)
+        min_lsn = read_min_lsn(body.min_lsn, served.config.shards)
+        ids = id_array(body.ids, served.config.id_type)
+        attributes = self._attributes.known(name, served)
+        columns = ("id", *(("vector",) if body.with_vectors else ()), *attributes)
+        result = await self._services.coordinator.fetch(name, ids, columns, FETCH_TIMEOUT_S, min_lsn)
+        missing = [value for value, here in zip(body.ids, result.found.tolist(), strict=True) if not here]
+        large = answer_numbers(len(body.ids), served.config, body.with_vectors) > LARGE_NUMBERS
+
+        def answer() -> Response:
+            points = points_of(result.table, attributes)
+            return json_response({"points": points, "missing": missing, "lsn": lsn_answer(result.lsn)})
+
+        return await aside(large, answer)
+
+    async def upsert(self, request: Request) -> Response:
+        return await self._write(request, "upserted", self._upsert_check)
+
+    async def delete(self, request: Request) -> Response:
+        return await self._write(request, "deleted", self._delete_check)
+
+    async def _write(self, request: Request, what: str, check_of: Callable[[Request, bytes], Check]) -> Response:
+        """`what` is what the points are counted as; `check_of` decodes a body once it is asked for the check."""
+        name, services = request.path_params["collection"], self._services
+        started = time.perf_counter()
+        outcome, points = "error", 0
+        try:
+            served = services.coordinator.served(name)
+            body = await read_body(request, services.limits.body_bytes)
+            check = check_of(request, body)
+            checked = await self._checked(name, served, check, len(body) > LARGE_BODY_BYTES)
+            result = await services.coordinator.write(name, checked.write, checked.timeout_s)
+            outcome, points = "ok", result.count
+        except (Unavailable, Exhausted) as error:
+            outcome = type(error).__name__.lower()
+            raise
+        finally:
+            services.metrics.write(self._counted(name), what, outcome, points, time.perf_counter() - started)
+        return json_response({what: result.count, "lsn": lsn_answer(result.lsn)})
+
+    async def _checked(self, name: str, served: ServedCollection, check: Check, large: bool) -> CheckedWrite:
+        """The write of a body, its new attributes declared; Conflict where another write gave one another type."""
+        checked = await aside(large, check, served, self._attributes.known(name, served))
+        if not checked.new_attributes:
+            return checked
+        if not await self._attributes.declare(name, checked.new_attributes):
+            # Another endpoint was first. What it declared is known now, and may do for these values just as well.
+            checked = await aside(large, check, served, self._attributes.known(name, served))
+            if checked.new_attributes:
+                await self._attributes.declare(name, checked.new_attributes, last_try=True)
+        await self._services.directory.refresh(name)
+        return checked
+
+    def _upsert_check(self, request: Request, body: bytes) -> Check:
+        limits = self._services.limits
+        if content_type(request) == ARROW:
+            options = decode_parameters(request.query_params.multi_items(), WriteOptions)
+            return lambda served, known: arrow_upsert(body, options, served.config, known, limits)
+        refuse_parameters(request)
+        return lambda served, known: json_upsert(decode(body, UpsertBody), served.config, known, limits)
+
+    def _delete_check(self, request: Request, body: bytes) -> Check:
+        limits = self._services.limits
+        if content_type(request) == ARROW:
+            options = decode_parameters(request.query_params.multi_items(), WriteOptions)
+            return lambda served, known: arrow_delete(body, options, served.config, limits)
+        refuse_parameters(request)
+        return lambda served, known: json_delete(decode(body, DeleteBody), served.config, limits)
+
+
+def _check_attributes(query: Query, known: Mapping[str, Any]) -> None:
+    for name in query.with_attributes:
+        if name not in known:
+            raise Invalid.at(
+                "with_attributes", f"no attribute {name!r}; the collection has: {', '.join(known) or 'none'}"
+            )
