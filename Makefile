@@ -1,12 +1,12 @@
-# The whole project in six commands; each makes the environment it needs. Python 3.11 or newer, Linux x86-64.
+# The whole project in a few commands; each makes the environment it needs. Python 3.11 or newer, Linux x86-64.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help env check test demo bench lock clean
+.PHONY: help env check test soak demo bench bench-writes lock clean
 
 help: ## Show this
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 env: $(VENV)/.done ## Make the environment in .venv
 
@@ -25,11 +25,17 @@ check: env ## Format, lint, types, layers
 test: env ## All tests: unit, contract, recall, Ray
 	$(BIN)/python -m pytest
 
+soak: env ## The model test with ever new seeds until Ctrl-C, or for SECONDS=n
+	$(BIN)/python -m tests.model $(SECONDS)
+
 demo: env ## Real vectors on this machine: import, search, measure, restart
 	$(BIN)/python examples/demo.py
 
 bench: env ## The served endpoint beside FAISS in process (BENCH="--data ... --queries ..." for other vectors)
 	$(BIN)/python benchmarks/http_vs_faiss.py $(BENCH)
+
+bench-writes: env ## Acknowledged writes beside the store's own puts and FAISS's adds (BENCH="--help" for options)
+	$(BIN)/python benchmarks/writes.py $(BENCH)
 
 lock: ## Resolve pyproject.toml afresh into requirements-dev.lock
 	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock

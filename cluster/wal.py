@@ -34,6 +34,7 @@ LSN_FIELD = 5  # of the header
 CHECKSUM_BYTES = 16
 BODY_AT = HEADER.size + CHECKSUM_BYTES
 READ_WINDOW = 16  # records that are read at one time
+READ_TRIES = 3  # without a pause: a remote store has waited already; thousands must succeed for one recovery
 APPEND_TRIES = 3
 APPEND_PAUSE_S = 0.1  # before the second try; twice that before the third
 FENCE_TRIES = 10
@@ -151,11 +152,15 @@ class Wal:
     def read(self, lsn: int) -> WalRecord | None:
         """The record of an LSN; None where there is none."""
         key = self._key(lsn)
-        try:
-            data = self._store.get(key)
-        except NotFound:
-            return None
-        return WalRecord.decode(data, key, self._shard, lsn)
+        for left in reversed(range(READ_TRIES)):
+            try:
+                return WalRecord.decode(self._store.get(key), key, self._shard, lsn)
+            except NotFound:
+                return None
+            except Unavailable:
+                if not left:
+                    raise
+        raise AssertionError("a try returns or raises")
 
     def read_after(self, lsn: int, until: int | None = None) -> Iterator[WalRecord]:
         """The records of lsn + 1, lsn + 2, ... up to the first LSN that does not exist, or up to `until`.

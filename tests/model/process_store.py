@@ -96,5 +96,5 @@ class ProcessStore:
             if not self._failing:
                 return False, False
             self._asked[call] += 1
-            lot = xxhash.xxh3_64_intdigest(f"{self._seed} {call} {self._asked[call]}") % 1_000_000
+            lot = xxhash.xxh3_64_intdigest(f"{self._seed} {call} {self._asked[call]}".encode()) % 1_000_000
             return lot < self._failing // 2, lot < self._failing
