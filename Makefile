@@ -35,7 +35,7 @@ bench: env ## The served endpoint beside FAISS in process (BENCH="--data ... --q
 	$(BIN)/python benchmarks/http_vs_faiss.py $(BENCH)
 
 bench-writes: env ## Acknowledged writes beside the store's own puts and FAISS's adds (BENCH="--help" for options)
-	$(BIN)/python benchmarks/writes.py $(BENCH)
+	$(BIN)/python -m benchmarks.writes $(BENCH)
 
 lock: ## Resolve pyproject.toml afresh into requirements-dev.lock
 	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock

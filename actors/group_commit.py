@@ -37,6 +37,18 @@ def fold(writes: Sequence[PointWrite]) -> tuple[Any, Any]:
     return whole if rows else None, pa.array(deleted, id_type) if deleted else None
 
 
+def shares_types(types: dict[str, Any], write: PointWrite) -> bool:
+    """Whether a write fits into a record whose columns have these types, by name; if so its own are added to them.
+
+    Two types of one attribute are under way at once where an import changed it a moment ago.
+    """
+    own = {field.name: field.type for field in write.upserts.schema} if write.upserts is not None else {}
+    if any(types.get(name, dtype) != dtype for name, dtype in own.items()):
+        return False
+    types.update(own)
+    return True
+
+
 def _concatenated(batches: Sequence[Any]) -> Any:
     """One record batch; an attribute that some of them lack is null there."""
     if all(batch.schema.equals(batches[0].schema) for batch in batches):

@@ -44,8 +44,10 @@ class LiveGeneration:
         segments: tuple[LoadedSegment, ...],
         selections: Mapping[str, RowSelection],
         applied_lsn: int,
+        epoch: int,
     ) -> None:
         self.applied_lsn = applied_lsn  # of the manifest: what segments and tombstone files hold
+        self.epoch = epoch  # of the last record
         self.versions: tuple[int, ...] = (manifest.version,)
         self.records = 0  # in the tail
         self._tail = Tail(manifest.config)
@@ -76,6 +78,7 @@ class LiveGeneration:
         if ids is not None:
             self.records += 1
             existed = self._write(record, ids, selections)
+        self.epoch = record.epoch
         self.view = replace(self.view, lsn=record.lsn, selections=selections, tail=self._tail.view())
         return existed
 

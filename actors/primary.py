@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
-from actors.group_commit import counts_of, fold
+from actors.group_commit import counts_of, fold, shares_types
 from actors.live_generation import NOTHING, Existed
 from actors.shard import Shard
 from cluster.config import Limits, Upkeep
@@ -22,7 +23,7 @@ from cluster.errors import Exhausted, Fenced, Unavailable
 from cluster.wal import WalRecord
 from cluster.write import PointWrite, WriteOutcome
 
-CLAIM_ATTEMPTS = 20  # each is lost to another writer's record, which is then applied
+CLAIM_ATTEMPTS = 100  # each is lost to another writer's record
 IDLE_CHECK_S = 1.0  # how often an idle primary looks whether another has taken over
 RETRY_PAUSE_S = 0.5  # between the puts of a record of which nobody knows whether it is in the WAL
 QUEUE_FULL_RETRY_S, TAIL_FULL_RETRY_S = 0.1, 2.0
@@ -66,17 +67,20 @@ class Primary:
     def claim(
         cls, shard: Shard, limits: Limits, upkeep: Upkeep, push: Callable[[bytes], None] = lambda _: None
     ) -> Primary:
-        """Become the primary: apply the WAL to its end, put the next epoch's claim there, load the newest manifest.
+        """Become the primary: claim the end of the WAL for the next epoch, apply it, load the newest manifest.
 
-        Whoever led before finds the claim where its next record would go. Unavailable where others' records keep
-        coming; NotFound where the collection was deleted.
+        Whoever led before finds the claim where its next record would go, so that the log does not grow while it is
+        applied. Unavailable where others' records keep coming; NotFound where the collection was deleted.
         """
         for _ in range(CLAIM_ATTEMPTS):
-            at = shard.catch_up()
+            if shard.newest() is None:
+                raise Unavailable(f"shard {shard.number} of {shard.collection!r}: nothing is loaded")
+            last, epoch = shard.wal.end(shard.applied_lsn, shard.epoch)
             try:
-                claim = shard.wal.claim(at, shard.epoch, shard.new_nonce())
+                claim = shard.wal.claim(last, epoch, shard.new_nonce())
             except Fenced:
                 continue
+            shard.catch_up(claim.lsn)
             if shard.lead(claim):
                 try:
                     shard.load()
@@ -136,7 +140,7 @@ class Primary:
                     self._put(group)
                 elif not self._stopped.is_set():
                     self._look_for_another()
-        except Fenced as error:
+        except (Fenced, Unavailable) as error:
             self._lose(str(error))
         except Exception as error:
             logger.exception("the primary of shard %d of %r ends", self._shard.number, self._shard.collection)
@@ -145,13 +149,16 @@ class Primary:
             self._durable.put(None)
 
     def _next_group(self) -> list[_Waiting]:
-        """What waits, up to `wal_object_bytes`; nothing after `IDLE_CHECK_S` without any."""
+        """What waits and fits into one record, up to `wal_object_bytes`; nothing after `IDLE_CHECK_S` without any."""
         with self._changed:
             if not self._waiting and not self._stopped.is_set():
                 self._changed.wait(IDLE_CHECK_S)
             group: list[_Waiting] = []
             size = 0
+            types: dict[str, Any] = {}
             while self._waiting and (not group or size + self._waiting[0].size_bytes <= self._limits.wal_object_bytes):
+                if not shares_types(types, self._waiting[0].write):
+                    break
                 group.append(self._waiting.popleft())
                 size += group[-1].size_bytes
             self._waiting_bytes -= size

@@ -7,6 +7,7 @@ never take it, and it is not held while storage is read.
 
 from __future__ import annotations
 
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from cluster.tombstones import read_tombstones
 from cluster.wal import Wal, WalRecord, lsn_of
 
 APPLY_WAIT_S = 30.0  # for a record that is durable and waits to be applied by this process
+APPLIED_AT_PUBLISH = 16  # records that a generation may lack when it is published; writes wait while it applies them
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Shard:
             return held.view
         fresh = self._from_files(manifest)
         if not self._generations:
-            self._begin(fresh, _entry(manifest, self.number).epoch)
+            self._begin(fresh)
         before = self._cached_files()
         view = self._join(fresh)
         self._delete_unused(before)
@@ -123,7 +125,7 @@ class Shard:
             loaded.get(ref.segment_id) or load_segment(self._store, self.collection, ref, metric, self._cache_dir)
             for ref in entry.segments
         )
-        return LiveGeneration(manifest, segments, self._selections(entry, segments), entry.applied_lsn)
+        return LiveGeneration(manifest, segments, self._selections(entry, segments), entry.applied_lsn, entry.epoch)
 
     def _selections(self, entry: ShardEntry, segments: Sequence[LoadedSegment]) -> dict[str, RowSelection]:
         counts = {segment.description.segment_id: segment.description.count for segment in segments}
@@ -134,15 +136,14 @@ class Shard:
             selections[ref.segment_id] = RowSelection.everything(count).without(rows)
         return selections
 
-    def _begin(self, fresh: LiveGeneration, epoch: int) -> None:
+    def _begin(self, fresh: LiveGeneration) -> None:
         """The first generation: go on where its files end, to the end of the WAL."""
         for record in self.wal.read_after(fresh.view.lsn):
             fresh.apply(record)
-            epoch = record.epoch
         fresh.check()
         with self._lock:
             if not self._generations:
-                self._lsn, self._epoch, self._failure = fresh.view.lsn, epoch, ""
+                self._lsn, self._epoch, self._failure = fresh.view.lsn, fresh.epoch, ""
                 self._generations = {fresh.view.generation: fresh}
 
     def _join(self, fresh: LiveGeneration) -> ShardView:
@@ -155,8 +156,7 @@ class Shard:
             for record in self.wal.read_after(fresh.view.lsn, until):
                 fresh.apply(record)
             self._reach(fresh.applied_lsn)
-            while not self._published(fresh, records):
-                continue
+            self._publish_at_the_end(fresh, records)
         finally:
             with self._lock:
                 self._joining = [waiting for waiting in self._joining if waiting is not records]
@@ -170,22 +170,31 @@ class Shard:
                 if self._led_as and self._lsn < lsn:
                     raise Unavailable(f"{self._name} did not reach LSN {lsn} within {APPLY_WAIT_S:g} s")
         if self._lsn < lsn:
-            self.catch_up()
+            self.catch_up(lsn)
 
-    def _published(self, fresh: LiveGeneration, records: list[WalRecord]) -> bool:
-        """Publish the generation if it has all records; else apply those that came meanwhile."""
-        with self._lock:
-            if fresh.view.lsn >= self._lsn:
-                self._publish(fresh)
-                return True
-            waiting = records.copy()
-            records.clear()
-        if not waiting:
-            last, first = self._lsn, fresh.view.lsn
-            raise Unavailable(f"the WAL of {self._name} lacks records {first + 1} to {last} that were applied here")
-        for record in waiting:
+    def _publish_at_the_end(self, fresh: LiveGeneration, records: list[WalRecord]) -> None:
+        """Apply what comes meanwhile until little is left, and publish.
+
+        Where writes come as fast as they are applied here, what is left does not get less by itself: then they wait.
+        """
+        before = sys.maxsize
+        while True:
+            with self._lock:
+                coming, records[:] = records.copy(), []
+                if len(coming) <= APPLIED_AT_PUBLISH or len(coming) > before // 2:
+                    self._apply_to_joining(fresh, coming)
+                    self._publish(fresh)
+                    return
+            self._apply_to_joining(fresh, coming)
+            before = len(coming)
+
+    def _apply_to_joining(self, fresh: LiveGeneration, coming: Sequence[WalRecord]) -> None:
+        last = coming[0].lsn - 1 if coming else self._lsn
+        if fresh.view.lsn < last:
+            missing = f"records {fresh.view.lsn + 1} to {last}"
+            raise Unavailable(f"the WAL of {self._name} lacks {missing}, which were applied here")
+        for record in coming:
             fresh.apply(record)
-        return False
 
     def _publish(self, fresh: LiveGeneration) -> None:
         """Under the lock. A generation that cannot follow to a later LSN, because its WAL is gone, is dropped."""
@@ -200,7 +209,7 @@ class Shard:
             fresh.stand_for(held.versions)
         kept = {g: other for g, other in self._generations.items() if other.view.lsn == fresh.view.lsn}
         self._generations = {**kept, generation: fresh}
-        self._lsn = fresh.view.lsn
+        self._lsn, self._epoch = fresh.view.lsn, fresh.epoch
 
     @property
     def _name(self) -> str:
@@ -208,10 +217,13 @@ class Shard:
 
     # --- writes -------------------------------------------------------------------------------------------------
 
-    def catch_up(self) -> int:
-        """Apply what others wrote, to the end of the WAL; returns the applied LSN. Nothing while this one leads."""
+    def catch_up(self, until: int | None = None) -> int:
+        """Apply what others wrote, to the end of the WAL or to an LSN; returns the applied LSN.
+
+        Nothing while this one leads.
+        """
         if self._generations and not self._led_as:
-            for record in self.wal.read_after(self._lsn):
+            for record in self.wal.read_after(self._lsn, until):
                 self._apply(record, own=False)
         return self._lsn
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from actors.exact_search import exact_search
 from actors.ties import found_with_ties
-from cluster.arrow_rows import gather, vector_type, vectors_view
+from cluster.arrow_rows import vector_type, vectors_view
 from cluster.attributes import fitted
 from cluster.config import CollectionConfig
 from cluster.ids import ID_ARROW_TYPE, hash_ids
@@ -115,19 +115,18 @@ class TailView:
 
     def attribute(self, rows: Rows, name: str, dtype: Any) -> Any:
         """One attribute of some rows as an Arrow array of that type; null where a row was not given it."""
-        whole = pa.nulls(len(rows), dtype)
-        if not self.chunk_count or len(rows) == 0:
-            return whole
-        starts = np.array(self.chunk_starts[: self.chunk_count])
-        chunk = np.searchsorted(starts, rows, side="right") - 1
-        known = np.array([n >= 0 and name in self.chunks[n].schema.names for n in chunk.tolist()])
-        if not known.any():
-            return whole
-        given = gather(self.chunks, chunk[known], rows[known] - starts[chunk[known]], [name]).column(0)
-        values = fitted(given, dtype)
-        places = np.full(len(rows), len(values), dtype=np.int64)
-        places[known] = np.arange(len(values))
-        return pa.concat_arrays([values, pa.nulls(1, dtype)]).take(pa.array(places))
+        starts = np.array(self.chunk_starts[: self.chunk_count], dtype=np.int64)
+        chunk = np.searchsorted(starts, rows, side="right") - 1  # -1: before the first
+        order = np.argsort(chunk, kind="stable")
+        numbers, firsts = np.unique(chunk[order], return_index=True)
+        places = np.zeros(len(rows), dtype=np.int64)
+        values = [pa.nulls(1, dtype)]
+        for number, mine in zip(numbers.tolist(), np.split(order, firsts)[1:], strict=True):
+            if number >= 0 and name in self.chunks[number].schema.names:
+                given = self.chunks[number].column(name).take(pa.array(rows[mine] - starts[number]))
+                places[mine] = np.arange(len(mine)) + sum(map(len, values))
+                values.append(fitted(given, dtype))  # chunk by chunk: an import may have changed the type meanwhile
+        return pa.concat_arrays(values).take(pa.array(places))
 
 
 def _plain(value: Any) -> int | str:

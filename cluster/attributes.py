@@ -34,7 +34,8 @@ def fitted(column: Any, dtype: Any) -> Any:
         return column.cast(dtype)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         logger.warning("an attribute that is %s now holds values that do not fit: %s", dtype, error)
-    return pa.concat_arrays([_fitted_value(column.slice(row, 1), dtype) for row in range(len(column))])
+    values = [_fitted_value(column.slice(row, 1), dtype) for row in range(len(column))]
+    return pa.concat_arrays([*values, pa.nulls(0, dtype)])
 
 
 def _fitted_value(value: Any, dtype: Any) -> Any:

@@ -211,7 +211,7 @@ class Limits:
     ids_per_delete: int = 10_000
     attribute_bytes: int = 64 * 1024
     queued_write_bytes_per_shard: int = 128 * 1024 * 1024
-    wal_object_bytes: int = 16 * 1024 * 1024
+    wal_object_bytes: int = 4 * 1024 * 1024
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from jobs.progress_bar import progress_bar, rate_note
 from jobs.report import JobReporter, JobStatus, new_job_id
 
 SERVED_TIMEOUT_S = 600.0
+REFRESH_TIMEOUT_S = 10.0
 MEMORY_HELP = "Most bytes that the indexes being built at one time take on one node."
 logger = logging.getLogger(__name__)
 app = typer.Typer(help="Eagleray's jobs.", no_args_is_help=True, add_completion=False)
@@ -129,14 +131,18 @@ def run_import(settings: Settings, options: ImportOptions, status: JobStatus) ->
 
 
 def run_compact(settings: Settings, options: CompactOptions, status: JobStatus) -> None:
-    """Run a compaction, show and report its progress. Replicas load what it commits as they do with their own seals."""
+    """Run a compaction, show and report its progress. Replicas load what it commits as they do with their own seals:
+    the supervisor is told of it at the end, and looks now and then by itself."""
     store = open_store(settings.data)
     log = ManifestLog(store, options.collection, lambda: uuid.uuid4().hex)
     with _reporter(store, status) as reporter:
         with _told_if_it_fails(reporter, "stopped; what it had committed stays"):
             compactor = Compactor(settings.data, store, log, options, _workers(reporter), settings.cache_dir)
             report = compactor.run(reporter)
-        reporter.finish("succeeded", report)
+        try:
+            _tell_supervisor(settings.namespace, options.collection)
+        finally:
+            reporter.finish("succeeded", report)
 
 
 @contextmanager
@@ -176,6 +182,21 @@ def _wait_until_served(namespace: str, manifest: Manifest) -> dict[str, Any]:
         logger.warning("generation %d of %r is not served yet", manifest.generation, manifest.collection, exc_info=True)
         return {"served": False, "message": f"committed, but not served yet: {error}"}
     return {"served": True}
+
+
+def _tell_supervisor(namespace: str, collection: str) -> None:
+    """Of a commit that keeps the generation; where that fails it is found a few seconds later."""
+
+    async def refresh(directory: ray_runtime.RayDirectory) -> None:
+        async with asyncio.timeout(REFRESH_TIMEOUT_S):
+            await directory.refresh(collection)
+
+    try:
+        supervisor = ray_runtime.find_supervisor(namespace)
+        if supervisor is not None:
+            asyncio.run(refresh(ray_runtime.RayDirectory(supervisor, namespace)))
+    except Exception:  # of any kind: the job has done its work
+        logger.warning("the supervisor could not be told of the new version of %r", collection, exc_info=True)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The command line: `eagleray up`, `down`, `create`, `import`, `search`, `status`, `explain`, `plan`, `delete`."""
+"""The command line, `eagleray`: up, down, create, delete, import, compact, search, status, explain and plan."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ out = Console(markup=False, highlight=False)  # attributes and reasons may hold 
 
 TargetOption = Annotated[
     str, typer.Option("--target", envvar="EAGLERAY_TARGET", help="The HTTP endpoint of a running Eagleray.")
+]
+MemoryOption = Annotated[
+    int | None, typer.Option(help="Most bytes that the indexes being built at one time take on one node.", min=1)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 DEFAULT_TARGET = "http://127.0.0.1:8000"
@@ -135,9 +138,7 @@ def import_command(
     build_seconds: BuildSecondsOption = None,
     churn: ChurnOption = None,
     index_options: IndexOptionsOption = None,
-    memory_bytes: Annotated[
-        int | None, typer.Option(help="Most bytes that the indexes being built at one time take on one node.", min=1)
-    ] = None,
+    memory_bytes: MemoryOption = None,
     target: TargetOption = DEFAULT_TARGET,
     as_json: JsonOption = False,
 ) -> None:
@@ -157,7 +158,7 @@ def import_command(
         **given(memory_bytes=memory_bytes),
     }
     with Client(target) as client:
-        status = _follow_import(client, collection, body, as_json)
+        status = _follow_job(client, collection, body, as_json)
     report = status["report"]
     told = f"{report['points']:,} points, generation {report['generation']}" if "points" in report else "imported"
     _show(as_json, status, f"collection {collection}: {told} {report.get('message', '')}".rstrip())
@@ -167,7 +168,34 @@ def _source_url(source: str) -> str:
     return source if "://" in source else str(Path(source).expanduser().absolute())
 
 
-def _follow_import(client: Client, collection: str, body: dict[str, Any], quiet: bool) -> dict[str, Any]:
+@app.command()
+def compact(
+    collection: str,
+    shard: Annotated[int | None, typer.Option(help="Only this shard.", min=0)] = None,
+    memory_bytes: MemoryOption = None,
+    target: TargetOption = DEFAULT_TARGET,
+    as_json: JsonOption = False,
+) -> None:
+    """Seal what was written into segments, and merge each shard's segments into one without deleted rows."""
+    body = {"kind": "compact", **given(shard=shard, memory_bytes=memory_bytes)}
+    with Client(target) as client:
+        status = _follow_job(client, collection, body, as_json)
+    _show(as_json, status, f"collection {collection}: {_compacted(status['report'])}")
+
+
+def _compacted(report: dict[str, Any]) -> str:
+    """What a compaction did; of one whose end could not be written only that."""
+    if "segments_after" not in report:
+        return "; ".join(["compacted", *([report["message"]] if report.get("message") else [])])
+    left = report["left"]
+    return (
+        f"{report['segments_before']:,} -> {report['segments_after']:,} segments, "
+        f"{report['tombstones_dropped']:,} deleted rows dropped, {report['points']:,} points"
+        + (f"; segments that still have deleted rows: {left:,}" if left else "")
+    )
+
+
+def _follow_job(client: Client, collection: str, body: dict[str, Any], quiet: bool) -> dict[str, Any]:
     """Run the job under a progress bar; what it is going to build is told once that is known."""
     plans: list[dict[str, Any]] = []
     with progress_bar("submitted", hidden=quiet) as show:

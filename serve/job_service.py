@@ -14,7 +14,7 @@ import msgspec
 from cluster.errors import Invalid, NotFound, Unavailable
 from cluster.object_store import ObjectStore
 from jobs.report import JobStatus, read_status
-from serve.schemas import ImportBody
+from serve.schemas import CompactBody, ImportBody
 
 JOB_ID = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 LOG_LINES = 50
@@ -22,6 +22,7 @@ UNFINISHED = ("running", "pending")
 ENTRYPOINT_CHARACTERS = 30_000  # Linux takes 128 KiB in one argument, and a character may be 4 bytes
 ENDED_STATES = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "stopped"}  # Ray's, and ours
 NO_REPORT = "the job ended without a report; its log may tell"
+Options = dict[str, str | int | None]  # of a command line; None is left out
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +47,13 @@ class JobService:
         self._namespace = namespace
 
     def submit_import(self, job_id: str, collection: str, body: ImportBody) -> None:
-        entrypoint = shlex.join(import_command(job_id, collection, body, self._namespace))
+        self._submit(job_id, import_command(job_id, collection, body, self._namespace))
+
+    def submit_compact(self, job_id: str, collection: str, body: CompactBody) -> None:
+        self._submit(job_id, compact_command(job_id, collection, body, self._namespace))
+
+    def _submit(self, job_id: str, command: list[str]) -> None:
+        entrypoint = shlex.join(command)
         if len(entrypoint) > ENTRYPOINT_CHARACTERS or "\0" in entrypoint:
             raise Invalid.at("body", f"makes a command that is over {ENTRYPOINT_CHARACTERS} characters or holds a NUL")
         self._runner.submit_job(job_id, entrypoint)
@@ -113,7 +120,7 @@ def _state_of_unfinished(written: JobStatus, state: str | None) -> dict[str, Any
 def import_command(job_id: str, collection: str, body: ImportBody, namespace: str) -> list[str]:
     """The command line of an import job."""
     attributes = _attributes_option(body.attribute_columns)
-    options: dict[str, str | int | None] = {
+    options: Options = {
         "--job-id": job_id,
         "--collection": collection,
         "--source": body.source,
@@ -125,8 +132,24 @@ def import_command(job_id: str, collection: str, body: ImportBody, namespace: st
         "--seed": body.seed,
         "--namespace": namespace,
     }
+    return _command("import", options)
+
+
+def compact_command(job_id: str, collection: str, body: CompactBody, namespace: str) -> list[str]:
+    """The command line of a compaction."""
+    options: Options = {
+        "--job-id": job_id,
+        "--collection": collection,
+        "--shard": body.shard,
+        "--memory-bytes": body.memory_bytes,
+        "--namespace": namespace,
+    }
+    return _command("compact", options)
+
+
+def _command(kind: str, options: Options) -> list[str]:
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    return [sys.executable, "-m", "jobs", "import", *given]
+    return [sys.executable, "-m", "jobs", kind, *given]
 
 
 def _attributes_option(columns: list[str] | str) -> str:

@@ -16,7 +16,7 @@ from cluster.config import COLLECTION_NAME
 from serve.arrow_bodies import ARROW
 from serve.job_service import JOB_ID
 from serve.problems import PROBLEM
-from serve.schemas import CollectionBody, ImportBody
+from serve.schemas import CollectionBody, CompactBody, ImportBody
 from serve.search_bodies import FetchBody, SearchBody, SearchOptions
 from serve.write_bodies import DeleteBody, UpsertBody, WriteOptions
 
@@ -32,7 +32,7 @@ def openapi_json() -> bytes:
 
 def openapi_document() -> Json:
     """OpenAPI 3.1 of everything the endpoint serves."""
-    bodies = (CollectionBody, SearchBody, FetchBody, UpsertBody, DeleteBody, ImportBody)
+    bodies = (CollectionBody, SearchBody, FetchBody, UpsertBody, DeleteBody, ImportBody, CompactBody)
     _, components = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
     _describe_search(components["SearchBody"])
     return {
@@ -80,7 +80,7 @@ def _paths() -> Json:
         f"{one}/jobs": {
             "parameters": collection,
             "post": _operation(
-                "Start a job", {202: _json("JobId")}, 400, 404, 413, 415, 503, body=_json_body("ImportBody")
+                "Start a job", {202: _json("JobId")}, 400, 404, 413, 415, 503, body=_job_body()
             ),
         },
         "/v1/jobs/{job_id}": {
@@ -170,6 +170,14 @@ def _json(name: str) -> Json:
 
 def _json_body(name: str) -> Json:
     return {"required": True} | _json(name)
+
+
+def _job_body() -> Json:
+    """One of each kind."""
+    kinds = {"import": "#/components/schemas/ImportBody", "compact": "#/components/schemas/CompactBody"}
+    discriminator = {"propertyName": "kind", "mapping": kinds}
+    schema = {"oneOf": [{"$ref": place} for place in kinds.values()], "discriminator": discriminator}
+    return {"required": True} | _content(JSON, schema)
 
 
 def _object(**properties: Json) -> Json:

@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from cluster.config import check_collection_name
 from cluster.deletion import delete_files
-from cluster.errors import Corrupt, EaglerayError, NotFound, Unavailable
+from cluster.errors import Corrupt, EaglerayError, Invalid, NotFound, Unavailable
 from cluster.index_policy import choose
 from cluster.manifest import Manifest
 from cluster.recent_queries import delete_queries
@@ -29,7 +29,7 @@ from serve.openapi import openapi_json
 from serve.point_routes import PointRoutes
 from serve.problems import problem_response
 from serve.query_samples import QuerySamples
-from serve.schemas import CollectionBody, ImportBody, check_create
+from serve.schemas import CollectionBody, CompactBody, ImportBody, check_create, decode_job
 from serve.services import Services as Services
 
 READY_WAIT_S = 30.0  # how long a create or delete waits to be visible; it is committed either way
@@ -129,14 +129,30 @@ class Routes:
 
     async def submit_job(self, request: Request) -> Response:
         name = check_collection_name(request.path_params["collection"])
-        body = decode(await read_json_body(request, self._services.limits.body_bytes), ImportBody)
+        body = decode_job(await read_json_body(request, self._services.limits.body_bytes))
+        if isinstance(body, ImportBody):
+            job_id = await self._submit_import(name, body)
+        else:
+            job_id = await self._submit_compact(name, body)
+        return json_response({"job_id": job_id}, 202)
+
+    async def _submit_import(self, name: str, body: ImportBody) -> str:
         if body.create is not None:
             check_create(body.create)
         elif not self._services.known(name):
             raise NotFound(f"no collection {name!r}; give create to have the import make it")
         job_id = new_job_id("import")
         await asyncio.to_thread(self._services.jobs.submit_import, job_id, name, body)
-        return json_response({"job_id": job_id}, 202)
+        return job_id
+
+    async def _submit_compact(self, name: str, body: CompactBody) -> str:
+        """NotFound; Invalid where the collection has no such shard."""
+        shards = len((await self._services.directory.describe(name))["manifest"].shards)
+        if body.shard is not None and body.shard >= shards:
+            raise Invalid.at("shard", f"collection {name!r} has the shards 0 to {shards - 1}")
+        job_id = new_job_id("compact")
+        await asyncio.to_thread(self._services.jobs.submit_compact, job_id, name, body)
+        return job_id
 
     async def get_job(self, request: Request) -> Response:
         return json_response(await asyncio.to_thread(self._services.jobs.status, request.path_params["job_id"]))

@@ -25,8 +25,9 @@ from cluster.config import (
 )
 from cluster.errors import FieldError, Invalid
 from cluster.index_policy import choose
-from serve.decoding import invalid_fields, invalid_of
+from serve.decoding import decode, invalid_fields, invalid_of
 
+Memory = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Recall = Annotated[float, Meta(gt=0.0, le=1.0)]
 
 
@@ -41,7 +42,7 @@ class IndexBody(Struct, forbid_unknown_fields=True):
     kind: IndexKindChoice = "auto"
     target_recall: Recall = 0.95
     device: Device = "cpu"
-    memory_bytes: Annotated[int, Meta(ge=1, le=2**63 - 1)] | None = None
+    memory_bytes: Memory | None = None
     build_seconds: Annotated[float, Meta(gt=0.0)] | None = None
     churn: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     codes: Codes | None = None
@@ -73,18 +74,34 @@ class CollectionBody(Struct, forbid_unknown_fields=True):
         return config
 
 
-class ImportBody(Struct, forbid_unknown_fields=True):
+class ImportBody(Struct, forbid_unknown_fields=True, tag_field="kind", tag="import"):
     """An import job. `create` allows a new collection and holds its config as far as the file does not give it."""
 
-    kind: Literal["import"]
     source: Annotated[str, Meta(min_length=1)]
     id_column: str = "id"
     vector_column: str = "vector"
     attribute_columns: list[str] | Literal["all"] = []
     mode: Literal["replace"] = "replace"
     create: dict[str, Any] | None = None
-    memory_bytes: Annotated[int, Meta(ge=1, le=2**63 - 1)] | None = None
+    memory_bytes: Memory | None = None
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+
+
+class CompactBody(Struct, forbid_unknown_fields=True, tag_field="kind", tag="compact"):
+    """A compaction of all shards, or of one."""
+
+    shard: Annotated[int, Meta(ge=0, lt=SHARDS_MAX)] | None = None
+    memory_bytes: Memory | None = None
+
+
+JobBody = ImportBody | CompactBody
+
+
+def decode_job(data: bytes) -> JobBody:
+    """The body of a job of either kind; Invalid names the field."""
+    either: Any = JobBody  # mypy knows no type of a union
+    body: JobBody = decode(data, either)
+    return body
 
 
 def check_create(create: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def run(one: Run) -> Counter[str]:
 
 
 def run_all(runs: Iterable[Run]) -> Iterator[tuple[Run, Counter[str] | BaseException]]:
-    """Each run with the kinds of steps taken, or its error, as they end. FAISS has run here: processes are not forked."""
+    """Each run with the kinds of steps taken, or its error, as they end. Not forked: FAISS may have run here."""
     with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(run, one): one for one in runs}
         for future in as_completed(futures):

@@ -95,6 +95,43 @@ def test_concurrent_single_searches_are_all_answered(server: RunningServer, word
     assert len(load.latencies_s) == 1_000
 
 
+def test_writes_are_found_at_once_and_after_every_process_was_killed(
+    server: RunningServer, words: str, vectors: Any, ids: Any
+) -> None:
+    made, gone = [-1, -2, -(2**63)], ids[:5].tolist()
+    written = server.client.upsert(words, made, vectors[:3] + 1.0, [{"word": "new"}] * 3)
+    assert written["upserted"] == 3
+    assert server.client.delete_points(words, [*gone, 2**62])["deleted"] == 5
+    moved = server.client.upsert(words, [int(ids[7])], vectors[8:9])
+    lsn = written["lsn"] | moved["lsn"]
+    answer = server.client.search(words, vectors[:3] + 1.0, k=3, min_lsn=lsn, with_attributes=["word"])
+    assert [hits[0]["id"] for hits in answer["results"]] == made
+    assert answer["results"][0][0]["attributes"] == {"word": "new"}
+
+    def as_written() -> bool:
+        try:
+            found = server.client.fetch(words, [*made, *gone, int(ids[7])], with_vectors=True)
+        except Unavailable:
+            return False
+        assert found["missing"] == gone
+        return bool(np.allclose(found["points"][-1]["vector"], vectors[8] / np.linalg.norm(vectors[8]), atol=1e-5))
+
+    assert as_written()
+    for pid in server.replica_pids(words):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(as_written, "what was acknowledged is there after all replicas were killed")
+
+    def writable_again() -> bool:
+        try:
+            return bool(server.client.delete_points(words, made)["deleted"] == 3)
+        except Unavailable:
+            return False
+
+    wait_until(writable_again, "a new primary takes writes")
+    rows = [*range(5), 7]
+    assert server.client.upsert(words, ids[rows].tolist(), vectors[rows])["upserted"] == 6  # as the other tests have it
+
+
 def test_import_with_a_bad_row_names_it_and_changes_nothing(
     server: RunningServer, words: str, queries: Any, tmp_path: Path
 ) -> None:

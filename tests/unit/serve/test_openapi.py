@@ -17,9 +17,11 @@ from starlette.routing import Route
 
 from cluster.arrow_rows import vectors_array
 from cluster.config import CollectionConfig, IndexConfig
+from cluster.errors import Invalid
 from cluster.placement import ReplicaKey
 from serve.arrow_bodies import ARROW
 from serve.openapi import openapi_document, openapi_json
+from serve.schemas import decode_job
 from tests.unit.actors.points import random_points
 from tests.unit.serve.endpoint import Endpoint, Json, arrow_stream, run_with_endpoint
 
@@ -122,6 +124,32 @@ def test_undocumented_field_is_not_valid() -> None:
     validate({"status": "alive"}, schema)
     with pytest.raises(ValidationError):
         validate({"status": "alive", "colour": "red"}, schema)
+
+
+JOB_BODIES: list[tuple[Json, bool]] = [
+    ({"kind": "import", "source": "x.parquet"}, True),
+    ({"kind": "import"}, False),
+    ({"kind": "compact"}, True),
+    ({"kind": "compact", "shard": 0, "memory_bytes": 1}, True),
+    ({"kind": "compact", "shard": -1}, False),
+    ({"kind": "compact", "source": "x.parquet"}, False),
+    ({"kind": "rebuild"}, False),
+    ({"source": "x.parquet"}, False),
+    ({}, False),
+]
+
+
+@pytest.mark.parametrize(("body", "valid"), JOB_BODIES)
+def test_job_bodies_are_described_as_they_are_decoded(body: Json, valid: bool) -> None:
+    schema = DOCUMENT["paths"][JOBS]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    if valid:
+        validate(body, schema)
+        decode_job(json.dumps(body).encode())
+    else:
+        with pytest.raises(ValidationError):
+            validate(body, schema)
+        with pytest.raises(Invalid):
+            decode_job(json.dumps(body).encode())
 
 
 class Conversation:
@@ -235,6 +263,9 @@ async def talk_of_jobs(talk: Conversation, endpoint: Endpoint, source: str) -> N
     stopped = await talk.ask("POST", JOBS, 202, json=body)
     await talk.ask("DELETE", JOB, 204, stopped["job_id"])
     assert (await talk.ask("GET", JOB, 200, stopped["job_id"]))["state"] == "stopped"
+    await talk.ask("POST", JOBS, 202, json={"kind": "compact", "shard": 1})
+    await talk.ask("POST", JOBS, 400, json={"kind": "compact", "source": source})
+    await talk.ask("POST", JOBS, 404, "nothing", json={"kind": "compact"})
     for method in ("GET", "DELETE"):
         await talk.ask(method, JOB, 404, "import-9")
         await talk.ask(method, JOB, 400, "a.b")
