@@ -25,7 +25,7 @@ from cluster.attributes import complete_columns
 from cluster.config import Limits
 from cluster.errors import Conflict, EaglerayError, NotFound, Unavailable
 from cluster.placement import ReplicaKey
-from cluster.query import Hits, Query, SearchResult, coverage_of
+from cluster.query import Fetched, Hits, Query, SearchResult, coverage_of
 from cluster.recent_queries import RecentQueries
 from cluster.topk import join_queries, merge_hits
 from cluster.write import PointWrite, WriteOutcome, WriteResult
@@ -44,7 +44,7 @@ class CoordinatorObserver(Protocol):
 @dataclass(frozen=True)
 class FetchResult:
     """The answer to a fetch: `found` (n,) bool, and the table of the found points' columns in the order asked (None:
-    none was found). `lsn` by shard: at least that much of its log is in the answer."""
+    none was found). `lsn` by shard: how much of its log is in the answer."""
 
     found: NDArray[np.bool_]
     table: Any
@@ -229,7 +229,7 @@ class Coordinator:
             ]
             raise Unavailable(f"shards {lost} did not answer: {'; '.join(reasons)}")
         found, table = _in_order(len(ids), places, answers)
-        lsn = {shard: min_lsn.get(shard, 0) for shard in sorted(answers)}
+        lsn = {shard: answers[shard].lsn for shard in sorted(answers)}
         return FetchResult(found, complete_columns(table, columns, served.attributes), lsn)
 
     async def _fetch_shard(
@@ -241,19 +241,19 @@ class Coordinator:
         columns: Sequence[str],
         timeout_s: float,
         min_lsn: int,
-    ) -> tuple[Any, Any]:
+    ) -> Fetched:
         lane = self._lanes.get((collection, shard))
         if lane is None:
             raise Unavailable(f"no replica of shard {shard} is ready")
 
-        def ask(client: ShardClient) -> Awaitable[tuple[Any, Any]]:
+        def ask(client: ShardClient) -> Awaitable[Fetched]:
             return client.fetch(served.generation, ids, columns, min_lsn)
 
         if min_lsn <= lane.batcher.seen_lsn:
             return await lane.replicas.call(ask, timeout_s)
         with lane.batcher.room_ahead(min_lsn):
             answer = await lane.ahead.call(ask, timeout_s)
-        lane.batcher.saw(min_lsn)
+        lane.batcher.saw(answer.lsn)
         return answer
 
     async def write(self, collection: str, write: PointWrite, timeout_s: float) -> WriteResult:
@@ -321,14 +321,15 @@ def _complete(hits: Hits, columns: Sequence[str], served: ServedCollection) -> H
     return hits if completed is hits.columns else replace(hits, columns=completed)
 
 
-def _in_order(count: int, places: dict[int, Any], answers: dict[int, tuple[Any, Any]]) -> tuple[Any, Any]:
+def _in_order(count: int, places: dict[int, Any], answers: dict[int, Fetched]) -> tuple[Any, Any]:
     found = np.zeros(count, dtype=bool)
     tables, positions = [], []
-    for shard, (mask, table) in answers.items():
-        found[places[shard][mask]] = True
-        if table is not None:
-            tables.append(table)
-            positions.append(places[shard][mask])
+    for shard, fetched in answers.items():
+        at = places[shard][fetched.found]
+        found[at] = True
+        if fetched.table is not None:
+            tables.append(fetched.table)
+            positions.append(at)
     if not tables:
         return found, None
     order = pc.sort_indices(pa.array(np.concatenate(positions)))

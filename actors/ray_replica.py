@@ -32,7 +32,7 @@ from cluster.errors import EaglerayError, Unavailable
 from cluster.manifest import Manifest, ManifestLog
 from cluster.object_store import open_store
 from cluster.placement import ReplicaKey, search_threads
-from cluster.query import Hits, ShardSearch
+from cluster.query import Fetched, Hits, ShardSearch
 from cluster.upkeep import Seal
 from cluster.write import PointWrite, WriteOutcome
 
@@ -95,7 +95,7 @@ class ShardActor:
     async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
         return await self._replica.search(request)
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> tuple[Any, Any]:
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> Fetched:
         return await self._replica.fetch(generation, ids, columns, min_lsn)
 
     async def write(self, writes: Sequence[PointWrite]) -> tuple[WriteOutcome | EaglerayError, ...]:
@@ -135,7 +135,7 @@ class ActorShardClient:
     async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
         return await answer(self._handle.search.remote(request), self._who)
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> tuple[Any, Any]:
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> Fetched:
         return await answer(self._handle.fetch.remote(generation, ids, columns, min_lsn), self._who)
 
     async def write(self, writes: Sequence[PointWrite]) -> tuple[WriteOutcome | EaglerayError, ...]:

@@ -24,7 +24,7 @@ from actors.shard import ReplicaStatus, Shard
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Fenced, Unavailable
 from cluster.placement import ReplicaKey
-from cluster.query import Hits, ShardSearch
+from cluster.query import Fetched, Hits, ShardSearch
 from cluster.write import PointWrite, WriteOutcome
 
 TICK_S = 1.0  # how often a follower reads the WAL without being told, and a primary looks at its shard's upkeep
@@ -101,10 +101,11 @@ class Replica:
         self._observer.offer(request, outcomes, view.search)
         return outcomes
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> tuple[Any, Any]:
-        """(found, table) of an Arrow array of ids (`Shard.fetch`)."""
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> Fetched:
+        """Points by an Arrow array of ids (`Shard.fetch`)."""
         await self._reach(min_lsn, self._settings.limits.timeout_ms / 1_000.0)
-        return await asyncio.to_thread(self._opened().fetch, generation, ids, columns)
+        view = self._opened().view(generation)
+        return Fetched(*await asyncio.to_thread(view.fetch, ids, columns), view.lsn)
 
     async def _reach(self, min_lsn: int, timeout_s: float) -> None:
         """Wait until this LSN is applied, reading the WAL; Unavailable where it is not in time."""

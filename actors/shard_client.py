@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from cluster.config import CollectionConfig
 from cluster.errors import EaglerayError
 from cluster.placement import ReplicaKey
-from cluster.query import Hits, ShardSearch
+from cluster.query import Fetched, Hits, ShardSearch
 from cluster.routing import Routing
 from cluster.write import PointWrite, WriteOutcome
 
@@ -21,8 +21,8 @@ class ShardClient(Protocol):
         """One outcome per group of the request (`Shard.search`)."""
         ...
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> tuple[Any, Any]:
-        """(found, table) for an Arrow array of ids (`Shard.fetch`), once the replica has applied `min_lsn`."""
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> Fetched:
+        """Points by an Arrow array of ids (`Shard.fetch`), once the replica has applied `min_lsn`."""
         ...
 
     async def write(self, writes: Sequence[PointWrite]) -> tuple[WriteOutcome | EaglerayError, ...]:

@@ -50,6 +50,7 @@ PATHS = ("in process", "HTTP")
 FAISS_INDEXES = ("Flat", "HNSW32")
 FAISS_POINTS = {"Flat": 100_000, "HNSW32": 4_000}  # added in a round; a graph of more takes long
 SEARCHED_POINTS, SEARCHES_PER_S, SEARCH_K = 20_000, 50, 10
+WRITTEN_POINTS_PER_S = 5_000  # beside searches, at most
 HTTP_WRITES_MAX = 4_000  # of one load, which are encoded beforehand, and as few as hold so many points:
 HTTP_POINTS_MAX = 60_000
 NO_BOUND = Upkeep(tail_bytes_max=1 << 40)  # in process nobody seals
@@ -322,8 +323,10 @@ def searches_beside(bench: Bench, target: str, name: str, writing: Load | None, 
 
 
 def keep_writing(target: str, name: str, load: Load, vectors: Any, first_id: int, stop: Any, writes: Any) -> None:
-    at_once = 4 * load.writers
+    """Write on, at no more than `WRITTEN_POINTS_PER_S`."""
+    at_once, started = 4 * load.writers, time.perf_counter()
     while not stop.is_set():
+        time.sleep(max(0.0, started + writes.value * load.batch / WRITTEN_POINTS_PER_S - time.perf_counter()))
         requests = upserts_of(target, name, vectors, load.batch, at_once, first_id)
         writes.value += len(send(target, requests, load.writers).latencies_s)
         first_id += at_once * load.batch

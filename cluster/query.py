@@ -77,6 +77,16 @@ class ShardSearch:
 
 
 @dataclass(frozen=True)
+class Fetched:
+    """Points of one shard by id: `found` (n,) bool, the table of the found ones' columns in the order asked (None: none
+    was found), and the LSN of what was looked at."""
+
+    found: NDArray[np.bool_]
+    table: Any
+    lsn: int
+
+
+@dataclass(frozen=True)
 class Hits:
     """Hits of consecutive queries, flattened: no padding.
 

@@ -31,7 +31,7 @@ from cluster.errors import EaglerayError, NotFound, Unavailable
 from cluster.manifest import ManifestLog
 from cluster.object_store import ObjectInfo, ObjectStore
 from cluster.placement import ReplicaKey, WantedReplica
-from cluster.query import Hits, ShardSearch
+from cluster.query import Fetched, Hits, ShardSearch
 from cluster.upkeep import Seal
 from cluster.write import PointWrite, WriteOutcome
 
@@ -289,7 +289,7 @@ class LocalShardClient:
     async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
         return await self._ask(lambda replica: replica.search(request))
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> tuple[Any, Any]:
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> Fetched:
         return await self._ask(lambda replica: replica.fetch(generation, ids, columns, min_lsn))
 
     async def write(self, writes: Sequence[PointWrite]) -> tuple[WriteOutcome | EaglerayError, ...]:

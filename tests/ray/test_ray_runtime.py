@@ -144,7 +144,7 @@ def test_write_is_fenced_before_the_replica_leads_and_found_after_it(runtime: ra
         assert [outcome.count for outcome in outcomes] == [1, 2, 1]  # type: ignore[union-attr]
         lsn = max(outcome.lsn for outcome in outcomes)  # type: ignore[union-attr]
         assert [await nearest(client, number, lsn) for number in (7, 9)] == [[7], [8]]
-        found, _ = await client.fetch(1, pa.array([9, 8]), [], lsn)
+        found = (await client.fetch(1, pa.array([9, 8]), [], lsn)).found
         assert found.tolist() == [False, True]
 
     asyncio.run(asyncio.wait_for(write_and_search(), 60.0))
@@ -237,7 +237,7 @@ def test_acknowledged_writes_outlive_kills_of_the_process(runtime: ray_runtime.R
             await asyncio.gather(*writers)
             pid = await led_again(runtime, pid)
             ids = sorted(acknowledged)
-            found, _ = await client.fetch(1, pa.array(ids), [])
+            found = (await client.fetch(1, pa.array(ids), [])).found
             assert found.all(), np.array(ids)[~found]
         print(f"{len(acknowledged)} of {next(numbers)} writes were acknowledged")
 

@@ -18,7 +18,7 @@ from cluster.arrow_rows import vectors_array
 from cluster.config import CollectionConfig, Limits
 from cluster.errors import Conflict, EaglerayError, Exhausted, Fenced, NotFound, Unavailable
 from cluster.placement import ReplicaKey
-from cluster.query import Hits, Query, ShardSearch
+from cluster.query import Fetched, Hits, Query, ShardSearch
 from cluster.routing import Routing
 from cluster.write import PointWrite, WriteOutcome, WriteResult
 
@@ -58,11 +58,11 @@ class Replica:
         hits = Hits(np.zeros(len(request.vectors), np.int64), pa.array([], pa.int64()), np.empty(0, np.float32))
         return (replace(hits, lsn=self.lsn),)
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> tuple[Any, Any]:
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> Fetched:
         self.asked_lsn.append(min_lsn)
         if min_lsn > self.lsn:
             raise Unavailable(f"has applied LSN {self.lsn}, not yet LSN {min_lsn}")
-        return np.zeros(len(ids), dtype=bool), None
+        return Fetched(np.zeros(len(ids), dtype=bool), None, self.lsn)
 
 
 class Cluster:
@@ -306,7 +306,7 @@ def test_search_and_fetch_ask_each_shard_for_its_own_lsn_and_tell_what_they_have
         assert [cluster.of(shard).asked_lsn for shard in range(2)] == [[0], [2]]
         fetched = await coordinator.fetch("words", pa.array(range(20)), ("id",), PATIENT_S, {0: 1})
         assert [cluster.of(shard).asked_lsn[-1] for shard in range(2)] == [1, 0]
-        assert fetched.lsn == {0: 1, 1: 0}
+        assert fetched.lsn == {0: 1, 1: 2}
 
     with_cluster(scenario)
 

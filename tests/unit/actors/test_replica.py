@@ -111,7 +111,7 @@ def test_search_with_a_min_lsn_reads_what_was_not_pushed(tmp_path: Path) -> None
         lsn = await written(runtime.replica(ONE), 100)
         assert await nearest(runtime.replica(OTHER), 100, lsn) == 100
         lsn = await written(runtime.replica(ONE), 200)
-        found, _ = await runtime.replica(OTHER).fetch(1, pa.array([100, 200]), [], lsn)
+        found = (await runtime.replica(OTHER).fetch(1, pa.array([100, 200]), [], lsn)).found
         assert found.tolist() == [True, True]
 
     with_replicas(scenario, tmp_path)
@@ -221,7 +221,7 @@ def test_each_write_of_a_call_has_its_own_outcome(tmp_path: Path) -> None:
         assert refused
         assert all(isinstance(outcome, Exhausted) for outcome in refused)
         for outcome, number in zip(outcomes, (100, 250, 300), strict=True):
-            found, _ = await runtime.replica(ONE).fetch(1, pa.array([number]), [])
+            found = (await runtime.replica(ONE).fetch(1, pa.array([number]), [])).found
             assert found.tolist() == [isinstance(outcome, WriteOutcome)]
 
     with_replicas(scenario, tmp_path, settings=settings)
@@ -327,11 +327,13 @@ def test_writes_in_flight_when_the_process_dies_are_unavailable_and_acknowledged
             assert runtime.replica(ONE).status().epoch == 0, "it does not lead until it is told to"
             await runtime.lead(ONE)
         numbers = sorted(acknowledged | doubtful)
-        found, _ = await client.fetch(1, pa.array(numbers), [])
+        found = (await client.fetch(1, pa.array(numbers), [])).found
         kept = {number for number, there in zip(numbers, found.tolist(), strict=True) if there}
         assert acknowledged <= kept
-        others, _ = await runtime.client(OTHER).fetch(1, pa.array(numbers), [], runtime.replica(ONE).status().lsn)
-        assert others.tolist() == found.tolist()
+        lsn = runtime.replica(ONE).status().lsn
+        others = await runtime.client(OTHER).fetch(1, pa.array(numbers), [], lsn)
+        assert others.found.tolist() == found.tolist()
+        assert others.lsn >= lsn
 
     with_replicas(scenario, tmp_path)
 
