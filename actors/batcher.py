@@ -132,8 +132,12 @@ class Batcher:
         self._pump()
 
     def _take(self) -> list[_Waiting]:
-        """The oldest searches, of one generation, up to `batch_vectors` vectors; given-up ones are dropped."""
+        """The oldest searches, of one generation, up to `batch_vectors` vectors; given-up ones are dropped.
+
+        Those that ask for an LSN, and may wait for it, go with their like: others do not wait with them.
+        """
         batch: list[_Waiting] = []
+        passed_over: list[_Waiting] = []
         vectors = 0
         while self._waiting:
             item = self._waiting[0]
@@ -141,10 +145,14 @@ class Batcher:
             if full or (batch and item.generation != batch[0].generation):
                 break
             self._waiting.popleft()
+            if batch and bool(item.min_lsn) != bool(batch[0].min_lsn):
+                passed_over.append(item)
+                continue
             self._waiting_vectors -= len(item.vectors)
             if not item.answer.done():
                 batch.append(item)
                 vectors += len(item.vectors)
+        self._waiting.extendleft(reversed(passed_over))
         return batch
 
     async def _call(self, batch: list[_Waiting]) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from actors.batcher import Batcher, GroupKey
 from actors.replica_set import ReplicaSet
 from actors.shard_client import Directory, ServedCollection, ServingTable, ShardClient
-from actors.write_batcher import MadeFor, WriteBatcher
+from actors.write_batcher import MadeFor, WriteBatcher, check_write_bytes
 from actors.write_parts import joined_result, places_of, split_write
 from cluster.attributes import complete_columns
 from cluster.config import Limits
@@ -245,9 +245,11 @@ class Coordinator:
         lane = self._lanes.get((collection, shard))
         if lane is None:
             raise Unavailable(f"no replica of shard {shard} is ready")
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
 
         def ask(client: ShardClient) -> Awaitable[Fetched]:
-            return client.fetch(served.generation, ids, columns, min_lsn)
+            return client.fetch(served.generation, ids, columns, min_lsn, max(0.0, deadline - loop.time()))
 
         if min_lsn <= lane.batcher.seen_lsn:
             return await lane.replicas.call(ask, timeout_s)
@@ -264,13 +266,26 @@ class Coordinator:
         """
         served = self.served(collection)
         made_for = MadeFor.of(served)
+        parts = await self._parts(served, write)
+        writes = [self._write_shard(collection, shard, part, made_for, timeout_s) for shard, part in parts.items()]
+        outcomes = await asyncio.gather(*writes, return_exceptions=True)
+        return joined_result(dict(zip(parts, outcomes, strict=True)))
+
+    async def check_size(self, collection: str, write: PointWrite) -> None:
+        """Exhausted where `write` would refuse it for its size, whatever else waits."""
+        served = self.served(collection)
+        if write.size_bytes > self._limits.queued_write_bytes_per_shard:
+            await self._parts(served, write)
+
+    async def _parts(self, served: ServedCollection, write: PointWrite) -> dict[int, PointWrite]:
+        """What falls to each shard. Exhausted where one can never take its part: then none is sent any."""
         if served.routing.shards > 1 and write.size_bytes > LARGE_WRITE_BYTES:  # beside the event loop
             parts = await asyncio.to_thread(split_write, write, served.routing)
         else:
             parts = split_write(write, served.routing)
-        writes = [self._write_shard(collection, shard, part, made_for, timeout_s) for shard, part in parts.items()]
-        outcomes = await asyncio.gather(*writes, return_exceptions=True)
-        return joined_result(dict(zip(parts, outcomes, strict=True)))
+        for part in parts.values():
+            check_write_bytes(part.size_bytes, self._limits.queued_write_bytes_per_shard)
+        return parts
 
     async def _write_shard(
         self, collection: str, shard: int, write: PointWrite, made_for: MadeFor, timeout_s: float

@@ -26,6 +26,7 @@ import faiss  # noqa: E402
 Vectors = NDArray[np.float32]
 Rows = NDArray[np.int64]
 SELECTIVE = (faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexHNSW, faiss.IndexIVF)  # take a row selection
+UNSELECTIVE = (faiss.IndexIVFAdditiveQuantizer, faiss.IndexIVFPQR, faiss.IndexIVFSpectralHash)  # but these do not
 NEVER = 2**31 - 1  # a number of query floats that no batch has
 FACTORY_SIZES = re.compile(r"(?:IVF|HNSW|NSG|PQ|RQ|LSQ|PRQ|PLSQ|PCA|PCAR|PCAW|OPQ|Pad|RR|L2norm|ITQ)(\d+)")
 FACTORY_BITS = re.compile(r"x(\d+)")
@@ -101,8 +102,8 @@ def check_factory(factory: str, dimension: int, metric: Metric) -> None:
         raise Invalid.at("index.factory", f"{factory!r} maps ids; labels must be row numbers: leave IDMap out")
     if index.metric_type != faiss_metric(metric):
         raise Invalid.at("index.factory", f"{factory!r} does not take the metric {metric}")
-    if not isinstance(levels[-1], SELECTIVE) or isinstance(levels[-1], faiss.IndexIVFAdditiveQuantizer):
-        raise Invalid.at("index.factory", f"{factory!r} takes no filter; HNSW, IVF, Flat and SQ do")
+    if not isinstance(levels[-1], SELECTIVE) or isinstance(levels[-1], UNSELECTIVE):
+        raise Invalid.at("index.factory", f"{factory!r} takes no filter; HNSW, Flat, SQ, and IVF of Flat, SQ or PQ do")
 
 
 def build_index(spec: IndexSpec, dimension: int, metric: Metric, sample: Vectors, seed: int) -> FaissIndex:

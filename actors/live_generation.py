@@ -67,6 +67,17 @@ class LiveGeneration:
         """Stand for these manifest versions, too."""
         self.versions = tuple(sorted({*self.versions, *versions})[-VERSIONS_KEPT:])
 
+    def takes_records_of(self, other: LiveGeneration) -> bool:
+        """Whether the next record of `other` can be applied here as well."""
+        mine, theirs = self.view.config, other.view.config
+        return (self.view.lsn, mine.dimension, mine.metric, mine.id_type, mine.vector_dtype) == (
+            other.view.lsn,
+            theirs.dimension,
+            theirs.metric,
+            theirs.id_type,
+            theirs.vector_dtype,
+        )
+
     def apply(self, record: WalRecord) -> Existed:
         """Apply the next record. A record that the manifest's files hold already changes nothing."""
         if record.lsn <= self.view.lsn:

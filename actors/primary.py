@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from actors.group_commit import counts_of, fold, shares_types
@@ -23,7 +25,7 @@ from cluster.errors import Exhausted, Fenced, Unavailable
 from cluster.wal import WalRecord
 from cluster.write import PointWrite, WriteOutcome
 
-CLAIM_ATTEMPTS = 100  # each is lost to another writer's record
+CLAIM_ATTEMPTS = 20  # each is lost to another claim
 IDLE_CHECK_S = 1.0  # how often an idle primary looks whether another has taken over
 RETRY_PAUSE_S = 0.5  # between the puts of a record of which nobody knows whether it is in the WAL
 QUEUE_FULL_RETRY_S, TAIL_FULL_RETRY_S = 0.1, 2.0
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 class _Waiting:
     write: PointWrite
     size_bytes: int
+    deadline: float  # of `time.monotonic`
     outcome: Future[WriteOutcome]
 
 
@@ -75,33 +78,30 @@ class Primary:
         for _ in range(CLAIM_ATTEMPTS):
             if shard.newest() is None:
                 raise Unavailable(f"shard {shard.number} of {shard.collection!r}: nothing is loaded")
-            last, epoch = shard.wal.end(shard.applied_lsn, shard.epoch)
-            try:
-                claim = shard.wal.claim(last, epoch, shard.new_nonce())
-            except Fenced:
-                continue
+            claim = shard.wal.take_over(shard.applied_lsn, shard.epoch, shard.new_nonce)
             shard.catch_up(claim.lsn)
             if shard.lead(claim):
                 try:
                     shard.load()
                 except BaseException:
-                    shard.follow()
+                    shard.follow(claim.epoch)
                     raise
                 return cls(shard, claim.epoch, limits, upkeep, push)
-        raise Unavailable(f"shard {shard.number} of {shard.collection!r}: another primary goes on writing")
+        raise Unavailable(f"shard {shard.number} of {shard.collection!r}: others claim it, too")
 
-    def write(self, write: PointWrite) -> Future[WriteOutcome]:
+    def write(self, write: PointWrite, deadline: float = inf) -> Future[WriteOutcome]:
         """Queue a write; the future has its outcome once it is durable and applied here.
 
-        Fenced, where this is no primary any more, and Exhausted: nothing was or will be applied. The future may raise
-        Fenced as well, or Unavailable: nobody knows.
+        One that is still in the queue at its deadline (of `time.monotonic`) is never put. Fenced, where this is no
+        primary any more, and Exhausted: nothing was or will be applied. The future may raise Fenced as well, or
+        Unavailable: nobody knows, unless it says that nothing was applied.
         """
         size = write.size_bytes
         with self._changed:
             if self.lost:
                 raise Fenced(self.lost)
             self._refuse_too_much(size)
-            waiting = _Waiting(write, size, Future())
+            waiting = _Waiting(write, size, deadline, Future())
             self._waiting.append(waiting)
             self._waiting_bytes += size
             self._changed.notify()
@@ -122,6 +122,17 @@ class Primary:
                 f"{self._upkeep.tail_bytes_max} may",
                 TAIL_FULL_RETRY_S,
             )
+
+    def drop_expired(self) -> None:
+        """Answer the queued writes whose deadline is over. Nothing of them was put, nor will be."""
+        now = time.monotonic()
+        with self._changed:
+            expired = [waiting for waiting in self._waiting if waiting.deadline <= now]
+            if not expired:
+                return
+            self._waiting = deque(waiting for waiting in self._waiting if waiting.deadline > now)
+            self._waiting_bytes -= sum(waiting.size_bytes for waiting in expired)
+        _fail(expired, Unavailable("nothing was applied: the write waited for earlier ones until its deadline"))
 
     def stop(self) -> None:
         """Stop leading; writes that were not put yet fail as Fenced."""
@@ -153,6 +164,7 @@ class Primary:
         with self._changed:
             if not self._waiting and not self._stopped.is_set():
                 self._changed.wait(IDLE_CHECK_S)
+            self.drop_expired()
             group: list[_Waiting] = []
             size = 0
             types: dict[str, Any] = {}
@@ -169,12 +181,11 @@ class Primary:
         try:
             upserts, deletes = fold([waiting.write for waiting in group])
             record = WalRecord(self._next_lsn, self.epoch, "write", self._shard.new_nonce(), upserts, deletes)
-            data = self._made_durable(record, group)
+            self._push(self._made_durable(record, group))
         except BaseException as error:
             _fail(group, error if isinstance(error, Fenced) else _in_doubt(error))
             raise
         self._next_lsn += 1
-        self._push(data)
         self._durable.put((record, group))
 
     def _made_durable(self, record: WalRecord, group: list[_Waiting]) -> bytes:
@@ -184,6 +195,7 @@ class Primary:
             except Unavailable as error:  # those who wait are told; the record is put until it is known to be there
                 logger.warning("record %d of shard %d: %s", record.lsn, self._shard.number, error)
                 _fail(group, _in_doubt(error))
+                self.drop_expired()
                 if self._stopped.wait(RETRY_PAUSE_S):
                     raise
 
@@ -203,13 +215,11 @@ class Primary:
         while (item := self._durable.get()) is not None:
             record, group = item
             try:
-                existed = self._shard.apply_own(record)
+                _acknowledge(record, group, self._shard.apply_own(record))
             except Exception as error:
                 logger.exception("record %d of shard %d", record.lsn, self._shard.number)
                 _fail(group, _in_doubt(error))
                 self._lose(f"record {record.lsn} could not be applied: {error}")
-                continue
-            _acknowledge(record, group, existed)
 
     def _lose(self, reason: str) -> None:
         """Lead no more. Writes that wait were never put: nothing of them was applied."""
@@ -221,7 +231,7 @@ class Primary:
             self._waiting_bytes = 0
             self._stopped.set()
             self._changed.notify_all()
-        self._shard.follow()
+        self._shard.follow(self.epoch)
         _fail(group, Fenced(reason))
 
 

@@ -27,6 +27,7 @@ from actors.scratch import private_folder
 from actors.segment_loader import sweep_cache
 from actors.segment_upkeep import merge_segments, seal_tail
 from actors.shard import ReplicaStatus, Shard
+from actors.shard_client import CALL_TIMEOUT_S
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Unavailable
 from cluster.manifest import Manifest, ManifestLog
@@ -95,11 +96,20 @@ class ShardActor:
     async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
         return await self._replica.search(request)
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> Fetched:
-        return await self._replica.fetch(generation, ids, columns, min_lsn)
+    async def fetch(
+        self,
+        generation: int,
+        ids: Any,
+        columns: Sequence[str],
+        min_lsn: int = 0,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Fetched:
+        return await self._replica.fetch(generation, ids, columns, min_lsn, timeout_s)
 
-    async def write(self, writes: Sequence[PointWrite]) -> tuple[WriteOutcome | EaglerayError, ...]:
-        return await self._replica.write(writes)
+    async def write(
+        self, writes: Sequence[PointWrite], timeout_s: float = CALL_TIMEOUT_S
+    ) -> tuple[WriteOutcome | EaglerayError, ...]:
+        return await self._replica.write(writes, timeout_s)
 
     async def receive(self, data: bytes) -> None:
         """A record that the primary pushed; returns when it was applied, or left to be found in the WAL."""
@@ -135,11 +145,20 @@ class ActorShardClient:
     async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
         return await answer(self._handle.search.remote(request), self._who)
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> Fetched:
-        return await answer(self._handle.fetch.remote(generation, ids, columns, min_lsn), self._who)
+    async def fetch(
+        self,
+        generation: int,
+        ids: Any,
+        columns: Sequence[str],
+        min_lsn: int = 0,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Fetched:
+        return await answer(self._handle.fetch.remote(generation, ids, columns, min_lsn, timeout_s), self._who)
 
-    async def write(self, writes: Sequence[PointWrite]) -> tuple[WriteOutcome | EaglerayError, ...]:
-        return await answer(self._handle.write.remote(writes), self._who)
+    async def write(
+        self, writes: Sequence[PointWrite], timeout_s: float = CALL_TIMEOUT_S
+    ) -> tuple[WriteOutcome | EaglerayError, ...]:
+        return await answer(self._handle.write.remote(writes, timeout_s), self._who)
 
 
 # --- what a primary pushes ----------------------------------------------------------------------------------------

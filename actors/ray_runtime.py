@@ -66,6 +66,8 @@ class RayRuntime:
         return list(self.handles)
 
     def start(self, key: ReplicaKey, wanted: WantedReplica) -> None:
+        """Ray's own bound of 1,000 calls at once is enough: each ends at its caller's deadline (`ShardClient`), and of
+        those that wait for an LSN that nobody has seen a coordinator sends `batcher.CALLS_AHEAD_MAX`."""
         options = {
             **_detached(replica_name(key), self._settings.namespace),
             "num_cpus": wanted.num_cpus,

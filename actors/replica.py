@@ -21,6 +21,7 @@ from actors.faiss_index import use_threads
 from actors.primary import Primary
 from actors.recall_observer import RecallObserver
 from actors.shard import ReplicaStatus, Shard
+from actors.shard_client import CALL_TIMEOUT_S
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Fenced, Unavailable
 from cluster.placement import ReplicaKey
@@ -101,9 +102,16 @@ class Replica:
         self._observer.offer(request, outcomes, view.search)
         return outcomes
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> Fetched:
-        """Points by an Arrow array of ids (`Shard.fetch`)."""
-        await self._reach(min_lsn, self._settings.limits.timeout_ms / 1_000.0)
+    async def fetch(
+        self,
+        generation: int,
+        ids: Any,
+        columns: Sequence[str],
+        min_lsn: int = 0,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Fetched:
+        """Points by an Arrow array of ids (`Shard.fetch`). Unavailable where `min_lsn` is not reached in time."""
+        await self._reach(min_lsn, timeout_s)
         view = self._opened().view(generation)
         return Fetched(*await asyncio.to_thread(view.fetch, ids, columns), view.lsn)
 
@@ -129,20 +137,29 @@ class Replica:
 
     # --- writes -------------------------------------------------------------------------------------------------
 
-    async def write(self, writes: Sequence[PointWrite]) -> tuple[WriteOutcome | EaglerayError, ...]:
-        """One outcome per write, each acknowledged by itself; Fenced where this is not the primary."""
-        queued = [self._queue(self._primary, write) for write in writes]
-        waiting = [asyncio.wrap_future(one) for one in queued if isinstance(one, Future)]
-        # A caller that gives up must not cancel them: the primary would find them cancelled while it acknowledges.
-        answers = iter(await asyncio.gather(*map(asyncio.shield, waiting), return_exceptions=True))
-        return tuple(_outcome(next(answers)) if isinstance(one, Future) else one for one in queued)
+    async def write(
+        self, writes: Sequence[PointWrite], timeout_s: float = CALL_TIMEOUT_S
+    ) -> tuple[WriteOutcome | EaglerayError, ...]:
+        """One outcome per write, each acknowledged by itself; Fenced where this is not the primary.
 
-    def _queue(self, primary: Primary | None, write: PointWrite) -> Future[WriteOutcome] | EaglerayError:
+        After `timeout_s` what is still queued is not written any more, and of what is being put nobody knows.
+        """
+        primary, deadline = self._primary, time.monotonic() + timeout_s
+        queued = [self._queue(primary, write, deadline) for write in writes]
+        waiting = [one for one in queued if isinstance(one, Future)]
+        await _done_until(deadline, waiting)
+        if primary is not None and not all(one.done() for one in waiting):
+            primary.drop_expired()
+        return tuple(_outcome(one, timeout_s) if isinstance(one, Future) else one for one in queued)
+
+    def _queue(
+        self, primary: Primary | None, write: PointWrite, deadline: float
+    ) -> Future[WriteOutcome] | EaglerayError:
         if primary is None or primary.lost:
             why = f": {primary.lost}" if primary is not None else ""
             return Fenced(f"replica {self._key} is not the primary of shard {self._key.shard}{why}")
         try:
-            return primary.write(write)
+            return primary.write(write, deadline)
         except EaglerayError as error:
             return error
 
@@ -308,8 +325,23 @@ class _Waiter:
         self._moved.clear()
 
 
-def _outcome(answer: WriteOutcome | BaseException) -> WriteOutcome | EaglerayError:
-    if isinstance(answer, WriteOutcome | EaglerayError):
-        return answer
-    logger.error("a write", exc_info=answer)
-    return Unavailable(f"the write may have been applied or not: {type(answer).__name__}: {answer}")
+async def _done_until(deadline: float, outcomes: Sequence[Future[WriteOutcome]]) -> None:
+    """Wait for all, at most until the deadline. They are only looked at: none is cancelled with who waits here."""
+    waiter = _Waiter()
+    for outcome in outcomes:
+        outcome.add_done_callback(lambda _: waiter.wake())
+    for outcome in outcomes:
+        while not outcome.done() and (left_s := deadline - time.monotonic()) > 0.0:
+            await waiter.wait(left_s)
+
+
+def _outcome(answer: Future[WriteOutcome], timeout_s: float) -> WriteOutcome | EaglerayError:
+    if not answer.done():
+        return Unavailable(f"the write may have been applied or not: it was not done within {timeout_s:g} s")
+    error = answer.exception()
+    if error is None:
+        return answer.result()
+    if isinstance(error, EaglerayError):
+        return error
+    logger.error("a write", exc_info=error)
+    return Unavailable(f"the write may have been applied or not: {type(error).__name__}: {error}")

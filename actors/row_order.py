@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -12,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from cluster.attributes import fitted
+
 Positions = NDArray[np.int64]
-logger = logging.getLogger(__name__)
 
 
 def order_of_rows(
@@ -53,19 +53,6 @@ def _of_type(column: Any, dtype: Any, name: str) -> Any:
     """Without copying where the type is the same."""
     if column.type == dtype:
         return column
-    if pa.types.is_fixed_size_list(dtype):  # vectors: the name of their inner field may differ
+    if name == "vector":  # the name of the inner field may differ
         return pa.FixedSizeListArray.from_arrays(column.flatten(), type=dtype)
-    try:
-        return column.cast(dtype)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        values = [_value_of_type(value, dtype) for value in column]
-        lost = sum(value is None for value in values) - column.null_count
-        logger.warning("%d values of attribute %r become null: they do not fit %s", lost, name, dtype)
-        return pa.array(values, dtype)
-
-
-def _value_of_type(value: Any, dtype: Any) -> Any:
-    try:
-        return value.cast(dtype).as_py()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return None
+    return fitted(column, dtype, name)

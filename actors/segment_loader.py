@@ -129,10 +129,10 @@ def load_segment(
     store: ObjectStore, collection: str, ref: SegmentRef, metric: Metric, cache_dir: Path
 ) -> LoadedSegment:
     """Load and verify; Corrupt, naming the object, unless every byte and the self-test are as at build time."""
-    description = _read_description(store, collection, ref)
+    description = read_description(store, collection, ref)
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         found = pool.map(
-            lambda name: _verified_file(store, collection, description, name, cache_dir),
+            lambda name: verified_file(store, collection, description, name, cache_dir),
             (paths.ROWS, paths.INDEX),
         )
         rows_path, index_path = found
@@ -145,7 +145,8 @@ def load_segment(
     return segment
 
 
-def _read_description(store: ObjectStore, collection: str, ref: SegmentRef) -> SegmentDescription:
+def read_description(store: ObjectStore, collection: str, ref: SegmentRef) -> SegmentDescription:
+    """What `segment.json` says; Corrupt where it is not the one that the manifest names."""
     key = paths.segment_file(collection, ref.segment_id, paths.DESCRIPTION)
     data = store.get(key)
     if checksum_bytes(data) != ref.checksum:
@@ -153,7 +154,7 @@ def _read_description(store: ObjectStore, collection: str, ref: SegmentRef) -> S
     return SegmentDescription.decode(data, key)
 
 
-def _verified_file(
+def verified_file(
     store: ObjectStore, collection: str, description: SegmentDescription, name: str, cache_dir: Path
 ) -> Path:
     """A local path of the file: the store's own where it has one, else a copy in the cache named by checksum."""

@@ -12,8 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from actors.row_order import conformed, order_of_rows
-from actors.segment_loader import _read_description as read_description
-from actors.segment_loader import _verified_file as verified_file
+from actors.segment_loader import read_description, verified_file
 from cluster import paths
 from cluster.errors import Corrupt, Unavailable
 from cluster.manifest import SegmentRef, ShardEntry

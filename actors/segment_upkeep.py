@@ -47,11 +47,12 @@ def seal_tail(
     new_nonce: Callable[[], str],
     threads: int = 1,
     progress: Progress = no_progress,
+    points_max: int = SEAL_POINTS_MAX,
 ) -> Manifest | None:
     """Make a segment of the live points of the WAL after the newest manifest, and commit it with their tombstones.
 
-    None where the WAL holds no writes after it. Of a long WAL the first `SEAL_POINTS_MAX` ids or `SEAL_BYTES_MAX` bytes
-    are sealed: call again while the committed `applied_lsn` is before the one that is wanted. Conflict where another
+    None where the WAL holds no writes after it. Of a long WAL the first `points_max` ids or `SEAL_BYTES_MAX` bytes are
+    sealed: call again while the committed `applied_lsn` is before the one that is wanted. Conflict where another
     seal or import was committed meanwhile, or the collection deleted; NotFound where there is none.
 
     Memory: 40 bytes and the id for each id in the records, one block of rows, the index; vectors are in local files.
@@ -61,7 +62,7 @@ def seal_tail(
     with tempfile.TemporaryDirectory(prefix="eagleray-seal-") as name:
         folder = Path(name)
         wal = Wal(store, collection, shard)
-        tail = read_tail(wal, place.entry(first), first.config, folder, SEAL_POINTS_MAX, SEAL_BYTES_MAX)
+        tail = read_tail(wal, place.entry(first), first.config, folder, points_max, SEAL_BYTES_MAX)
         if tail is None:
             return None
         base = place.newest(first)  # after the records: it names the attributes that they were declared with

@@ -42,8 +42,9 @@ def _attributes(manifest: Manifest, statuses: Statuses, before: ServedCollection
 
     Once known for this generation they stay known: a replica that is away must not make a valid search Invalid.
     """
-    known = dict(before.attributes) if before is not None and before.generation == manifest.generation else {}
-    known |= manifest.attributes
+    known = dict(manifest.attributes)
+    if before is not None and before.generation == manifest.generation:
+        known |= before.attributes
     for key in sorted(statuses):
         known |= statuses[key].attributes.get(manifest.generation, {})
     return dict(sorted(known.items()))

@@ -137,8 +137,9 @@ class Shard:
         return selections
 
     def _begin(self, fresh: LiveGeneration) -> None:
-        """The first generation: go on where its files end, to the end of the WAL."""
-        for record in self.wal.read_after(fresh.view.lsn):
+        """The first generation: go on where its files end, to where the WAL ends now."""
+        last, _ = self.wal.end(fresh.view.lsn, fresh.epoch)
+        for record in self.wal.read_after(fresh.view.lsn, last):
             fresh.apply(record)
         fresh.check()
         with self._lock:
@@ -197,7 +198,7 @@ class Shard:
             fresh.apply(record)
 
     def _publish(self, fresh: LiveGeneration) -> None:
-        """Under the lock. A generation that cannot follow to a later LSN, because its WAL is gone, is dropped."""
+        """Under the lock. Dropped is what cannot follow: its WAL is gone, or it is of a collection deleted since."""
         generation = fresh.view.generation
         held = self._generations.get(generation)
         if held is fresh:
@@ -207,7 +208,7 @@ class Shard:
                 held.stand_for(fresh.versions)
                 return
             fresh.stand_for(held.versions)
-        kept = {g: other for g, other in self._generations.items() if other.view.lsn == fresh.view.lsn}
+        kept = {g: other for g, other in self._generations.items() if other.takes_records_of(fresh)}
         self._generations = {**kept, generation: fresh}
         self._lsn, self._epoch = fresh.view.lsn, fresh.epoch
 
@@ -235,19 +236,23 @@ class Shard:
         if lsn > self._lsn + 1:
             self.catch_up()
             return
-        self._apply(WalRecord.decode(data, f"pushed record {lsn}", self.number, lsn), own=False)
+        self._apply(WalRecord.decode(data, f"pushed record {lsn}", self.number, lsn, self.collection), own=False)
 
     def apply_own(self, record: WalRecord) -> Existed | None:
         """Apply a record that this replica wrote as primary; which ids there were in the newest generation.
 
-        None where a replay has applied it already, after this replica stopped leading.
+        None where a replay has applied it already, after this replica stopped leading. Unavailable where it cannot be
+        applied, because nothing is loaded or a record before it failed.
         """
-        return self._apply(record, own=True)
+        existed = self._apply(record, own=True)
+        if not self._generations or self._lsn < record.lsn:
+            raise Unavailable(f"{self._name} cannot apply record {record.lsn}: {self.status().error or self._lsn}")
+        return existed
 
     def _apply(self, record: WalRecord, *, own: bool) -> Existed | None:
         """Apply the next record to every generation. Others' records are ignored while this replica leads."""
         with self._lock:
-            if record.lsn != self._lsn + 1 or (self._led_as and not own):
+            if not self._generations or record.lsn != self._lsn + 1 or (self._led_as and not own):
                 return None
             existed = NOTHING
             try:
@@ -255,6 +260,7 @@ class Shard:
                     existed = generation.apply(record)
             except Exception as error:
                 self._generations = {}  # half applied: nothing is served before it was loaded anew
+                self._led_as = 0
                 self._failure = f"record {record.lsn}: {type(error).__name__}: {error}"
                 raise
             self._lsn, self._epoch = record.lsn, record.epoch
@@ -274,10 +280,11 @@ class Shard:
             self._apply(claim, own=True)
         return True
 
-    def follow(self) -> None:
-        """Be no primary any more."""
+    def follow(self, epoch: int) -> None:
+        """Be no primary of this epoch any more."""
         with self._lock:
-            self._led_as = 0
+            if self._led_as == epoch:
+                self._led_as = 0
             self._moved.notify_all()
 
     # --- reads --------------------------------------------------------------------------------------------------

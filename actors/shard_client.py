@@ -13,23 +13,38 @@ from cluster.query import Fetched, Hits, ShardSearch
 from cluster.routing import Routing
 from cluster.write import PointWrite, WriteOutcome
 
+CALL_TIMEOUT_S = 60.0  # of callers that have no deadline of their own
+
 
 class ShardClient(Protocol):
-    """Calls to one replica. Every method raises Unavailable when the replica cannot be reached."""
+    """Calls to one replica. Every method raises Unavailable when the replica cannot be reached.
+
+    A call ends within its `timeout_s`, whether or not its caller still waits: what is abandoned does not pile up.
+    """
 
     async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
         """One outcome per group of the request (`Shard.search`)."""
         ...
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> Fetched:
+    async def fetch(
+        self,
+        generation: int,
+        ids: Any,
+        columns: Sequence[str],
+        min_lsn: int = 0,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Fetched:
         """Points by an Arrow array of ids (`Shard.fetch`), once the replica has applied `min_lsn`."""
         ...
 
-    async def write(self, writes: Sequence[PointWrite]) -> tuple[WriteOutcome | EaglerayError, ...]:
+    async def write(
+        self, writes: Sequence[PointWrite], timeout_s: float = CALL_TIMEOUT_S
+    ) -> tuple[WriteOutcome | EaglerayError, ...]:
         """One outcome per write, each acknowledged by itself.
 
         Fenced where the replica is not the primary (any more): nothing was applied, ask the one that is. Exhausted
-        where its queue is full: nothing was applied. Unavailable: nobody knows whether it was, or will be.
+        where its queue is full: nothing was applied. Unavailable: nobody knows whether it was, or will be, unless it
+        says that nothing was applied: the write was still in the queue after `timeout_s`.
         """
         ...
 

@@ -48,6 +48,8 @@ class TailView:
     chunks: list[Any]  # record batches of attributes
     chunk_starts: list[int]
     chunk_count: int
+    attributes: dict[str, Any]  # Arrow types, by name, of those that any row was given; as the last of them has it
+    other_bytes: int  # of ids and attributes
 
     @property
     def points(self) -> int:
@@ -55,13 +57,8 @@ class TailView:
 
     @property
     def size_bytes(self) -> int:
-        """Of the vectors of all rows, live or not."""
-        return self.count * self.config.dimension * 4
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """Arrow types of the attributes that any row was given, by name."""
-        return {field.name: field.type for chunk in self.chunks[: self.chunk_count] for field in chunk.schema}
+        """Of the vectors, ids and attributes of all rows, live or not."""
+        return self.count * self.config.dimension * 4 + self.other_bytes
 
     def vector_blocks(self) -> Iterator[tuple[int, Vectors]]:
         """(first row, vectors) of every block, in order."""
@@ -120,12 +117,13 @@ class TailView:
         order = np.argsort(chunk, kind="stable")
         numbers, firsts = np.unique(chunk[order], return_index=True)
         places = np.zeros(len(rows), dtype=np.int64)
-        values = [pa.nulls(1, dtype)]
+        values, count = [pa.nulls(1, dtype)], 1
         for number, mine in zip(numbers.tolist(), np.split(order, firsts)[1:], strict=True):
             if number >= 0 and name in self.chunks[number].schema.names:
                 given = self.chunks[number].column(name).take(pa.array(rows[mine] - starts[number]))
-                places[mine] = np.arange(len(mine)) + sum(map(len, values))
-                values.append(fitted(given, dtype))  # chunk by chunk: an import may have changed the type meanwhile
+                places[mine] = np.arange(count, count + len(mine))
+                count += len(mine)
+                values.append(fitted(given, dtype, name))  # of each chunk: an import may have changed the type
         return pa.concat_arrays(values).take(pa.array(places))
 
 
@@ -142,6 +140,8 @@ class Tail:
         self._blocks: list[_Block] = []
         self._chunks: list[Any] = []
         self._chunk_starts: list[int] = []
+        self._types: dict[str, Any] = {}  # of the attributes; replaced, never changed in place
+        self._other_bytes = 0
         self._selection = RowSelection.everything(0)  # over all rows of the blocks, used or not
         self._count = 0
         self._row_of: dict[int | str, int] = {}  # the live row of every id
@@ -157,6 +157,8 @@ class Tail:
             self._chunks,
             self._chunk_starts,
             len(self._chunks),
+            self._types,
+            self._other_bytes,
         )
 
     def remove(self, ids: Sequence[int | str]) -> NDArray[np.bool_]:
@@ -180,11 +182,22 @@ class Tail:
             block.hashes[at : at + stop - done] = hashes[done:stop]
             self._count += stop - done
             done = stop
-        attributes = [name for name in batch.schema.names if name not in ("id", "vector")]
-        if attributes or self._chunks:  # from the first row with attributes on every row belongs to a chunk
-            self._chunks.append(batch.select(attributes))
-            self._chunk_starts.append(first)
+        self._other_bytes += batch.column("id").nbytes
+        self._add_chunk(batch, first)
         self._row_of.update(zip(ids, range(first, self._count), strict=True))
+
+    def _add_chunk(self, batch: Any, first: int) -> None:
+        """Keep the attributes of the rows from `first` on, copied: as slices they would keep the whole record."""
+        names = [name for name in batch.schema.names if name not in ("id", "vector")]
+        if not names and not self._chunks:  # from the first row with attributes on every row belongs to a chunk
+            return
+        chunk = pa.record_batch({name: pa.concat_arrays([batch.column(name)]) for name in names})
+        self._chunks.append(chunk)
+        self._chunk_starts.append(first)
+        self._other_bytes += chunk.nbytes
+        types = {field.name: field.type for field in chunk.schema}
+        if any(self._types.get(name) != dtype for name, dtype in types.items()):
+            self._types = self._types | types
 
     def _room(self) -> tuple[_Block, int]:
         """A block with free rows, and the first of them."""

@@ -59,6 +59,12 @@ class _Waiting:
     refusal: str = "it waited for earlier writes"
 
 
+def check_write_bytes(size_bytes: int, bound: int) -> None:
+    """Exhausted where a write is larger than all that may wait for a shard."""
+    if size_bytes > bound:
+        raise Exhausted(f"queued_write_bytes_per_shard: the write has {size_bytes} bytes, at most {bound} may wait")
+
+
 class WriteBatcher:
     """Gathers the writes for one shard.
 
@@ -109,8 +115,7 @@ class WriteBatcher:
 
     def _check_room(self, size_bytes: int) -> None:
         bound = self._limits.queued_write_bytes_per_shard
-        if size_bytes > bound:
-            raise Exhausted(f"queued_write_bytes_per_shard: the write has {size_bytes} bytes, at most {bound} may wait")
+        check_write_bytes(size_bytes, bound)
         if self._waiting_bytes + size_bytes > bound:
             raise Exhausted(
                 f"queued_write_bytes_per_shard: writes of {self._waiting_bytes} bytes wait already, {bound} may",
@@ -190,9 +195,11 @@ class WriteBatcher:
 
 async def _outcomes(client: ShardClient, batch: list[_Waiting]) -> Outcomes:
     """What a call says of each write; after the last deadline nobody waits for it any more."""
+    deadline = max(item.deadline for item in batch)
+    left_s = max(0.0, deadline - asyncio.get_running_loop().time())
     try:
-        async with asyncio.timeout_at(max(item.deadline for item in batch)):
-            return await client.write([item.write for item in batch])
+        async with asyncio.timeout_at(deadline):
+            return await client.write([item.write for item in batch], left_s)
     except TimeoutError:
         return [Unavailable(f"the primary did not answer in time: {MAYBE}")] * len(batch)
     except EaglerayError as error:

@@ -37,7 +37,8 @@ def joined_result(outcomes: Mapping[int, WriteOutcome | BaseException]) -> Write
     """One answer of the shards' outcomes.
 
     Exhausted, Conflict and the like mean that a shard applied nothing; they are raised where all shards say the same.
-    Unavailable names the shards that acknowledged, with their LSNs, and what the others said.
+    Unavailable names the shards that acknowledged, with their LSNs, and what the others said; its `lsn` and `failed`
+    have them as data.
     """
     errors = {shard: outcome for shard, outcome in outcomes.items() if isinstance(outcome, BaseException)}
     done = {shard: outcome for shard, outcome in outcomes.items() if isinstance(outcome, WriteOutcome)}
@@ -49,9 +50,13 @@ def joined_result(outcomes: Mapping[int, WriteOutcome | BaseException]) -> Write
     reasons = "; ".join(f"shard {shard}: {error}" for shard, error in errors.items())
     retry_after_s = max(getattr(error, "retry_after_s", None) or 1.0 for error in errors.values())
     first = next(iter(errors.values()))
-    if not done:
-        if not isinstance(first, Unavailable) and all(type(error) is type(first) for error in errors.values()):
-            raise first
-        raise Unavailable(f"no shard acknowledged the write; {reasons}. Sending the same again is safe", retry_after_s)
+    if not done and not isinstance(first, Unavailable) and all(type(error) is type(first) for error in errors.values()):
+        raise first
     written = ", ".join(f"shard {shard} (LSN {each.lsn})" for shard, each in done.items())
-    raise Unavailable(f"acknowledged by {written}; not by {reasons}. Sending the same again is safe", retry_after_s)
+    message = f"acknowledged by {written}; not by {reasons}" if done else f"no shard acknowledged the write; {reasons}"
+    raise Unavailable(
+        f"{message}. Sending the same again is safe",
+        retry_after_s,
+        lsn={shard: each.lsn for shard, each in done.items()},
+        failed=tuple(errors),
+    )

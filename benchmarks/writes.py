@@ -108,7 +108,7 @@ def unit_vectors(points: int, dimension: int) -> Any:
 
 
 class Bench:
-    """What all loads share: the store, vectors that every batch has, and ids that none had before."""
+    """What all loads share: the store, vectors that every batch has, and ids that none of its collection had before."""
 
     def __init__(self, store: ObjectStore, vectors: Any, seconds: float, folder: Path) -> None:
         self.store = store
@@ -315,8 +315,10 @@ def searches_beside(bench: Bench, target: str, name: str, writing: Load | None, 
     times = in_child(paced_searches, target, name, bench.vectors, 4.0 * bench.seconds)
     written = (writes.value - before) / (time.perf_counter() - began)
     if writer:
+        assert writer.is_alive(), "the writer ended"
         stop.set()
         writer.join()
+        assert writer.exitcode == 0
     p50, p99 = percentiles_ms(times)
     points = written * writing.batch if writing else 0.0
     return {"writing": str(writing) if writing else "", "points_per_s": points, "p50_ms": p50, "p99_ms": p99}

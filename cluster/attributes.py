@@ -8,6 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster.errors import Conflict
+
+MISFITS = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError)  # what a cast raises of values
 logger = logging.getLogger(__name__)
 
 
@@ -25,23 +28,40 @@ def complete_columns(table: Any, columns: Sequence[str], types: Mapping[str, str
     return pa.table(arrays)
 
 
-def fitted(column: Any, dtype: Any) -> Any:
-    """An Arrow array as another type, null where a value does not fit.
+def types_after_import(declared: Mapping[str, str], imported: Mapping[str, Any]) -> dict[str, str]:
+    """The types, as text, of a collection's attributes once imported points, with these Arrow types, replace its own.
+
+    One whose type has no name of Arrow's is left out: writes cannot have it. Conflict where they have declared it.
+    """
+    types = dict(declared)
+    for name, dtype in imported.items():
+        if arrow_type(str(dtype)) == dtype:
+            types[name] = str(dtype)
+        elif name in declared:
+            raise Conflict(f"attribute {name!r} was written as {declared[name]}; an import cannot make it {dtype}")
+    return types
+
+
+def fitted(column: Any, dtype: Any, name: str) -> Any:
+    """The Arrow array of an attribute as another type, null where a value does not fit.
 
     Such values there are only where an import changed the type of an attribute while points were written.
     """
     try:
         return column.cast(dtype)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        logger.warning("an attribute that is %s now holds values that do not fit: %s", dtype, error)
-    values = [_fitted_value(column.slice(row, 1), dtype) for row in range(len(column))]
-    return pa.concat_arrays([*values, pa.nulls(0, dtype)])
+    except MISFITS:
+        values = [_fitted_value(column.slice(row, 1), dtype) for row in range(len(column))]
+    found = pa.concat_arrays([*values, pa.nulls(0, dtype)])
+    lost = found.null_count - column.null_count
+    if lost:
+        logger.warning("%d values of attribute %r become null: they do not fit %s", lost, name, dtype)
+    return found
 
 
 def _fitted_value(value: Any, dtype: Any) -> Any:
     try:
         return value.cast(dtype)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+    except MISFITS:
         return pa.nulls(1, dtype)
 
 

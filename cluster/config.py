@@ -224,7 +224,7 @@ class Limits:
 class Upkeep:
     """When a shard seals its tail into a segment, and when it merges segments.
 
-    The tail is sealed when it has `seal_points` points, `seal_bytes` of vectors or `seal_records` WAL records; at
+    The tail is sealed when it has `seal_points` points, `seal_bytes` of them or `seal_records` WAL records; at
     `tail_bytes_max` writes are refused until a seal is done. Segments are merged when there are more than
     `segments_max`; one is rebuilt when the share `tombstone_ratio` of its rows is deleted.
     """
@@ -243,6 +243,12 @@ class Upkeep:
                     raise Invalid.at(f"upkeep.{name}", f"must be a number over 0 and at most 1, not {value!r}")
             elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise Invalid.at(f"upkeep.{name}", f"must be an integer from 1 on, not {value!r}")
+        if self.tail_bytes_max < self.seal_bytes:
+            raise Invalid.at(
+                "upkeep.tail_bytes_max",
+                f"is {self.tail_bytes_max}, less than seal_bytes ({self.seal_bytes}): writes would be refused before "
+                "anything is sealed; make it at least as large, or seal_bytes smaller",
+            )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from cluster.wal import Wal
 def delete_files(store: ObjectStore, log: ManifestLog, deleted: Manifest) -> None:
     """Delete segments, tombstone files and WAL records of all versions before `deleted` (`ManifestLog.delete`).
 
-    Manifests stay, and of each WAL the claim that ends it: they keep writers of the deleted collection out.
+    Manifests stay, and of each WAL the claims: they keep writers of the deleted collection out.
     """
     name = deleted.collection
     for segment_id in log.segments_until(deleted.version):

@@ -14,6 +14,7 @@ All arguments go to `super().__init__`, so that an error survives pickling betwe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -65,12 +66,24 @@ class Exhausted(EaglerayError):
 
 
 class Unavailable(EaglerayError):
-    """Not now; the same request may succeed after `retry_after_s` seconds. A write may have been applied or not."""
+    """Not now; the same request may succeed after `retry_after_s` seconds. A write may have been applied or not.
 
-    def __init__(self, message: str, retry_after_s: float = 1.0, coverage: object = None) -> None:
-        super().__init__(message, retry_after_s, coverage)
+    Of a write that went to shards, `lsn` has those that acknowledged it (shard -> LSN), `failed` the others.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        retry_after_s: float = 1.0,
+        coverage: object = None,
+        lsn: Mapping[int, int] | None = None,
+        failed: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(message, retry_after_s, coverage, lsn, failed)
         self.retry_after_s = retry_after_s
         self.coverage = coverage
+        self.lsn = lsn
+        self.failed = failed
 
 
 class Fenced(EaglerayError):

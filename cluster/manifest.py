@@ -13,12 +13,13 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
-import pyarrow as pa
 import xxhash
 
 from cluster import paths
+from cluster.attributes import arrow_type, types_after_import
 from cluster.config import CollectionConfig
 from cluster.errors import Conflict, Corrupt, EaglerayError, Invalid, NotFound, Unavailable
 from cluster.object_store import ObjectStore
@@ -38,7 +39,8 @@ logger = logging.getLogger(__name__)
 class Manifest:
     """One committed version. `state="deleted"` ends a collection; the same name may be created again after it.
 
-    `attributes` are those that writes declared: name -> Arrow type as text, which `pa.type_for_alias` reads.
+    `attributes` are those that writes declared or an import brought: name -> Arrow type as text, which
+    `pa.type_for_alias` reads.
     """
 
     collection: str
@@ -221,16 +223,22 @@ class ManifestLog:
         return xxhash.xxh3_128_hexdigest(self._new_nonce().encode())
 
     def commit_generation(
-        self, base: Manifest | None, config: CollectionConfig, shards: tuple[ShardEntry, ...]
+        self,
+        base: Manifest | None,
+        config: CollectionConfig,
+        shards: tuple[ShardEntry, ...],
+        attributes: Mapping[str, Any] = MappingProxyType({}),
     ) -> Manifest:
         """Commit a new generation whose points are those of `shards` and of the WAL after their LSNs.
+
+        `attributes` are the Arrow types of those of its points: now the collection's (`types_after_import`).
 
         It follows the newest manifest, which must be `base` (None: there is none), or differ from it only by what
         shards sealed and writes declared since; else Conflict.
         """
 
         def generation_after(newest: Manifest | None) -> Manifest:
-            declared = newest.attributes if newest else {}  # a deletion has none
+            declared = types_after_import(newest.attributes if newest else {}, attributes)  # a deletion has none
             return self._next(newest, config, shards, _next_generation(newest), attributes=declared)
 
         return self._commit_after(base, generation_after)
@@ -251,7 +259,8 @@ class ManifestLog:
         Conflict where an attribute has another type; Invalid where a text is no type; NotFound without a collection.
         """
         for name, text in types.items():
-            _check_type(name, text)
+            if arrow_type(text) is None:
+                raise Invalid.at(f"attributes.{name}", f"{text!r} is not an Arrow type")
         for _ in range(COMMIT_TRIES):
             parent = self.newest_live()
             for name in sorted(types.keys() & parent.attributes.keys()):
@@ -294,8 +303,9 @@ class ManifestLog:
             newest = self.newest()
             if _incarnation(newest) != _incarnation(base):
                 raise self._overtaken(newest.version if newest else 1)
+            changed = change(newest)
             try:
-                return self._commit(change(newest), newest)
+                return self._commit(changed, newest)
             except Conflict:
                 continue
         raise self._overtaken(newest.version + 1 if newest else 1)
@@ -378,13 +388,6 @@ def _named_objects(manifest: Manifest) -> dict[str, str]:
 def _incarnation(manifest: Manifest | None) -> tuple[int, str, CollectionConfig] | None:
     """What seals and declarations leave as it is, and every other commit changes."""
     return (manifest.generation, manifest.state, manifest.config) if manifest else None
-
-
-def _check_type(name: str, text: str) -> None:
-    try:
-        pa.type_for_alias(text)
-    except ValueError as error:
-        raise Invalid.at(f"attributes.{name}", f"{text!r} is not an Arrow type") from error
 
 
 def _next_generation(parent: Manifest | None) -> int:

@@ -43,7 +43,7 @@ class SegmentFacts:
 @dataclass(frozen=True)
 class ShardFacts:
     """What upkeep is decided on. The tail is what lies in the WAL after the manifest's LSN: live points, bytes of
-    vectors, records. `points_max` is the largest segment that may be made (`largest_build`)."""
+    all points, records. `points_max` is the largest segment that may be made (`largest_build`)."""
 
     segments: tuple[SegmentFacts, ...] = ()
     tail_points: int = 0

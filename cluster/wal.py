@@ -27,17 +27,20 @@ FORMAT = 1
 RecordKind = Literal["write", "claim"]
 KINDS: dict[int, RecordKind] = {1: "write", 2: "claim"}
 KIND_NUMBERS = {kind: number for number, kind in KINDS.items()}
-# magic, format, kind, shard, 0, LSN, epoch, nonce, bytes of the upserts, bytes of the deletes; then the checksum. The
-# zero aligns the streams to 8 bytes, so that numbers are read where they lie.
+# magic, format, kind, shard, collection, LSN, epoch, nonce, bytes of the upserts, bytes of the deletes; then the
+# checksum. The collection is 32 bits of its name's hash, 0 where the record does not tell. The streams are aligned to
+# 8 bytes, so that numbers are read where they lie.
 HEADER = struct.Struct("<8sIIIIQQ16sQQ")
 LSN_FIELD = 5  # of the header
 CHECKSUM_BYTES = 16
 BODY_AT = HEADER.size + CHECKSUM_BYTES
+CLAIM_BYTES = BODY_AT  # a write has a body
 READ_WINDOW = 16  # records that are read at one time
 READ_TRIES = 3  # without a pause: a remote store has waited already; thousands must succeed for one recovery
 APPEND_TRIES = 3
 APPEND_PAUSE_S = 0.1  # before the second try; twice that before the third
-FENCE_TRIES = 10
+CLAIM_TRIES = 10
+BUSY_CLAIM_TRIES = 1_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +58,7 @@ class WalRecord:
     upserts: Any = None
     deletes: Any = None
 
-    def encode(self, shard: int) -> bytes:
+    def encode(self, shard: int, collection: str = "") -> bytes:
         upserts = _stream(self.upserts) if self.upserts is not None and len(self.upserts) else b""
         deletes = b""
         if self.deletes is not None and len(self.deletes):
@@ -63,18 +66,18 @@ class WalRecord:
         nonce = bytes.fromhex(self.nonce)
         if len(nonce) != 16:
             raise ValueError(f"a nonce has 32 hex digits, not {self.nonce!r}")
-        numbers = (FORMAT, KIND_NUMBERS[self.kind], shard, 0, self.lsn, self.epoch)
+        numbers = (FORMAT, KIND_NUMBERS[self.kind], shard, _tag(collection), self.lsn, self.epoch)
         header = HEADER.pack(MAGIC, *numbers, nonce, len(upserts), len(deletes))
         return b"".join((header, _checksum(header, upserts, deletes), upserts, deletes))
 
     @classmethod
-    def decode(cls, data: bytes, key: str, shard: int, lsn: int) -> WalRecord:
-        """Parse the object of that shard and LSN; its arrays are views of `data`.
+    def decode(cls, data: bytes, key: str, shard: int, lsn: int, collection: str = "") -> WalRecord:
+        """Parse the object of that shard and LSN, and collection where both tell; its arrays are views of `data`.
 
         Whatever is wrong with the bytes is Corrupt, naming the object.
         """
         try:
-            return _decode(data, shard, lsn)
+            return _decode(data, shard, lsn, _tag(collection))
         except Corrupt as error:
             raise Corrupt(f"{key}: {error}") from error
 
@@ -84,6 +87,11 @@ def lsn_of(data: bytes) -> int:
     if len(data) < BODY_AT:
         raise Corrupt(f"{len(data)} bytes are no WAL record")
     return int(HEADER.unpack_from(data)[LSN_FIELD])
+
+
+def _tag(collection: str) -> int:
+    """What a record says of its collection: 1 to 2**32 - 1, or 0 without one."""
+    return max(1, xxhash.xxh32_intdigest(collection.encode())) if collection else 0
 
 
 def _stream(batch: Any) -> Any:
@@ -101,10 +109,10 @@ def _checksum(*parts: Any) -> bytes:
     return digest.digest()
 
 
-def _decode(data: bytes, shard: int, lsn: int) -> WalRecord:
+def _decode(data: bytes, shard: int, lsn: int, tag: int) -> WalRecord:
     if len(data) < BODY_AT:
         raise Corrupt(f"{len(data)} bytes, the header of a WAL record has {BODY_AT}")
-    magic, version, kind, its_shard, _, its_lsn, epoch, nonce, upserts, deletes = HEADER.unpack_from(data)
+    magic, version, kind, its_shard, its_tag, its_lsn, epoch, nonce, upserts, deletes = HEADER.unpack_from(data)
     if magic != MAGIC:
         raise Corrupt("not a WAL record")
     if version != FORMAT:
@@ -118,6 +126,8 @@ def _decode(data: bytes, shard: int, lsn: int) -> WalRecord:
         raise Corrupt(f"WAL record of kind {kind}, this version knows {', '.join(map(str, KINDS))}")
     if (its_shard, its_lsn) != (shard, lsn):
         raise Corrupt(f"holds LSN {its_lsn} of shard {its_shard}")
+    if tag and its_tag not in (0, tag):
+        raise Corrupt("holds a record of another collection")
     body = pa.py_buffer(data).slice(BODY_AT)
     points = _batch(body.slice(0, upserts), ["id", "vector"]) if upserts else None
     ids = _batch(body.slice(upserts), ["id"]) if deletes else None
@@ -151,10 +161,9 @@ class Wal:
 
     def read(self, lsn: int) -> WalRecord | None:
         """The record of an LSN; None where there is none."""
-        key = self._key(lsn)
         for left in reversed(range(READ_TRIES)):
             try:
-                return WalRecord.decode(self._store.get(key), key, self._shard, lsn)
+                return self._decoded(self._store.get(self._key(lsn)), lsn)
             except NotFound:
                 return None
             except Unavailable:
@@ -198,7 +207,7 @@ class Wal:
         again, and a collision with the own record of an earlier try is success; after the last try Unavailable is
         raised, and nobody knows whether the record was written, or still will be.
         """
-        key, data = self._key(record.lsn), record.encode(self._shard)
+        key, data = self._key(record.lsn), record.encode(self._shard, self._collection)
         failure: Exception | None = None
         for attempt in range(APPEND_TRIES):
             if attempt:
@@ -211,7 +220,7 @@ class Wal:
                 failure = error
                 continue
             if there != data:
-                raise self._fenced(WalRecord.decode(there, key, self._shard, record.lsn))
+                raise self._fenced(self._decoded(there, record.lsn))
             return data
         raise Unavailable(f"{key}: nobody knows whether it was written: {failure}") from failure
 
@@ -241,21 +250,54 @@ class Wal:
         self.append(record)
         return record
 
-    def fence(self, after: int, epoch: int, new_nonce: Callable[[], str]) -> tuple[int, int]:
-        """Claim the end of the log, wherever that is by now: whoever wrote to it is Fenced.
+    def take_over(self, after: int, epoch: int, new_nonce: Callable[[], str]) -> WalRecord:
+        """Claim the end of the log, wherever that is by now; its end was at (after, epoch) or behind that.
 
-        Returns the claim's LSN and epoch; (0, 0) for a log without records, which stays so.
+        Unavailable where others' records keep coming first.
         """
-        for _ in range(FENCE_TRIES):
+        for _ in range(CLAIM_TRIES):
             after, epoch = self.end(after, epoch)
-            if not after:
-                return 0, 0
             try:
-                claim = self.claim(after, epoch, new_nonce())
-            except Fenced:  # its writer was faster: the end is further on
+                return self.claim(after, epoch, new_nonce())
+            except Fenced:
                 continue
-            return claim.lsn, claim.epoch
-        raise Unavailable(f"{self._key(after + 1)}: others wrote to the log {FENCE_TRIES} times before it was claimed")
+        return self._take_over_busy(after, epoch, new_nonce)
+
+    def _take_over_busy(self, after: int, epoch: int, new_nonce: Callable[[], str]) -> WalRecord:
+        """Claim LSN after LSN as fast as they can be put, without reading the records that were there first.
+
+        The next LSN of a writer that never rests is on its way to the store before anybody can know that it is the
+        next. But it works between two puts, and this does not. The epochs of others' claims are found afterwards.
+        """
+        for lsn in range(after + 1, after + 1 + BUSY_CLAIM_TRIES):
+            claim = WalRecord(lsn, epoch + 1, "claim", new_nonce())
+            if not self._put(claim):
+                continue
+            before = self.read(lsn - 1) if lsn - 1 > after else None
+            return claim if before is None or before.epoch <= epoch else self.take_over(lsn, before.epoch, new_nonce)
+        raise Unavailable(f"{self._key(lsn)}: others wrote to the log {BUSY_CLAIM_TRIES} times before it was claimed")
+
+    def _put(self, record: WalRecord) -> bool:
+        """As `append`, but False instead of Fenced, and without a read where the store answers."""
+        try:
+            return self._store.put_if_absent(self._key(record.lsn), record.encode(self._shard, self._collection))
+        except Unavailable:
+            try:
+                self.append(record)
+            except Fenced:
+                return False
+            return True
+
+    def fence(self, after: int, epoch: int, new_nonce: Callable[[], str]) -> tuple[int, int]:
+        """Claim the end of the log, so that whoever wrote to it is Fenced: the claim's LSN and epoch.
+
+        (0, 0) for a log without records, which stays so.
+        """
+        after, epoch = self.end(after, epoch)
+        if not after:
+            return 0, 0
+        claim = self.take_over(after, epoch, new_nonce)
+        return claim.lsn, claim.epoch
 
     def last_listed(self) -> int:
         """The highest LSN, by listing: for a log whose beginning may be deleted. 0 where there is no record."""
@@ -263,10 +305,10 @@ class Wal:
         return max((lsn for key in keys if (lsn := paths.wal_lsn(key)) is not None), default=0)
 
     def delete_before(self, lsn: int) -> None:
-        """Delete the records before that one; only where no writer's next LSN can be among them."""
+        """Delete the writes before that record. Claims stay: each is where a writer that was taken over finds that."""
         for info in list(self._store.objects(paths.wal_prefix(self._collection, self._shard))):
             number = paths.wal_lsn(info.key)
-            if number is not None and number < lsn:
+            if number is not None and number < lsn and info.size_bytes != CLAIM_BYTES:
                 self._store.delete(info.key)
 
     def _exists(self, lsn: int) -> bool:
@@ -275,6 +317,9 @@ class Wal:
         except NotFound:
             return False
         return True
+
+    def _decoded(self, data: bytes, lsn: int) -> WalRecord:
+        return WalRecord.decode(data, self._key(lsn), self._shard, lsn, self._collection)
 
     def _key(self, lsn: int) -> str:
         return paths.wal_record(self._collection, self._shard, lsn)

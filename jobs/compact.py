@@ -192,7 +192,8 @@ class _ShardWork:
         """What the WAL holds now; later writes wait for the next seal."""
         task = self._task
         end = Wal(self._store, task.collection, task.shard).end(before.applied_lsn, before.epoch)[0]
-        seal = partial(seal_tail, self._store, task.collection, task.shard, self._cache_dir, _new_nonce, task.threads)
+        place = (self._store, task.collection, task.shard, self._cache_dir, _new_nonce, task.threads)
+        seal = partial(seal_tail, *place, points_max=min(task.points_max, SEAL_POINTS_MAX))
         while self.entry.applied_lsn < end:
             conflicts = self._conflicts
             manifest = yield from self._step(seal, 0.0, SEAL_SHARE)

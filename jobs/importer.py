@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from actors.faiss_index import check_factory
 from cluster import index_costs, paths
+from cluster.attributes import types_after_import
 from cluster.config import CollectionConfig, check_collection_name
 from cluster.errors import Conflict, EaglerayError, FieldError, Invalid
 from cluster.index_costs import REFERENCE, Rates
@@ -131,7 +132,9 @@ class Importer:
     def _commit(self, plan: ImportPlan, refs: dict[int, SegmentRef], job_id: str, reporter: JobReporter) -> Manifest:
         reporter.phase("commit")
         try:
-            return self._log.commit_generation(plan.parent, plan.config, _shard_entries(plan, refs))
+            return self._log.commit_generation(
+                plan.parent, plan.config, _shard_entries(plan, refs), plan.source.attributes
+            )
         except Conflict:  # only this says for sure that the manifest was not written
             self._clean_up("segments", job_id, self._delete_segments)
             raise
@@ -142,6 +145,7 @@ class Importer:
         source = find_source(options.source, options.columns)
         if parent is not None and parent.state == "live":
             config = existing_config(parent.config, options)
+            types_after_import(parent.attributes, source.attributes)  # refuses now what the commit would
         else:
             config = new_config(options, source)
         _check_fits(config, source, options)

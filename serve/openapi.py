@@ -209,6 +209,10 @@ def _answers() -> Json:
     )  # fmt: skip
     problem = _object(type=string, title=string, status=integer, detail=string)
     problem["properties"] |= {"errors": _list(_object(field=string, message=string)), "coverage": coverage}
+    problem["properties"] |= {
+        "lsn": lsn | {"description": "Of a write: LSN by shard number, of the shards that acknowledged it"},
+        "failed": _list(integer) | {"description": "Of a write: the shards that did not; some may have applied it"},
+    }
     return {
         "Problem": problem,
         "Status": _object(status=string),

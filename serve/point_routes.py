@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -16,6 +16,7 @@ from cluster.query import Query
 from serve import arrow_bodies
 from serve.arrow_bodies import ARROW
 from serve.arrow_writes import arrow_delete, arrow_upsert
+from serve.attribute_columns import has_large_columns
 from serve.declared_attributes import DeclaredAttributes
 from serve.decoding import decode, decode_parameters
 from serve.http_messages import (
@@ -36,6 +37,7 @@ from serve.search_bodies import (
     answer_numbers,
     arrow_query,
     check_answer,
+    decode_naming_keys,
     json_query,
     read_min_lsn,
 )
@@ -43,7 +45,9 @@ from serve.services import Services
 from serve.write_bodies import CheckedWrite, DeleteBody, UpsertBody, WriteOptions, json_delete, json_upsert
 
 FETCH_TIMEOUT_S = 10.0
+LARGE_STREAM_BYTES = 64 * 1024  # of an upsert by Arrow: 1,000 columns take 110 KB of schema, and some 30 ms to check
 Check = Callable[[ServedCollection, Mapping[str, str]], CheckedWrite]  # for a collection with these attributes
+Decoded = tuple[Check, bool]  # and whether the check is large work
 
 
 class PointRoutes:
@@ -89,12 +93,12 @@ class PointRoutes:
                 large, lambda: arrow_query(arrow_bodies.read_vectors(body), options, served.config, limits)
             )
         refuse_parameters(request)
-        return await aside(large, lambda: json_query(decode(body, SearchBody), served.config, limits))
+        return await aside(large, lambda: json_query(decode_naming_keys(body, SearchBody), served.config, limits))
 
     async def fetch(self, request: Request) -> Response:
         name, limits = request.path_params["collection"], self._services.limits
         served = self._services.coordinator.served(name)
-        body = decode(await read_json_body(request, limits.body_bytes), FetchBody)
+        body = decode_naming_keys(await read_json_body(request, limits.body_bytes), FetchBody)
         if not 1 <= len(body.ids) <= limits.ids_per_fetch:
             raise Invalid.at("ids", f"must hold 1 to {limits.ids_per_fetch} ids, not {len(body.ids)}")
         check_answer(len(body.ids), served.config, body.with_vectors, "ids", limits)
@@ -113,21 +117,22 @@ class PointRoutes:
         return await aside(large, answer)
 
     async def upsert(self, request: Request) -> Response:
-        return await self._write(request, "upserted", self._upsert_check)
+        return await self._write(request, "upserted", self._decoded_upsert)
 
     async def delete(self, request: Request) -> Response:
-        return await self._write(request, "deleted", self._delete_check)
+        return await self._write(request, "deleted", self._decoded_delete)
 
-    async def _write(self, request: Request, what: str, check_of: Callable[[Request, bytes], Check]) -> Response:
-        """`what` is what the points are counted as; `check_of` decodes a body once it is asked for the check."""
+    async def _write(
+        self, request: Request, what: str, decoded: Callable[[Request, bytes], Awaitable[Decoded]]
+    ) -> Response:
+        """`what` is what the points are counted as; `decoded` gives a body's check."""
         name, services = request.path_params["collection"], self._services
         started = time.perf_counter()
         outcome, points = "error", 0
         try:
             served = services.coordinator.served(name)
             body = await read_body(request, services.limits.body_bytes)
-            check = check_of(request, body)
-            checked = await self._checked(name, served, check, len(body) > LARGE_BODY_BYTES)
+            checked = await self._checked(name, served, *await decoded(request, body))
             result = await services.coordinator.write(name, checked.write, checked.timeout_s)
             outcome, points = "ok", result.count
         except (Unavailable, Exhausted) as error:
@@ -142,29 +147,38 @@ class PointRoutes:
         checked = await aside(large, check, served, self._attributes.known(name, served))
         if not checked.new_attributes:
             return checked
-        if not await self._attributes.declare(name, checked.new_attributes):
+        if not await self._declare(name, checked):
             # Another endpoint was first. What it declared is known now, and may do for these values just as well.
             checked = await aside(large, check, served, self._attributes.known(name, served))
             if checked.new_attributes:
-                await self._attributes.declare(name, checked.new_attributes, last_try=True)
+                await self._declare(name, checked, last_try=True)
         await self._services.directory.refresh(name)
         return checked
 
-    def _upsert_check(self, request: Request, body: bytes) -> Check:
-        limits = self._services.limits
-        if content_type(request) == ARROW:
-            options = decode_parameters(request.query_params.multi_items(), WriteOptions)
-            return lambda served, known: arrow_upsert(body, options, served.config, known, limits)
-        refuse_parameters(request)
-        return lambda served, known: json_upsert(decode(body, UpsertBody), served.config, known, limits)
+    async def _declare(self, name: str, checked: CheckedWrite, last_try: bool = False) -> bool:
+        """`DeclaredAttributes.declare` for a write that no shard will refuse for its size."""
+        await self._services.coordinator.check_size(name, checked.write)
+        return await self._attributes.declare(name, checked.new_attributes, last_try)
 
-    def _delete_check(self, request: Request, body: bytes) -> Check:
-        limits = self._services.limits
+    async def _decoded_upsert(self, request: Request, body: bytes) -> Decoded:
+        limits, large = self._services.limits, len(body) > LARGE_BODY_BYTES
         if content_type(request) == ARROW:
             options = decode_parameters(request.query_params.multi_items(), WriteOptions)
-            return lambda served, known: arrow_delete(body, options, served.config, limits)
+            large = len(body) > LARGE_STREAM_BYTES
+            return lambda served, known: arrow_upsert(body, options, served.config, known, limits), large
         refuse_parameters(request)
-        return lambda served, known: json_delete(decode(body, DeleteBody), served.config, limits)
+        upsert = await aside(large, decode_naming_keys, body, UpsertBody)
+        large = large or has_large_columns([point.attributes for point in upsert.points])
+        return lambda served, known: json_upsert(upsert, served.config, known, limits), large
+
+    async def _decoded_delete(self, request: Request, body: bytes) -> Decoded:
+        limits, large = self._services.limits, len(body) > LARGE_BODY_BYTES
+        if content_type(request) == ARROW:
+            options = decode_parameters(request.query_params.multi_items(), WriteOptions)
+            return lambda served, known: arrow_delete(body, options, served.config, limits), large
+        refuse_parameters(request)
+        ids = await aside(large, decode, body, DeleteBody)
+        return lambda served, known: json_delete(ids, served.config, limits), large
 
 
 def _check_attributes(query: Query, known: Mapping[str, Any]) -> None:

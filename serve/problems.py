@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.errors import Conflict, Corrupt, EaglerayError, Exhausted, Fenced, Invalid, NotFound, Unavailable
+from serve.json_bodies import lsn_answer
 
 PROBLEM = "application/problem+json"
 STATUS: dict[type[EaglerayError], int] = {
@@ -49,6 +50,8 @@ def _own_problem(error: EaglerayError) -> Response:
         more["errors"] = [{"field": e.field, "message": e.message} for e in error.errors]
     if isinstance(error, Unavailable) and error.coverage is not None:
         more["coverage"] = error.coverage
+    if isinstance(error, Unavailable) and error.lsn is not None:
+        more |= {"lsn": lsn_answer(error.lsn), "failed": list(error.failed)}
     return _problem(status, type(error).__name__, str(error), headers, more)
 
 

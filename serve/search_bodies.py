@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 from numpy.typing import NDArray
 
 from cluster.config import CollectionConfig, Limits
 from cluster.errors import FieldError, Invalid
 from cluster.query import Query, SearchParams
 from cluster.vectors import as_searched, vector_problem
-from serve.decoding import invalid_fields
+from serve.decoding import decode, invalid_fields
 from serve.schemas import Recall
 
 HIT_NUMBERS = 4  # a hit takes the memory of about four numbers (436 MiB for a million)
@@ -23,6 +24,10 @@ LSN_MAX = 2**63 - 1
 Knob = Annotated[int, Meta(ge=1, le=65_536)]  # FAISS sets aside 8 bytes x ef_search for each query it works on
 Rerank = Annotated[float, Meta(ge=1.0, le=1_000.0)]
 Lsn = Annotated[int, Meta(ge=0, le=LSN_MAX)]
+VALUES_OF = {"min_lsn": Lsn, "attributes": Any}  # fields of bodies that are mappings
+T = TypeVar("T", bound=Struct)
+_UNREADABLE = (LookupError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_STEP = re.compile(r"\[(\d+)\]|([^.\[]+)")  # of a place such as points[0].attributes
 
 
 class SearchParamsBody(Struct, forbid_unknown_fields=True):
@@ -71,6 +76,44 @@ class FetchBody(Struct, forbid_unknown_fields=True):
     ids: list[int | str]
     with_vectors: bool = False
     min_lsn: dict[str, Lsn] = {}
+
+
+def decode_naming_keys(data: bytes, body: type[T]) -> T:
+    """`decode`, whose Invalid names the key of a mapping; msgspec says `min_lsn[...]` instead."""
+    try:
+        return decode(data, body)
+    except Invalid as error:
+        place, unnamed, inner = error.errors[0].field.partition("[...]")
+        key = _first_wrong_key(data, place) if unnamed else None
+        if key is None:
+            raise
+        raise Invalid.at(f"{place}.{key}{inner}", error.errors[0].message) from None
+
+
+def _first_wrong_key(data: bytes, place: str) -> str | None:
+    """Of the mapping at that place; None where it has none, because a later one of that name replaces it."""
+    raw, wanted = Raw(data), VALUES_OF.get(place.rpartition(".")[2])
+    if wanted is None:
+        return None
+    try:
+        for index, name in _STEP.findall(place):
+            raw = _decoded(raw, dict[str, Raw])[name] if name else _decoded(raw, list[Raw])[int(index)]
+        values = _decoded(raw, dict[str, Raw])
+    except _UNREADABLE:
+        return None
+    return next((key for key, value in values.items() if not _fits(value, wanted)), None)
+
+
+def _decoded(raw: Raw, wanted: Any) -> Any:
+    return msgspec.json.decode(raw, type=wanted)
+
+
+def _fits(raw: Raw, wanted: Any) -> bool:
+    try:
+        _decoded(raw, wanted)
+    except _UNREADABLE:
+        return False
+    return True
 
 
 def json_query(body: SearchBody, config: CollectionConfig, limits: Limits) -> Query:

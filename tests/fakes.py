@@ -24,7 +24,7 @@ from actors.replica import Replica
 from actors.replica_upkeep import ReplicaUpkeep, Work
 from actors.segment_upkeep import merge_segments, seal_tail
 from actors.shard import ReplicaStatus, Shard
-from actors.shard_client import ServingTable
+from actors.shard_client import CALL_TIMEOUT_S, ServingTable
 from actors.supervisor import Supervisor
 from cluster.config import Settings
 from cluster.errors import EaglerayError, NotFound, Unavailable
@@ -289,11 +289,20 @@ class LocalShardClient:
     async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
         return await self._ask(lambda replica: replica.search(request))
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> Fetched:
-        return await self._ask(lambda replica: replica.fetch(generation, ids, columns, min_lsn))
+    async def fetch(
+        self,
+        generation: int,
+        ids: Any,
+        columns: Sequence[str],
+        min_lsn: int = 0,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Fetched:
+        return await self._ask(lambda replica: replica.fetch(generation, ids, columns, min_lsn, timeout_s))
 
-    async def write(self, writes: Sequence[PointWrite]) -> tuple[WriteOutcome | EaglerayError, ...]:
-        return await self._ask(lambda replica: replica.write(writes))
+    async def write(
+        self, writes: Sequence[PointWrite], timeout_s: float = CALL_TIMEOUT_S
+    ) -> tuple[WriteOutcome | EaglerayError, ...]:
+        return await self._ask(lambda replica: replica.write(writes, timeout_s))
 
     async def _ask(self, call: Callable[[Replica], Coroutine[Any, Any, T]]) -> T:
         try:

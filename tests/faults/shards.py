@@ -110,14 +110,19 @@ def records(store: ObjectStore, collection: str = COLLECTION, shard: int = 0) ->
 
 
 def assert_one_history(store: ObjectStore) -> None:
-    """Every LSN has one record, of one writer: each epoch begins with its claim and ends where the next one claims."""
+    """Every LSN has one record, and is of one writer: who writes has claimed, with an epoch above all before."""
     wal = records(store)
     assert [record.lsn for record in wal] == list(range(1, len(wal) + 1))
     assert Wal(store, COLLECTION, 0).last_listed() == len(wal)
     assert len({record.nonce for record in wal}) == len(wal)
-    epoch = 0
+    epoch, higher = 0, False
     for record in wal:
-        assert record.epoch == epoch + (record.kind == "claim"), f"LSN {record.lsn} is of epoch {record.epoch}"
+        if record.kind == "claim":
+            assert record.epoch >= epoch, f"LSN {record.lsn} goes back to epoch {record.epoch}"
+            higher = record.epoch > epoch
+        else:
+            assert higher, f"LSN {record.lsn} was written by one of two that claimed epoch {record.epoch}"
+            assert record.epoch == epoch, f"LSN {record.lsn} is of epoch {record.epoch}, which did not claim"
         epoch = record.epoch
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from actors.primary import Primary
+from actors.shard import Shard
 from cluster.errors import Conflict, Fenced, Unavailable
 from cluster.memory_store import MemoryStore
 from cluster.object_store import ObjectStore
@@ -198,9 +199,7 @@ def test_recovery_whose_store_fails_at_any_call_is_whole_or_serves_nothing(fault
     assert each_call(base, fault, work) > 12
 
 
-def loaded_or_failed(store: FaultyStore, folder: Path, at: int):  # type: ignore[no-untyped-def]
-    from actors.shard import Shard
-
+def loaded_or_failed(store: FaultyStore, folder: Path, at: int) -> Shard:
     replica = Shard(store, COLLECTION, 0, folder, new_nonce)
     store.at = at
     try:

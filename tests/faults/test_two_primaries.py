@@ -13,6 +13,7 @@ import pytest
 from actors.primary import Primary
 from actors.shard import Shard
 from cluster.config import Limits, Upkeep
+from cluster.deletion import delete_files
 from cluster.errors import Fenced
 from cluster.memory_store import MemoryStore
 from tests.faults.shards import (
@@ -183,6 +184,36 @@ def test_records_pushed_to_a_primary_that_was_taken_over_are_not_mixed_with_its_
     assert contents(old_shard) == dict.fromkeys((0, 1, 2, 3, 4, 9), 3.0)
     assert_all_equal(store, tmp_path, dict.fromkeys((0, 1, 2, 3, 4, 9), 3.0), old_shard, new_shard)
     new.stop()
+
+
+@before_and_after
+def test_paused_primary_of_a_deleted_collection_is_fenced_where_it_was_taken_over(
+    after: bool, store: MemoryStore, tmp_path: Path
+) -> None:
+    """The files of its collection are gone, and there is another one of that name."""
+    gate = GateStore(store)
+    old = lead(loaded(gate, tmp_path), FEW_BYTES)
+    write(old, {1: 1.0})
+    gate.shut(after)
+    paused = old.write(upsert({7: 7.0}))
+    assert gate.stalled.wait(ANSWER_S)
+    waiting = old.write(upsert({8: 7.0}))
+    new = lead(loaded(store, tmp_path))
+    write(new, {2: 2.0})
+    delete_files(store, log(store), log(store).delete())
+    new.stop()
+    log(store).create(CONFIG)
+    gate.open()
+    if after:  # it was durable before the collection was deleted
+        assert paused.result(ANSWER_S).lsn == 3
+    else:
+        assert isinstance(paused.exception(ANSWER_S), Fenced)
+    assert isinstance(waiting.exception(ANSWER_S), Fenced)
+    assert old.lost
+    newest = lead(loaded(store, tmp_path))
+    write(newest, {3: 3.0})
+    newest.stop()
+    assert held(store, tmp_path) == {3: 3.0}
 
 
 # --- both are written to ----------------------------------------------------------------------------------------

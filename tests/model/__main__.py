@@ -15,7 +15,7 @@ def main(seconds: float) -> int:
     first, total = int(time.time()), 0
     print(f"seeds from {first} on")
     for number in itertools.count(0, 2 * PROCESSES):
-        failing = 20_000 if number // (2 * PROCESSES) % 4 == 3 else 0
+        failing = 20_000 if number // (2 * PROCESSES) % 5 == 4 else 0
         runs = [
             Run(number + i, first + number + i, 1_000 if failing else 5_000, failing, pool=2_000, points=200)
             for i in range(2 * PROCESSES)

@@ -39,10 +39,6 @@ class ProcessStore:
         """Be killed at the `call`-th call from now (from 1), before or after it took effect."""
         self._left, self._after_effect = call, after_effect
 
-    def live_on(self) -> None:
-        """Not be killed, if it was not yet."""
-        self._left = None
-
     def get(self, key: str) -> bytes:
         return self._call("get", key)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cluster.config import Metric
 
 Id = int | str
-LSNS_KEPT = 64  # of each generation; a replica that is further behind is brought on by the runner
+LSNS_KEPT = 64  # of each generation; a replica that is further behind is not judged
 GENERATIONS_KEPT = 3
 
 
@@ -79,9 +79,6 @@ class Truth:
         self._states[generation] = {lsn: state}
         for old in self.generations[:-GENERATIONS_KEPT]:
             del self._states[old]
-
-    def forget(self, generation: int) -> None:
-        del self._states[generation]
 
     def apply(self, lsn: int, change: Change) -> None:
         """A request that the record of `lsn` holds; records between it and the last known one hold none."""

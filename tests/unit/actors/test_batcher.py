@@ -320,23 +320,50 @@ def test_wider_window_lets_more_calls_fly() -> None:
     with_batcher(scenario)
 
 
-def test_searches_for_an_lsn_that_was_seen_batch_with_others_and_ask_for_the_highest() -> None:
+def test_searches_for_an_lsn_that_was_seen_batch_with_each_other_alone_and_ask_for_the_highest() -> None:
+    """On a replica that is behind they wait; those that ask for no LSN must not."""
+
     async def scenario(batcher: Batcher, shard: Shard) -> None:
         batcher.saw(9)
         await fill_window(batcher, shard)
-        late = [ask(batcher, number, min_lsn=lsn) for number, lsn in [(3, 0), (4, 9), (5, 7)]]
+        late = [ask(batcher, number, min_lsn=lsn) for number, lsn in [(3, 7), (4, 0), (5, 9), (6, 0), (7, 8)]]
         await asyncio.sleep(0)
         assert len(shard.calls) == 2
         shard.answer(0)
         await shard.came(3)
-        assert shard.calls[2].min_lsn == 9
-        assert shard.calls[0].min_lsn == 0
-        assert shard.calls[2].vectors[:, 0].tolist() == [3.0, 4.0, 5.0]
         shard.answer(1)
+        await shard.came(4)
+        assert [call.min_lsn for call in shard.calls] == [0, 0, 9, 0]
+        assert [call.vectors[:, 0].tolist() for call in shard.calls[2:]] == [[3.0, 5.0, 7.0], [4.0, 6.0]]
+        shard.answer(3)
+        assert await ids_of(late[1], late[3]) == [[4], [6]]
         shard.answer(2)
-        assert await ids_of(*late) == [[3], [4], [5]]
+        assert await ids_of(*late) == [[3], [4], [5], [6], [7]]
 
     with_batcher(scenario)
+
+
+def test_searches_that_are_passed_over_keep_their_order_and_their_room() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        batcher.saw(1)
+        batcher.window = 1
+        first = ask(batcher, 0)
+        await shard.came(1)
+        late = [ask(batcher, number, min_lsn=lsn) for number, lsn in [(1, 1), (2, 0), (3, 1), (4, 0), (5, 1)]]
+        await asyncio.sleep(0)
+        shard.answer(0)
+        await shard.came(2)
+        with pytest.raises(Exhausted, match="3 vectors wait already"):
+            await batcher.search(numbers(6, 7, 8), 1, TEN)
+        shard.answer(1)
+        await shard.came(3)
+        shard.answer(2)
+        await shard.came(4)
+        assert [call.vectors[:, 0].tolist() for call in shard.calls[1:]] == [[1.0, 3.0], [2.0, 4.0], [5.0]]
+        shard.answer(3)
+        assert await ids_of(first, *late) == [[0], [1], [2], [3], [4], [5]]
+
+    with_batcher(scenario, replace(LIMITS, batch_vectors=2, queued_vectors_per_shard=5))
 
 
 def test_search_for_an_lsn_nobody_has_seen_goes_alone_and_takes_no_slot() -> None:

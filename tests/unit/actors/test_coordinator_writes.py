@@ -35,8 +35,9 @@ class Replica:
         self.answers: list[Outcome] = []
         self.writes: list[PointWrite] = []
         self.asked_lsn: list[int] = []
+        self.fetch_timeouts_s: list[float] = []
 
-    async def write(self, writes: Sequence[PointWrite]) -> tuple[Outcome, ...]:
+    async def write(self, writes: Sequence[PointWrite], timeout_s: float) -> tuple[Outcome, ...]:
         return tuple(self._one(write) for write in writes)
 
     def _one(self, write: PointWrite) -> Outcome:
@@ -58,8 +59,9 @@ class Replica:
         hits = Hits(np.zeros(len(request.vectors), np.int64), pa.array([], pa.int64()), np.empty(0, np.float32))
         return (replace(hits, lsn=self.lsn),)
 
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int = 0) -> Fetched:
+    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int, timeout_s: float) -> Fetched:
         self.asked_lsn.append(min_lsn)
+        self.fetch_timeouts_s.append(timeout_s)
         if min_lsn > self.lsn:
             raise Unavailable(f"has applied LSN {self.lsn}, not yet LSN {min_lsn}")
         return Fetched(np.zeros(len(ids), dtype=bool), None, self.lsn)
@@ -112,11 +114,14 @@ class Nobody:
 
 
 def with_cluster(
-    scenario: Callable[[Coordinator, Cluster], Awaitable[None]], shards: int = 2, replicas: int = 1
+    scenario: Callable[[Coordinator, Cluster], Awaitable[None]],
+    shards: int = 2,
+    replicas: int = 1,
+    limits: Limits = Limits(),  # noqa: B008
 ) -> Cluster:
     async def run() -> Cluster:
         cluster = Cluster(shards, replicas)
-        coordinator = Coordinator(cluster, Limits(), Nobody())
+        coordinator = Coordinator(cluster, limits, Nobody())
         coordinator.apply(cluster.table())
         async with asyncio.timeout(20):
             await scenario(coordinator, cluster)
@@ -182,6 +187,7 @@ def test_write_that_is_acknowledged_in_part_names_the_shards_on_both_sides() -> 
             "acknowledged by shard 0 (LSN 1); not by shard 1: the put timed out. Sending the same again is safe"
         )
         assert caught.value.retry_after_s == 3.0
+        assert (caught.value.lsn, caught.value.failed) == ({0: 1}, (1,))
         assert (await coordinator.write("words", upsert(*range(20)), PATIENT_S)).count == 20
 
     with_cluster(scenario)
@@ -211,6 +217,29 @@ def test_outcomes_of_shards_are_one_error(outcomes: Any, kind: type[Exception], 
         joined_result(outcomes)
     if isinstance(caught.value, Exhausted):
         assert caught.value.retry_after_s == 0.5
+    if isinstance(caught.value, Unavailable):
+        done = {shard: each.lsn for shard, each in outcomes.items() if isinstance(each, WriteOutcome)}
+        assert (caught.value.lsn, {*done, *caught.value.failed}) == (done, {0, 1})
+
+
+def test_write_that_a_shard_can_never_take_is_sent_to_none() -> None:
+    small, large = ids_of_shard(2, 0, 1), ids_of_shard(2, 1, 9)
+    bound = upsert(*large[:8]).size_bytes
+
+    async def scenario(coordinator: Coordinator, cluster: Cluster) -> None:
+        for refuse in (
+            coordinator.check_size("words", upsert(*small, *large)),
+            coordinator.write("words", upsert(*small, *large), PATIENT_S),
+        ):
+            with pytest.raises(Exhausted, match="queued_write_bytes_per_shard: the write has") as caught:
+                await refuse
+            assert caught.value.retry_after_s is None
+        assert cluster.of(0).writes == cluster.of(1).writes == []
+        spread = upsert(*ids_of_shard(2, 0, 8), *large[:8])  # more than the bound, but not of one shard
+        await coordinator.check_size("words", spread)
+        assert (await coordinator.write("words", spread, PATIENT_S)).count == 16
+
+    with_cluster(scenario, limits=Limits(queued_write_bytes_per_shard=bound))
 
 
 def test_write_follows_the_primary_to_another_replica() -> None:
@@ -319,6 +348,16 @@ def test_replica_that_is_behind_is_passed_over_and_is_not_suspect_to_other_searc
         assert cluster.of(0, 0).asked_lsn == [5]
         assert (await coordinator.search("words", Query(vectors))).lsn == {0: 0}
         assert cluster.of(0, 0).asked_lsn == [5, 0]
+
+    with_cluster(scenario, shards=1, replicas=2)
+
+
+def test_replicas_are_told_what_is_left_of_the_time_of_a_fetch() -> None:
+    async def scenario(coordinator: Coordinator, cluster: Cluster) -> None:
+        with pytest.raises(Unavailable):
+            await coordinator.fetch("words", pa.array([1]), ("id",), 5.0, {0: 7})
+        (first,), (second,) = (cluster.of(0, number).fetch_timeouts_s for number in range(2))
+        assert 0.0 < second < first <= 5.0
 
     with_cluster(scenario, shards=1, replicas=2)
 

@@ -362,6 +362,10 @@ def test_check_accepts_factories_that_can_be_served(factory: str, metric: Metric
         ("IMI2x8,Flat", "IMI is not taken"),
         ("NSG32", "takes no filter"),
         ("PQ4", "takes no filter"),
+        ("IVF16,RQ4x4", "takes no filter"),
+        ("IVF16,PQ4+2", "takes no filter"),
+        ("PCA8,IVF16,PQ4+2", "takes no filter"),
+        ("IVF16,ITQ8,SH", "takes no filter"),
     ],
 )
 def test_check_refuses_a_factory_with_the_reason_and_what_would_do(factory: str, reason: str) -> None:

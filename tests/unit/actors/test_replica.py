@@ -138,6 +138,10 @@ def test_search_for_an_lsn_that_does_not_come_names_both(tmp_path: Path) -> None
             with pytest.raises(Unavailable, match=f"{key} has applied LSN {lsn}, not yet LSN {lsn + 5}"):
                 await runtime.replica(key).search(asked_for(100, lsn + 5, timeout_s=0.1))
             assert 0.1 <= time.monotonic() - started < 5.0
+            started = time.monotonic()
+            with pytest.raises(Unavailable, match=f"not yet LSN {lsn + 5}"):
+                await runtime.replica(key).fetch(1, pa.array([100]), [], lsn + 5, timeout_s=0.1)
+            assert 0.1 <= time.monotonic() - started < 5.0, "as its caller does, not as long as any may"
 
     with_replicas(scenario, tmp_path)
 

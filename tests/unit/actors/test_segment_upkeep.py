@@ -45,8 +45,8 @@ def new_shard(folder: Path, config: CollectionConfig = CONFIG) -> Written:
     return written
 
 
-def seal(written: Written, store: ObjectStore | None = None) -> Manifest | None:
-    return seal_tail(store or written.store, COLLECTION, written.shard, written.cache_dir, new_nonce)
+def seal(written: Written, store: ObjectStore | None = None, **bounds: int) -> Manifest | None:
+    return seal_tail(store or written.store, COLLECTION, written.shard, written.cache_dir, new_nonce, **bounds)
 
 
 def merge(written: Written, *names: str, store: ObjectStore | None = None) -> Manifest | None:
@@ -147,12 +147,11 @@ def test_seal_without_writes_does_nothing(shard: Written) -> None:
     assert seal(shard) is None
 
 
-def test_seal_of_a_long_wal_ends_with_a_record(shard: Written, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment_upkeep, "SEAL_POINTS_MAX", 5)
+def test_seal_of_a_long_wal_ends_with_a_record(shard: Written) -> None:
     for number in range(6):
         shard.write([3 * number, 3 * number + 1, 1_000], deletes=[3 * number + 2])
     ends = []
-    while (manifest := seal(shard)) is not None:
+    while (manifest := seal(shard, points_max=5)) is not None:
         ends.append(manifest.shards[0].applied_lsn)
         assert_as_written(shard)
     assert ends == [2, 4, 6]

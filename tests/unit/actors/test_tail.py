@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from typing import Any
 
@@ -16,7 +17,9 @@ from actors.tail import Tail, TailView
 from actors.ties import TIES_MAX, found_with_ties
 from cluster.config import CollectionConfig
 from cluster.ids import ID_ARROW_TYPE, hash_ids, id_array
-from tests.unit.actors.batches import CONFIG, all_in_threads, batch_of, vectors_of
+from cluster.wal import WalRecord
+from cluster.write import PointWrite
+from tests.unit.actors.batches import CONFIG, all_in_threads, batch_of, record, vectors_of
 from tests.unit.actors.points import METRICS, Points, brute_force, random_points, random_vectors
 
 NO_ATTRIBUTE = pa.nulls(0, pa.int64())
@@ -52,7 +55,7 @@ def test_points_are_found_across_the_borders_of_blocks(sizes: tuple[int, ...], s
     bounds = np.cumsum([0, *sizes])
     view = tail_of(*(list(range(low, high)) for low, high in itertools.pairwise(bounds.tolist()))).view()
     count = sum(sizes)
-    assert (view.count, view.points, view.size_bytes) == (count, count, count * 16)
+    assert (view.count, view.points, view.size_bytes) == (count, count, count * (16 + 8))
     assert live_ids(view) == list(range(count))
     assert view.rows_of_ids(id_array(range(-1, count + 1), "int64")).tolist() == [-1, *range(count), -1]
     rows = np.arange(count)[::-1]
@@ -216,6 +219,50 @@ def test_attribute_of_dictionaries_has_their_values() -> None:
     view = tail.view()
     for dtype in (pa.string(), view.attributes["word"]):
         assert view.attribute(np.array([3, 0, 2, 1]), "word", dtype).to_pylist() == ["c", "a", "b", "b"]
+
+
+def test_size_counts_what_ids_and_attributes_take() -> None:
+    for id_type, ids in (("int64", [1, 2]), ("string", ["x" * 1_000, "y" * 2_000])):
+        config = CollectionConfig(4, "l2", id_type)  # type: ignore[arg-type]
+        tail, ids_bytes = Tail(config), id_array(ids, config.id_type).nbytes
+        add(tail, config, ids, vectors_of([1, 2]))
+        before = tail.view()
+        assert before.size_bytes == 2 * 16 + ids_bytes
+        words = pa.array(["a" * 5_000, "b" * 5_000], pa.large_string())
+        tail.remove(ids)
+        add(tail, config, ids, vectors_of([1, 2]), word=words, n=pa.array([1, 2]))
+        assert tail.view().size_bytes == 4 * 16 + 2 * ids_bytes + words.nbytes + 16
+        assert before.size_bytes == 2 * 16 + ids_bytes, "a view never changes"
+
+
+def test_tail_does_not_keep_the_record_whose_attributes_it_holds() -> None:
+    ids = list(range(100))
+    columns = {"word": pa.array([str(value) for value in ids]), "n": pa.array(ids), "flag": pa.array([True, None] * 50)}
+    data = record(1, PointWrite(upserts=batch_of(CONFIG, ids, vectors_of(ids), **columns))).encode(0)
+    holders = sys.getrefcount(data)
+    upserts = WalRecord.decode(data, "record 1", 0, 1, "words").upserts
+    assert sys.getrefcount(data) > holders, "a decoded record looks into its bytes"
+    tail = Tail(CONFIG)
+    tail.append(upserts, ids, hash_ids(upserts.column("id")))
+    del upserts
+    assert sys.getrefcount(data) == holders
+    part = pa.array(["x" * 1_000] * 100).slice(50, 2)
+    before = tail.view().size_bytes
+    add(tail, CONFIG, [200, 201], vectors_of([0, 0]), word=part)
+    assert tail.view().size_bytes - before < 3_000, "of a column that is a part of another, only that is kept"
+    assert tail.view().attribute(np.array([99, 101]), "word", pa.string()).to_pylist() == ["99", "x" * 1_000]
+
+
+def test_types_of_attributes_are_worked_out_once_and_stay_as_a_view_has_them() -> None:
+    tail = tail_of([0])
+    add(tail, CONFIG, [1], vectors_of([1]), n=pa.array([1]))
+    first = tail.view()
+    add(tail, CONFIG, [2], vectors_of([2]), n=pa.array([2]))
+    add(tail, CONFIG, [3], vectors_of([3]))
+    assert tail.view().attributes is first.attributes
+    add(tail, CONFIG, [4], vectors_of([4]), n=pa.array(["4"]), word=pa.array(["d"]))
+    assert tail.view().attributes == {"n": pa.string(), "word": pa.string()}
+    assert first.attributes == {"n": pa.int64()}
 
 
 # --- ties and brute force ---------------------------------------------------------------------------------------

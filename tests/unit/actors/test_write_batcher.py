@@ -29,6 +29,7 @@ class Primary:
     def __init__(self) -> None:
         self.calls: list[list[int]] = []  # the ids that each call deletes
         self.writes: list[Sequence[PointWrite]] = []
+        self.timeouts_s: list[float] = []
         self.refusal: EaglerayError | None = None  # why the table names no primary
         self.asked = 0
         self.table = asyncio.Event()
@@ -48,8 +49,9 @@ class Primary:
         table, self.table = self.table, asyncio.Event()
         table.set()
 
-    async def write(self, writes: Sequence[PointWrite]) -> Outcomes:
+    async def write(self, writes: Sequence[PointWrite], timeout_s: float) -> Outcomes:
         async with self._came:
+            self.timeouts_s.append(timeout_s)
             self.calls.append([value for write in writes for value in write.deletes.to_pylist()])
             self.writes.append(writes)
             self._answers.append(asyncio.get_running_loop().create_future())
@@ -261,6 +263,21 @@ def test_write_waits_for_a_primary_until_a_table_names_one(
         await primary.came(1)
         primary.answer(0)
         assert await lsns_of(task) == [1]
+
+    with_batcher(scenario)
+
+
+def test_primary_is_told_how_long_the_most_patient_of_its_callers_waits() -> None:
+    async def scenario(batcher: WriteBatcher, primary: Primary) -> None:
+        await fill_window(batcher, primary)
+        late = [write(batcher, number, timeout_s=timeout_s) for number, timeout_s in ((1, 4.0), (2, 5.0), (3, 3.0))]
+        await asyncio.sleep(0.01)
+        primary.answer(0)
+        await primary.came(3)
+        assert 4.0 < primary.timeouts_s[2] < 5.0, "it is what is left"
+        for number in (1, 2):
+            primary.answer(number)
+        await asyncio.gather(*late)
 
     with_batcher(scenario)
 

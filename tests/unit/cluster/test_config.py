@@ -316,6 +316,14 @@ def test_settings_take_every_field() -> None:
     assert vars(settings) == data | {"limits": Limits(k=5), "upkeep": Upkeep(seal_points=7)}
 
 
+def test_upkeep_that_would_refuse_writes_before_it_seals_is_refused() -> None:
+    Upkeep(seal_bytes=1_000, tail_bytes_max=1_000)
+    for data in ({"tail_bytes_max": 1_000}, {"seal_bytes": 1_001, "tail_bytes_max": 1_000}, {"seal_bytes": 1 << 40}):
+        with pytest.raises(Invalid, match=r"less than seal_bytes .*: writes would be refused before") as caught:
+            Settings.from_dict({"data": "x", "upkeep": data})
+        assert [error.field for error in caught.value.errors] == ["upkeep.tail_bytes_max"]
+
+
 @pytest.mark.parametrize(
     ("data", "field"),
     [

@@ -33,8 +33,14 @@ EXAMPLES = [
     (Conflict("first"), {"message": "first"}),
     (Exhausted("full"), {"message": "full", "retry_after_s": None}),
     (Exhausted("full", 0.25), {"message": "full", "retry_after_s": 0.25}),
-    (Unavailable("later"), {"message": "later", "retry_after_s": 1.0, "coverage": None}),
-    (Unavailable("later", 2.5, COVERAGE), {"message": "later", "retry_after_s": 2.5, "coverage": COVERAGE}),
+    (
+        Unavailable("later"),
+        {"message": "later", "retry_after_s": 1.0, "coverage": None, "lsn": None, "failed": ()},
+    ),
+    (
+        Unavailable("later", 2.5, COVERAGE, {0: 7}, (1,)),
+        {"message": "later", "retry_after_s": 2.5, "coverage": COVERAGE, "lsn": {0: 7}, "failed": (1,)},
+    ),
     (Fenced("other"), {"message": "other"}),
     (Corrupt("torn"), {"message": "torn"}),
 ]

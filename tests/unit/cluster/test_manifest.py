@@ -733,6 +733,23 @@ def test_generation_is_committed_over_seals_and_declarations_that_came_between()
     assert log_of(store).newest() == manifest
 
 
+def test_generation_brings_the_types_of_its_attributes() -> None:
+    store = OvertakenStore()
+    log = log_of(store)
+    base, _ = log.create(CONFIG)
+    log.declare_attributes({"word": "string", "rank": "int16"})
+    store.before = lambda: log_of(store, "fast").declare_attributes({"seen": "bool"})
+    imported = {"rank": pa.large_string(), "at": pa.timestamp("us"), "tags": pa.list_(pa.int8())}
+    manifest = log_of(store, "import").commit_generation(base, CONFIG, base.shards, imported)
+    types = {"word": "string", "rank": "large_string", "at": "timestamp[us]", "seen": "bool"}
+    assert manifest.attributes == types  # what has no name cannot be written, and is none of the manifest's
+    with pytest.raises(
+        Conflict, match="attribute 'seen' was written as bool; an import cannot make it list<item: int8>"
+    ):
+        log.commit_generation(manifest, CONFIG, base.shards, {"seen": pa.list_(pa.int8())})
+    assert log.newest_live() == manifest
+
+
 def another_import(log: ManifestLog, base: Manifest) -> None:
     log.commit_generation(base, CONFIG, base.shards)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from cluster.errors import Corrupt, EaglerayError, Fenced, NotFound, Unavailable
 from cluster.ids import id_array
 from cluster.memory_store import MemoryStore
 from cluster.object_store import ObjectStore
-from cluster.wal import APPEND_TRIES, BODY_AT, FENCE_TRIES, READ_WINDOW, RecordKind, Wal, WalRecord, lsn_of
+from cluster.wal import APPEND_TRIES, BODY_AT, BUSY_CLAIM_TRIES, READ_WINDOW, RecordKind, Wal, WalRecord, lsn_of
 from tests.fakes import Fault, FaultyStore
 
 SHARD = 3
@@ -532,11 +533,11 @@ def test_fence_goes_on_while_the_writer_is_faster_but_not_for_ever() -> None:
         lsn = int(key[-26:-6])
         store.put(key, record_of(lsn, epoch=1, writer=1).encode(SHARD))
 
-    nonces = iter(map(nonce_of, range(100, 200)))
+    nonces = map(nonce_of, count(100))
     store._steps = [overtaken] * 3
     assert wal_of(store).fence(0, 0, lambda: next(nonces)) == (5, 2)
-    store._steps = [overtaken] * 100
-    with pytest.raises(Unavailable, match=f"others wrote to the log {FENCE_TRIES} times"):
+    store._steps = [overtaken] * 2 * BUSY_CLAIM_TRIES
+    with pytest.raises(Unavailable, match=f"others wrote to the log {BUSY_CLAIM_TRIES} times"):
         wal_of(store).fence(0, 0, lambda: next(nonces))
 
 

@@ -98,7 +98,7 @@ def test_compaction_of_a_collection_without_points(tmp_path: Path) -> None:
 
 
 def test_compaction_of_a_long_tail_seals_it_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.segment_upkeep.SEAL_POINTS_MAX", 5)
+    monkeypatch.setattr("jobs.compact.SEAL_POINTS_MAX", 5)
     data = new_data_url()
     (written,) = new_shards(data, tmp_path, ONE_SHARD)
     for number in range(6):
@@ -143,6 +143,20 @@ def test_memory_bound_gives_as_few_segments_as_it_takes(tmp_path: Path) -> None:
     assert told["segments_after"] == len(counts) > 1
     assert counts[-1] <= most < counts[0] + counts[1]
     assert (told["left"], entry.tombstones, sum(counts)) == (0, (), len(written.live))
+    assert_served_as_written(written)
+
+
+def test_memory_bound_holds_for_what_is_sealed(tmp_path: Path) -> None:
+    data = new_data_url()
+    (written,) = new_shards(data, tmp_path, ONE_SHARD)
+    for number in range(10):
+        written.write(list(range(5 * number, 5 * number + 5)))
+    memory_bytes = ceil(build_bytes(ONE_SHARD, 14))
+    run_compact(data, tmp_path, memory_bytes=memory_bytes)
+    most = largest_build(ONE_SHARD, memory_bytes)
+    counts = [ref.count for ref in written.newest.shards[0].segments]
+    assert sum(counts) == 50
+    assert max(counts) < most + 5, "of the records that a seal takes only the last goes over the bound"
     assert_served_as_written(written)
 
 

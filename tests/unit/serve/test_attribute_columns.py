@@ -9,8 +9,15 @@ import pyarrow as pa
 import pytest
 
 from cluster.attributes import arrow_type, complete_columns
-from cluster.errors import Invalid
-from serve.attribute_columns import ATTRIBUTES_MAX, check_attribute_bytes, json_attributes
+from cluster.errors import Exhausted, Invalid
+from serve.attribute_columns import (
+    ATTRIBUTES_MAX,
+    CELLS_MAX,
+    arrow_attributes,
+    check_attribute_bytes,
+    has_large_columns,
+    json_attributes,
+)
 from serve.json_bodies import points_of
 
 
@@ -152,9 +159,70 @@ def test_attributes_that_points_lack_are_null_and_null_alone_declares_nothing() 
 
 def test_collection_has_a_bounded_number_of_attributes() -> None:
     known = {f"a{number}": "int64" for number in range(ATTRIBUTES_MAX)}
-    json_attributes([{"a5": 1}], known)
-    with pytest.raises(Invalid, match=f"at most {ATTRIBUTES_MAX}"):
-        json_attributes([{"one more": 1}], known)
+    json_attributes([{"a5": 1, "null": None}], known)
+    for refuse in (
+        lambda: json_attributes([{"one more": 1}], known),
+        lambda: arrow_attributes({"one more": pa.array([1])}, known),
+    ):
+        with pytest.raises(Invalid, match=f"may have {ATTRIBUTES_MAX}"):
+            refuse()
+
+
+def test_too_many_attributes_are_refused_before_a_column_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*arguments: Any) -> Any:
+        raise AssertionError("a column was made")
+
+    monkeypatch.setattr(pa, "array", forbidden)
+    with pytest.raises(Invalid, match="may have"):
+        json_attributes([{f"a{row}": 1} for row in range(ATTRIBUTES_MAX + 1)], {})
+    points = CELLS_MAX // ATTRIBUTES_MAX + 1
+    with pytest.raises(Exhausted, match=f"{points} points x {ATTRIBUTES_MAX} .*send fewer points") as caught:
+        json_attributes([{f"a{row % ATTRIBUTES_MAX}": 1} for row in range(points)], {})
+    assert caught.value.retry_after_s is None
+
+
+def test_arrow_columns_of_too_many_values_are_refused() -> None:
+    points = CELLS_MAX // 1_000 + 1
+    column = pa.nulls(points - 1, pa.bool_())
+    columns = {f"a{number}": pa.concat_arrays([column, pa.array([True])]) for number in range(1_000)}
+    with pytest.raises(Exhausted, match="send fewer points"):
+        arrow_attributes(columns, {})
+    assert len(arrow_attributes({name: each[1:] for name, each in columns.items()}, {}).columns) == 1_000
+
+
+def test_sparse_attributes_are_columns_of_all_points() -> None:
+    rows = [{f"a{row % 3}": row} if row % 4 else None for row in range(20)]
+    told = json_attributes(rows, {"a0": "int8", "a1": "double", "a9": "bool"})
+    assert told.new == {"a2": "int64"}
+    assert list(told.columns) == ["a0", "a1", "a2"]
+    for name, each in told.columns.items():
+        assert each.to_pylist() == [(row or {}).get(name) for row in rows]
+    wrong = [None, {"a": 1}, {"b": 1}, None, {"a": "x"}]
+    with pytest.raises(Invalid) as caught:
+        json_attributes(wrong, {})
+    assert caught.value.errors[0].field == "points[4].attributes.a"
+
+
+@pytest.mark.parametrize(("points", "names", "large"), [(1, 20, False), (100, 20, False), (1, 1_000, True)])
+def test_columns_are_large_by_names_and_points(points: int, names: int, large: bool) -> None:
+    assert has_large_columns([{f"a{number}": 1 for number in range(names)}, *[None] * (points - 1)]) is large
+    assert has_large_columns([{f"a{number}": 1} for number in range(5_000)])
+    assert not has_large_columns([None, {}])
+
+
+@pytest.mark.parametrize("name", ["", "a,b", ",", "a\0", "\n", "\x7f", "\x85", "x" * 257, "id"])
+def test_name_that_requests_cannot_use_is_refused_even_for_null_unless_the_collection_has_it(name: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        json_attributes([None, {name: None}], {})
+    assert caught.value.errors[0].field == f"points[1].attributes.{name}"
+    with pytest.raises(Invalid):
+        arrow_attributes({name: pa.array([1])}, {})
+    assert json_attributes([{name: 1}], {name: "int64"}).new == {}  # an import brought it
+
+
+@pytest.mark.parametrize("name", ["a b", "ü", "a.b", '"', "x" * 256])
+def test_name_of_other_characters_is_taken(name: str) -> None:
+    assert json_attributes([{name: 1}], {}).new == {name: "int64"}
 
 
 def test_attribute_bytes_count_values_and_names_of_each_point() -> None:

@@ -76,6 +76,13 @@ def test_coverage_is_told() -> None:
     assert answer_to(Unavailable("coverage 0.5", coverage=COVERAGE))[2]["coverage"] == COVERAGE
 
 
+def test_shards_that_acknowledged_a_write_and_those_that_did_not_are_told() -> None:
+    _, _, body = answer_to(Unavailable("acknowledged by shard 2", lsn={2: 17}, failed=(0, 1)))
+    assert (body["lsn"], body["failed"]) == ({"2": 17}, [0, 1])
+    _, _, body = answer_to(Unavailable("by none", lsn={}, failed=(0,)))
+    assert (body["lsn"], body["failed"]) == ({}, [0])
+
+
 def test_http_error_keeps_its_headers() -> None:
     status, headers, body = answer_to(HTTPException(405, headers={"Allow": "GET"}))
     assert (status, headers["allow"], body["title"]) == (405, "GET", "Method Not Allowed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from cluster.config import CollectionConfig, IndexConfig, Limits
 from cluster.errors import Exhausted, Unavailable
 from cluster.placement import ReplicaKey
+from serve import write_bodies
 from serve.arrow_bodies import ARROW
+from serve.attribute_columns import AttributeColumns, json_attributes
 from tests.unit.actors.points import random_points
 from tests.unit.serve.endpoint import Endpoint, arrow_stream, hit_ids, problem, read_stream, run_with_endpoint, until
 from tests.unit.serve.writes import WORDS, answer, delete, held, upsert
@@ -113,6 +116,8 @@ WRONG_UPSERTS: list[tuple[str, Any]] = [
     ("points[0].attributes.tags", [ONE | {"attributes": {"tags": ["a"]}}]),
     ("points[1].attributes.n", [ONE | {"attributes": {"n": 1}}, {"id": 2, "vector": [1, 2], "attributes": {"n": "1"}}]),
     ("points[0].attributes.n", [ONE | {"attributes": {"n": 2**63}}]),
+    ("points[0].attributes.a,b", [ONE | {"attributes": {"a,b": 1}}]),
+    ("points[0].attributes.a\0", [ONE | {"attributes": {"a\0": None}}]),
     ("points[1].attributes", [ONE, {"id": 2, "vector": [1, 2], "attributes": {"text": "x" * 101}}]),
 ]
 
@@ -224,6 +229,71 @@ def test_values_of_known_attributes_are_converted_to_their_types_or_refused(tmp_
     run_with_endpoint(scenario, tmp_path)
 
 
+def test_attribute_whose_number_json_cannot_hold_is_named(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint) -> None:
+        await endpoint.create("words", **L2)
+        for attributes, field in [
+            ('{"a": 1, "b.c": 1e999}', "points[1].attributes.b.c"),
+            ('{"a": [1, 1e999], "b": 1}', "points[1].attributes.a[1]"),
+            ('{"a": 1e999, "a": 1}', "points[1].attributes[...]"),  # the later one counts
+        ]:
+            point = '{"id": 2, "vector": [1, 2], "attributes": ' + attributes + "}"
+            body = f'{{"points": [{{"id": 1, "vector": [1, 2]}}, {point}]}}'
+            problem(await endpoint.http.post(f"{WORDS}/points:upsert", content=body), 400, field)
+        problem(await endpoint.search("words", vector=[1, 2], **{"params[...]": 1}), 400, "params[...]")
+
+    run_with_endpoint(scenario, tmp_path)
+
+
+def test_write_that_is_too_large_declares_nothing(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint) -> None:
+        await endpoint.create("words", **L2, shards=2)
+        points = [{"id": n, "vector": [n, 0], "attributes": {"word": "x" * 20}} for n in range(20)]
+        refused = problem(await upsert(endpoint, *points), 413)
+        assert "queued_write_bytes_per_shard" in refused["detail"]
+        assert endpoint.services.log("words").newest_live().attributes == {}
+        assert answer(await upsert(endpoint, points[0]))["upserted"] == 1
+        assert endpoint.services.log("words").newest_live().attributes == {"word": "large_string"}
+
+    run_with_endpoint(scenario, tmp_path, limits=Limits(queued_write_bytes_per_shard=300))
+
+
+def test_sparse_attributes_are_checked_beside_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[bool] = []
+
+    def seen(*arguments: Any) -> AttributeColumns:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return json_attributes(*arguments)
+
+    monkeypatch.setattr(write_bodies, "json_attributes", seen)
+
+    async def scenario(endpoint: Endpoint) -> None:
+        await endpoint.create("words", **L2)
+        points = [{"id": n, "vector": [n, 0], "attributes": {f"a{n}": 1}} for n in range(5_000)]
+        problem(await upsert(endpoint, *points), 400, "points")
+        too_many = problem(
+            await upsert(endpoint, *({**p, "attributes": {f"a{p['id'] % 1_000}": 1}} for p in points)), 413
+        )
+        assert "5000 points x 1000 attributes" in too_many["detail"]
+        answer(await upsert(endpoint, points[0]))
+        assert threads == [False, False, True]
+        assert endpoint.services.log("words").newest_live().attributes == {"a0": "int64"}
+
+    run_with_endpoint(scenario, tmp_path)
+
+
+def test_write_that_a_shard_did_not_acknowledge_tells_the_shards_as_data(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint) -> None:
+        await endpoint.create("words", **L2, shards=2)
+        endpoint.eagleray.runtime.kill(ReplicaKey("words", 1, 0))
+        points = [{"id": n, "vector": [n, 0]} for n in range(20)]
+        partial = problem(await upsert(endpoint, *points, timeout_ms=2_000), 503)
+        assert (partial["lsn"].keys(), partial["failed"]) == ({"0"}, [1])
+        assert partial["lsn"]["0"] >= 1
+
+    run_with_endpoint(scenario, tmp_path)
+
+
 def test_attribute_that_another_endpoint_declared_meanwhile_is_converted_or_conflicts(tmp_path: Path) -> None:
     async def scenario(endpoint: Endpoint) -> None:
         await endpoint.create("words", **L2)
@@ -262,6 +332,9 @@ def test_search_and_fetch_for_an_lsn_that_never_comes_say_so_and_hold_up_nobody(
         assert f"asked for LSN 1000000, the last one known is {written['lsn']['0']}" in detail
         body = {"ids": [1], "min_lsn": {"1": 1}}
         problem(await endpoint.http.post(f"{WORDS}/points:fetch", json=body), 400, "min_lsn.1")
+        body = {"ids": [1], "min_lsn": {"0": -1}}
+        problem(await endpoint.http.post(f"{WORDS}/points:fetch", json=body), 400, "min_lsn.0")
+        problem(await endpoint.search("words", vector=[1, 2], min_lsn={"0": 1, "7": "1"}), 400, "min_lsn.7")
 
     run_with_endpoint(scenario, tmp_path)
 
