@@ -43,21 +43,20 @@ def clustered(count: int, seed: int) -> Vectors:
 
 
 class Served:
-    """A shard whose every answer is offered to an observer that samples all queries."""
+    """A view of a shard whose every answer is offered to an observer that samples all queries."""
 
-    def __init__(self, shard: Shard, view: ShardView) -> None:
-        self._shard = shard
-        self._generation = view.generation
-        self.observer = RecallObserver(shard.search, share=1.0, duty=1.0)
+    def __init__(self, view: ShardView) -> None:
+        self._view = view
+        self.observer = RecallObserver(share=1.0, duty=1.0)
 
     def answers(self, queries: Vectors) -> list[list[Any]]:
         """Ids of each query's hits, asked in batches as live queries are; all are evaluated."""
         ids: list[list[Any]] = []
         for start in range(0, len(queries), BATCH):
             batch = queries[start : start + BATCH]
-            request = ShardSearch(self._generation, batch, (SearchGroup(0, len(batch), K, SearchParams()),))
-            outcomes = self._shard.search(request)
-            self.observer.offer(request, outcomes)
+            request = ShardSearch(self._view.generation, batch, (SearchGroup(0, len(batch), K, SearchParams()),))
+            outcomes = self._view.search(request)
+            self.observer.offer(request, outcomes, self._view.search)
             (hits,) = outcomes
             assert isinstance(hits, Hits), hits
             ids += ids_per_query(hits)
@@ -66,7 +65,7 @@ class Served:
 
     @property
     def observed(self) -> dict[str, Any]:
-        facts = self.observer.observed(self._generation)
+        facts = self.observer.observed(self._view.generation)
         assert facts is not None
         return facts
 
@@ -96,9 +95,8 @@ def test_observed_recall_is_the_offline_recall_and_drops_when_the_index_gets_wor
     points = Points(pa.array(np.arange(COUNT), ID_ARROW_TYPE["int64"]), clustered(COUNT, SEED + 1))
     store = MemoryStore()
     commit(store, "clusters", config, points, segments=2)
-    shard = Shard(store, "clusters", 0, tmp_path)
-    view = shard.load()
-    served = Served(shard, view)
+    view = Shard(store, "clusters", 0, tmp_path).load()
+    served = Served(view)
 
     queries, others = clustered(QUERIES, SEED + 2), clustered(QUERIES, SEED + 3)
     offline = offline_recall(points, queries, served.answers(queries))
@@ -107,12 +105,11 @@ def test_observed_recall_is_the_offline_recall_and_drops_when_the_index_gets_wor
     assert (sound["queries"], sound["k"], sound["dropped"]) == (QUERIES, K, 0)
     assert sound["recall"] == pytest.approx(offline, abs=1e-4)
     assert TARGET <= sound["recall"] < 1.0
-    another = Served(shard, view)
+    another = Served(view)
     assert sound["low"] <= offline_recall(points, others, another.answers(others)) <= sound["high"]
 
     worse_view = replace(view, generation=2, segments=tuple(degraded(segment) for segment in view.segments))
-    shard._views = {**shard._views, 2: worse_view}
-    worse = Served(shard, worse_view)
+    worse = Served(worse_view)
     offline = offline_recall(points, queries, worse.answers(queries))
     print(f"worse: offline {offline:.4f}, observed {worse.observed}")
     assert worse.observed["recall"] == pytest.approx(offline, abs=1e-4)
