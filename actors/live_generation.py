@@ -69,14 +69,13 @@ class LiveGeneration:
 
     def takes_records_of(self, other: LiveGeneration) -> bool:
         """Whether the next record of `other` can be applied here as well."""
-        mine, theirs = self.view.config, other.view.config
-        return (self.view.lsn, mine.dimension, mine.metric, mine.id_type, mine.vector_dtype) == (
-            other.view.lsn,
-            theirs.dimension,
-            theirs.metric,
-            theirs.id_type,
-            theirs.vector_dtype,
-        )
+        return self._taken == other._taken
+
+    @property
+    def _taken(self) -> tuple[Any, ...]:
+        """What tells which record is the next one, and of which form its points are."""
+        config = self.view.config
+        return self.view.lsn, config.dimension, config.metric, config.id_type, config.vector_dtype
 
     def apply(self, record: WalRecord) -> Existed:
         """Apply the next record. A record that the manifest's files hold already changes nothing."""
