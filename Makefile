@@ -22,8 +22,11 @@ check: env ## Format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# What starts no cluster and measures nothing runs in as many processes as there are cores.
+SPREAD := tests/unit tests/contract tests/faults tests/model tests/test_layout.py
 test: env ## All tests: unit, contract, recall, Ray
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $$(nproc) --dist worksteal $(SPREAD)
+	$(BIN)/python -m pytest $(SPREAD:%=--ignore=%)
 
 soak: env ## The model test with ever new seeds until Ctrl-C, or for SECONDS=n
 	$(BIN)/python -m tests.model $(SECONDS)

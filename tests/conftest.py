@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ["COLUMNS"] = "250"  # rich reads it when the first table of the process is printed
 
 
 @pytest.fixture(autouse=True)
