@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help env check test soak demo bench bench-writes lock clean
+.PHONY: help env check test soak demo bench bench-peers bench-record bench-writes lock clean
 
 help: ## Show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -23,7 +23,7 @@ check: env ## Format, lint, types, layers
 	$(BIN)/lint-imports
 
 # What starts no cluster and measures nothing runs in as many processes as there are cores.
-SPREAD := tests/unit tests/contract tests/faults tests/model tests/test_layout.py
+SPREAD := tests/model tests/unit tests/contract tests/faults tests/test_layout.py
 test: env ## All tests: unit, contract, recall, Ray
 	$(BIN)/python -m pytest --numprocesses $$(nproc) --dist worksteal $(SPREAD)
 	$(BIN)/python -m pytest $(SPREAD:%=--ignore=%)
@@ -35,7 +35,13 @@ demo: env ## Real vectors on this machine: import, search, measure, restart
 	$(BIN)/python examples/demo.py
 
 bench: env ## The served endpoint beside FAISS in process (BENCH="--data ... --queries ..." for other vectors)
-	$(BIN)/python benchmarks/http_vs_faiss.py $(BENCH)
+	$(BIN)/python -m benchmarks.http_vs_faiss $(BENCH)
+
+bench-peers: env ## Eagleray beside Chroma's server and a plain Ray Serve deployment around FAISS, in one run
+	$(BIN)/python -m benchmarks.peers $(BENCH)
+
+bench-record: env ## Record the ratios to FAISS in process that tests/ray/test_speed_guard.py guards
+	$(BIN)/python -m benchmarks.speed_guard --record
 
 bench-writes: env ## Acknowledged writes beside the store's own puts and FAISS's adds (BENCH="--help" for options)
 	$(BIN)/python -m benchmarks.writes $(BENCH)

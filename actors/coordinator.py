@@ -16,8 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from actors.batcher import Batcher, GroupKey
+from actors.admission import Admission, Admissions
+from actors.batcher import Batcher
 from actors.replica_set import ReplicaSet
+from actors.search_queue import GroupKey
 from actors.shard_client import Directory, ServedCollection, ServingTable, ShardClient
 from actors.write_batcher import MadeFor, WriteBatcher, check_write_bytes
 from actors.write_parts import joined_result, places_of, split_write
@@ -25,9 +27,9 @@ from cluster.attributes import complete_columns
 from cluster.config import Limits
 from cluster.errors import Conflict, EaglerayError, NotFound, Unavailable
 from cluster.placement import ReplicaKey
-from cluster.query import Fetched, Hits, Query, SearchResult, coverage_of
+from cluster.query import FULL_COVERAGE, Fetched, Hits, Query, SearchResult, coverage_of
 from cluster.recent_queries import RecentQueries
-from cluster.topk import join_queries, merge_hits
+from cluster.topk import merge_hits
 from cluster.write import PointWrite, WriteOutcome, WriteResult
 
 FOLLOW_RETRY_S = 0.5
@@ -77,6 +79,8 @@ class Coordinator:
         self._observer = observer
         self._clock = clock
         self._lanes: dict[tuple[str, int], _ShardLane] = {}
+        self._lanes_of: dict[str, list[_ShardLane]] = {}
+        self._admissions = Admissions(limits, self._wait_s)
         self._next_table = asyncio.Event()
         self.table: ServingTable | None = None
         self.recent = RecentQueries(limits.recent_queries, clock)
@@ -103,6 +107,9 @@ class Coordinator:
             lanes[place].batcher.window = self._limits.calls_in_flight_per_replica * max(1, len(keys))
         moved = [place for place in wanted if _primary_in(self.table, *place) != _primary_in(table, *place)]
         self._lanes = lanes
+        self._lanes_of = {name: [] for name in table.collections}
+        for (name, _), lane in lanes.items():
+            self._lanes_of[name].append(lane)
         self.table = table
         self._next_table.set()
         self._next_table = asyncio.Event()
@@ -148,27 +155,66 @@ class Coordinator:
             raise NotFound(f"no collection {collection!r}")
         raise Unavailable(f"collection {collection!r} is not ready: {reason}")
 
+    def admit(self, collection: str) -> Admission:
+        """Take on a search, before its body is read; release what it returns when the search is answered.
+
+        Exhausted, at once, where it would only wait; NotFound and Unavailable as in `served`.
+        """
+        self.served(collection)
+        return self._admissions.admit(collection)
+
+    def _wait_s(self, collection: str) -> float:
+        """Predicted wait for the shard of a collection that is most in demand."""
+        return max((lane.batcher.wait_s() for lane in self._lanes_of.get(collection, ())), default=0.0)
+
     async def search(self, collection: str, query: Query) -> SearchResult:
         """Search. Unavailable when coverage stays under `query.min_coverage`."""
         served = self.served(collection)
-        shards = served.routing.shards_to_search()
-        columns = (*query.with_attributes, *(("vector",) if query.with_vectors else ()))
-        key = GroupKey(query.k, query.params, columns)
-        calls = {
-            shard: asyncio.ensure_future(self._search_shard(collection, served, shard, query, key)) for shard in shards
-        }
-        answers = await _answers_within(calls, query.timeout_ms / 1000.0)
-        coverage = coverage_of({shard: served.shard_points[shard] for shard in shards}, set(answers))
+        columns = (*query.with_attributes, "vector") if query.with_vectors else query.with_attributes
+        answers, failures = await self._search_shards(collection, served, query, columns)
+        coverage = FULL_COVERAGE
+        if failures:
+            coverage = coverage_of({shard: served.shard_points[shard] for shard in (*answers, *failures)}, answers)
         if coverage.shards < query.min_coverage or not answers:
             reasons = [
-                f"shard {s}: {_reason(calls[s], query.timeout_ms)}{self._behind(collection, s, query.min_lsn)}"
-                for s in coverage.missing
+                f"shard {shard}: {failures[shard]}{self._behind(collection, shard, query.min_lsn)}"
+                for shard in coverage.missing
             ]
             raise Unavailable(f"coverage {coverage.shards:.3f}: {'; '.join(reasons)}", coverage=coverage.to_dict())
-        hits = merge_hits([answers[shard] for shard in sorted(answers)], query.k, served.config.metric)
+        parts = list(answers.values())  # each in order and of at most k hits: one alone is the answer
+        hits = parts[0] if len(parts) == 1 else merge_hits(parts, query.k, served.config.metric)
         self._remember(collection, served, query)
-        lsn = {shard: answers[shard].lsn for shard in sorted(answers)}
+        lsn = {shard: part.lsn for shard, part in answers.items()}
         return SearchResult(_complete(hits, columns, served), coverage, served.generation, lsn)
+
+    async def _search_shards(
+        self, collection: str, served: ServedCollection, query: Query, columns: tuple[str, ...]
+    ) -> tuple[dict[int, Hits], dict[int, Unavailable]]:
+        """Answers and failures, by shard in ascending order; other errors than Unavailable are raised."""
+        key, timeout_s = GroupKey(query.k, query.params, columns), query.timeout_ms / 1000.0
+        asked: dict[int, asyncio.Future[Hits]] = {}
+        answers: dict[int, Hits] = {}
+        failures: dict[int, Unavailable] = {}
+        timer = asyncio.get_running_loop().call_later(timeout_s, _expire, asked, query.timeout_ms)
+        try:
+            for shard in served.routing.shards_to_search():
+                lane = self._lanes.get((collection, shard))
+                if lane is None or not len(lane.replicas):
+                    failures[shard] = Unavailable("no replica is ready")
+                else:
+                    asked[shard] = lane.batcher.submit(
+                        query.vectors, served.generation, key, timeout_s, query.min_lsn.get(shard, 0)
+                    )
+            for shard, answer in asked.items():  # all are under way: to await one after the other costs no time
+                try:
+                    answers[shard] = await answer
+                except Unavailable as error:
+                    failures[shard] = error
+        finally:
+            timer.cancel()
+            for answer in asked.values():
+                _give_up(answer)
+        return answers, failures
 
     def _behind(self, collection: str, shard: int, min_lsn: Mapping[int, int]) -> str:
         """For messages: what of its log a shard was asked to have, where it may not have that."""
@@ -180,26 +226,8 @@ class Coordinator:
     def _remember(self, collection: str, served: ServedCollection, query: Query) -> None:
         """Offer an answered query to the sample, unless the collection was deleted or replaced meanwhile."""
         now = self.table.collections.get(collection) if self.table else None
-        if now is not None and now.config == served.config and not query.params.exact:
+        if now is not None and (now is served or now.config == served.config) and not query.params.exact:
             self.recent.offer(collection, query.vectors, served.config.metric)
-
-    async def _search_shard(
-        self, collection: str, served: ServedCollection, shard: int, query: Query, key: GroupKey
-    ) -> Hits:
-        """One shard's answer; a large request is cut into batches so that it does not hold up small ones."""
-        lane = self._lanes.get((collection, shard))
-        if lane is None or not len(lane.replicas):
-            raise Unavailable("no replica is ready")
-        step, timeout_s, min_lsn = self._limits.batch_vectors, query.timeout_ms / 1000.0, query.min_lsn.get(shard, 0)
-        if len(query.vectors) <= step:
-            return await lane.batcher.search(query.vectors, served.generation, key, timeout_s, min_lsn)
-        pieces = [query.vectors[start : start + step] for start in range(0, len(query.vectors), step)]
-        async with asyncio.TaskGroup() as group:
-            parts = [
-                group.create_task(lane.batcher.search(piece, served.generation, key, timeout_s, min_lsn))
-                for piece in pieces
-            ]
-        return join_queries([part.result() for part in parts])
 
     async def fetch(
         self,
@@ -306,22 +334,28 @@ async def _answers_within(calls: Mapping[int, asyncio.Future[Any]], timeout_s: f
         for call in calls.values():
             call.cancel()
     finished = {shard: call for shard, call in calls.items() if call.done() and not call.cancelled()}
-    errors = {shard: error for shard, call in finished.items() if (error := _root(call.exception()))}
+    errors = {shard: error for shard, call in finished.items() if (error := call.exception())}
     for error in errors.values():
         if not isinstance(error, Unavailable):
             raise error
     return {shard: call.result() for shard, call in finished.items() if shard not in errors}
 
 
-def _root(error: BaseException | None) -> BaseException | None:
-    """The first error inside a group of them."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+def _expire(asked: Mapping[int, asyncio.Future[Hits]], timeout_ms: float) -> None:
+    """The request's time is over; what no call has taken yet leaves the queues."""
+    for answer in asked.values():
+        if not answer.done():
+            answer.set_exception(Unavailable(f"no answer within {timeout_ms:g} ms"))
+
+
+def _give_up(answer: asyncio.Future[Hits]) -> None:
+    """Cancel what is not there yet. An error that nobody looked at is no reason for a message in the log."""
+    if not answer.cancel() and not answer.cancelled():
+        answer.exception()
 
 
 def _reason(call: asyncio.Future[Any], timeout_ms: float) -> str:
-    error = _root(call.exception()) if call.done() and not call.cancelled() else None
+    error = call.exception() if call.done() and not call.cancelled() else None
     return str(error) if isinstance(error, EaglerayError) else f"no answer within {timeout_ms:g} ms"
 
 

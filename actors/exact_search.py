@@ -8,7 +8,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from actors.faiss_index import Rows, Vectors, faiss_metric, to_scores
+from actors.faiss_index import Rows, Vectors, faiss_metric, threads_in_use, to_scores, use_threads
 from cluster.config import Metric
 from cluster.row_selection import RowSelection
 
@@ -70,6 +70,22 @@ def _knn_of(search: Any, queries: Vectors, vectors: Vectors, k: int, selector: A
     else:
         search(*arrays[:2], *sizes, *arrays[2:], selector)
     return rows, distances
+
+
+def pair_distances(queries: Vectors, asked: Rows, vectors: Vectors, metric: Metric) -> Vectors:
+    """FAISS's distance of `queries[asked[i]]` (m, d) and `vectors[i]` (n, d), for every i; all float32.
+
+    By the calling thread alone: for so little work a second one costs more than it does, if it has to be woken up.
+    """
+    vectors, numbers = np.ascontiguousarray(vectors), np.arange(len(vectors))
+    distances = np.empty(len(vectors), dtype=np.float32)
+    compare = faiss.pairwise_indexed_inner_product if metric == "ip" else faiss.pairwise_indexed_L2sqr
+    arrays = [faiss.swig_ptr(array) for array in (queries, asked, vectors, numbers, distances)]
+    threads = threads_in_use()
+    use_threads(1)
+    compare(queries.shape[1], len(vectors), *arrays)
+    use_threads(threads)
+    return distances
 
 
 def nearest(points: Vectors, centroids: Vectors, metric: Metric) -> Rows:

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.faiss_library import check_faiss_installation
+from actors.faiss_library import check_faiss_installation, let_threads_sleep
 from cluster.config import Metric
 from cluster.errors import Corrupt, Invalid
 from cluster.index_spec import TRAINING_POINTS_PER_CENTROID, IndexSpec, fewest_training_points
 from cluster.row_selection import RowSelection
 
+let_threads_sleep()
 check_faiss_installation()  # a missing or doubled FAISS says so, instead of failing in ways that hide the cause
 import faiss  # noqa: E402
 
@@ -32,6 +33,7 @@ FACTORY_SIZES = re.compile(r"(?:IVF|HNSW|NSG|PQ|RQ|LSQ|PRQ|PLSQ|PCA|PCAR|PCAW|OP
 FACTORY_BITS = re.compile(r"x(\d+)")
 FACTORY_SIZE_MAX, FACTORY_BITS_MAX = 1_048_576, 12
 BLAS_THRESHOLD = int(faiss.cvar.distance_compute_blas_threshold)  # FAISS's own
+PARAMETERS_KEPT = 256  # objects of FAISS for the parameters of searches; operating points, as widened, are few
 COARSE_EF_MIN = 64  # candidates kept by a graph over the centroids: at least, and at least twice the lists asked for
 
 
@@ -174,9 +176,13 @@ class FaissIndex:
     """`SearchableIndex` on the CPU."""
 
     def __init__(self, index: Any, spec: IndexSpec, metric: Metric) -> None:
-        self._index = index
+        self._index = faiss.downcast_index(index)
+        self._owner = index
         self._spec = spec
         self._metric = metric
+        self._dimension = int(index.d)
+        self._known_parameters: dict[tuple[tuple[str, float], ...], Any] = {}
+        self.count = int(index.ntotal)
         levels = _levels(index)
         innermost = levels[-1]
         self.lists = int(innermost.nlist) if isinstance(innermost, faiss.IndexIVF) else 0
@@ -186,13 +192,10 @@ class FaissIndex:
             *(("rerank",) if spec.rerank_store != "none" or isinstance(levels[0], faiss.IndexRefine) else ()),
         )
 
-    @property
-    def count(self) -> int:
-        return int(self._index.ntotal)
-
     def add(self, vectors: Vectors) -> None:
         """Append vectors, shape (n, dimension); their labels follow those already there."""
         self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+        self.count = int(self._index.ntotal)
 
     def search(
         self, queries: Vectors, k: int, params: dict[str, float], selection: RowSelection | None = None
@@ -201,15 +204,30 @@ class FaissIndex:
 
         Only rows of the selection are found. Invalid where a parameter is not one of `knobs`.
         """
-        k = min(k, self.count)
-        if k == 0 or len(queries) == 0:
-            return np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
-        self.check(params)
-        selector = None if selection is None else faiss.IDSelectorBitmap(selection.bits)
+        count, k = len(queries), min(k, self.count)
+        if k == 0 or count == 0:
+            return np.empty((count, 0), np.int64), np.empty((count, 0), np.float32)
+        if queries.shape != (count, self._dimension):
+            raise ValueError(f"queries are {queries.shape}, the index has {self._dimension} dimensions")
+        parameters = self._parameters(params, selection)
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        parameters = _search_parameters(self._index, params, selector)
-        distances, labels = self._index.search(queries, k, params=parameters)
+        distances, labels = np.empty((count, k), dtype=np.float32), np.empty((count, k), dtype=np.int64)
+        arrays = faiss.swig_ptr(queries), k, faiss.swig_ptr(distances), faiss.swig_ptr(labels)
+        self._index.search_c(count, *arrays, parameters)  # what FAISS's own `search` in Python calls
         return labels, to_scores(distances, self._metric)
+
+    def _parameters(self, params: dict[str, float], selection: RowSelection | None) -> Any:
+        """FAISS's object for these parameters, which no search changes: made once where all rows may be found."""
+        key = tuple(params.items())
+        if selection is None and key in self._known_parameters:
+            return self._known_parameters[key]
+        self.check(params)
+        if selection is not None:
+            return _search_parameters(self._index, params, faiss.IDSelectorBitmap(selection.bits))
+        made = _search_parameters(self._index, params, None)
+        if len(self._known_parameters) < PARAMETERS_KEPT:
+            self._known_parameters[key] = made
+        return made
 
     def check(self, params: dict[str, float]) -> None:
         """Invalid, by name, where a parameter is not one of `knobs`."""

@@ -1,7 +1,8 @@
-"""Says whether exactly one FAISS is installed, without importing it."""
+"""What comes before FAISS is imported: whether exactly one is installed, and how its threads wait."""
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import distributions
 
 from cluster.errors import Invalid
@@ -14,10 +15,19 @@ FAISS_DISTRIBUTIONS = frozenset(
 def check_faiss_installation() -> str:
     """Return the name of the one installed FAISS distribution; raise Invalid when there is none, or several.
 
-    Several overwrite each other's files and fail later in ways that do not name the cause.
+    Several overwrite each other's files and fail later in ways that do not name the cause. Looked up by name: to read
+    what all that is installed says of itself took 40 ms of every process's start.
     """
-    names = {(dist.metadata["Name"] or "").lower().replace("_", "-") for dist in distributions()}
-    return one_faiss(sorted(names & FAISS_DISTRIBUTIONS))
+    return one_faiss([name for name in sorted(FAISS_DISTRIBUTIONS) if any(True for _ in distributions(name=name))])
+
+
+def let_threads_sleep() -> None:
+    """FAISS's threads sleep between calls unless the environment says otherwise; before FAISS is loaded.
+
+    By default they spin for milliseconds after each call, on cores that the rest of the process and the endpoint need
+    (docs/decisions/0006-speed.md).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def one_faiss(installed: list[str]) -> str:

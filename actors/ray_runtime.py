@@ -14,6 +14,8 @@ from typing import Any
 
 import ray
 
+from actors import ray_tls
+from actors.direct_client import DirectConnections
 from actors.ray_replica import (
     REPLICA_PREFIX,
     ActorShardClient,
@@ -201,16 +203,21 @@ def stop_actors(namespace: str) -> int:
 
 
 class RayDirectory:
-    """`Directory` over the supervisor actor, found again by its name if another took over."""
+    """`Directory` over the supervisor actor, found again by its name if another took over.
+
+    Replicas that listen are called directly, the others by actor call.
+    """
 
     def __init__(self, supervisor: Any, namespace: str) -> None:
         self._supervisor = supervisor
         self._namespace = namespace
         self._handles: dict[ReplicaKey, Any] = {}
+        self._direct = DirectConnections(ray_tls.client_context())
 
     async def next_table(self, known_stamp: str | None) -> ServingTable:
         table: ServingTable
         table, self._handles = await self._call(self._supervisor.next_table.remote(known_stamp))
+        self._direct.update(table.endpoints)
         return table
 
     async def refresh(self, collection: str) -> None:
@@ -227,7 +234,11 @@ class RayDirectory:
     def client(self, key: ReplicaKey) -> ShardClient:
         if key not in self._handles:
             raise Unavailable(f"replica {key} is not known yet")
-        return ActorShardClient(self._handles[key], key)
+        return self._direct.client(key) or ActorShardClient(self._handles[key], key)
+
+    def close(self) -> None:
+        """End the direct connections."""
+        self._direct.close()
 
     async def _call(self, reference: Awaitable[Any]) -> Any:
         try:

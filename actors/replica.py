@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from actors.faiss_index import use_threads
 from actors.primary import Primary
 from actors.recall_observer import RecallObserver
+from actors.search_thread import SearchThread
 from actors.shard import ReplicaStatus, Shard
 from actors.shard_client import CALL_TIMEOUT_S
 from cluster.config import Settings
@@ -73,7 +74,7 @@ class Replica:
         self._upkeep = upkeep
         self._shard: Shard | None = None
         self._primary: Primary | None = None
-        self._searcher = ThreadPoolExecutor(1, "search", initializer=use_threads, initargs=(threads,))
+        self._searcher = SearchThread(lambda: use_threads(threads), f"replica {key} ends")
         self._loader = ThreadPoolExecutor(1, "load", initializer=use_threads, initargs=(threads,))
         self._follower = ThreadPoolExecutor(1, "follow", initializer=use_threads, initargs=(1,))
         self._observer = RecallObserver(settings.observed_share, settings.observed_duty)
@@ -94,7 +95,7 @@ class Replica:
     async def search(self, request: ShardSearch) -> Outcomes:
         """One outcome per group. Unavailable where the generation is not held, or `min_lsn` not reached in time."""
         await self._reach(request.min_lsn, request.timeout_s)
-        return await asyncio.get_running_loop().run_in_executor(self._searcher, self._search, request)
+        return await self._searcher.run(self._search, request)
 
     def _search(self, request: ShardSearch) -> Outcomes:
         view = self._opened().view(request.generation)
@@ -299,7 +300,8 @@ class Replica:
             self._upkeep.close()
         if self._primary is not None:
             self._primary.stop()
-        for executor in (self._searcher, self._loader, self._follower):
+        self._searcher.close()
+        for executor in (self._loader, self._follower):
             executor.shutdown(wait=False, cancel_futures=True)
 
 

@@ -1,4 +1,4 @@
-"""Exact scores of candidates from a segment's own memory-mapped rows: one vectorised pass, cut to fit the caches.
+"""Exact scores of candidates from a segment's own memory-mapped rows: gathered and compared, cut to fit the caches.
 
 Beside FAISS's refine, which reads a copy inside the index, this needs no bytes of its own and gives the metric's own
 value at the rows' precision; what it costs is in docs/decisions/0004-adaptive-index.md.
@@ -13,11 +13,13 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.exact_search import pair_distances
+from actors.faiss_index import to_scores
 from cluster.config import Metric
 from cluster.segment import Rows
 from cluster.topk import smaller_is_better
 
-CHUNK_FLOATS = 1 << 18  # of gathered vectors: 1 MiB, which stays in a core's cache: half the time of 4 MiB
+CHUNK_FLOATS = 1 << 17  # of gathered vectors: 512 KiB; of 1 MiB malloc gives back every page: up to 3 times as long
 SPLIT_FLOATS_MIN = 1 << 23  # less work than this is done as fast by one thread, while FAISS's others still spin
 
 
@@ -30,8 +32,15 @@ def rerank(
     """
     scores = exact_scores(rows, queries, labels, metric, threads)
     cost = scores if smaller_is_better(metric) else -scores
-    cost[labels < 0] = np.inf
+    missing = labels < 0
+    if np.count_nonzero(missing):
+        cost = np.where(missing, np.float32(np.inf), cost)
+    later = cost[:, 1:] > cost[:, :-1]
+    if np.count_nonzero(later) == later.size:
+        return labels, scores
     order = np.lexsort((labels, cost), axis=1)
+    if len(labels) == 1:
+        return labels[:, order[0]], scores[:, order[0]]
     lines = np.arange(len(labels))[:, None]
     return labels[lines, order], scores[lines, order]
 
@@ -41,6 +50,7 @@ def exact_scores(
 ) -> NDArray[np.float32]:
     """Score of every query (n, d) with each of its candidates (n, width); undefined where the label is negative."""
     scores = np.empty(labels.shape, dtype=np.float32)
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
     work = labels.size * rows.dimension
     parts = min(threads, len(queries)) if work >= SPLIT_FLOATS_MIN else 1
     if parts <= 1:
@@ -64,14 +74,11 @@ def _threads(count: int) -> ThreadPoolExecutor:
 def _score(
     rows: Rows, queries: NDArray[np.float32], labels: NDArray[np.int64], metric: Metric, out: NDArray[np.float32]
 ) -> None:
-    step = max(1, CHUNK_FLOATS // max(1, labels.shape[1] * rows.dimension))
+    width = labels.shape[1]
+    step = max(1, CHUNK_FLOATS // max(1, width * rows.dimension))
     for start in range(0, len(queries), step):
         chunk = slice(start, start + step)
-        vectors = rows.gather_vectors(np.maximum(labels[chunk], 0))
-        if metric == "ip":
-            out[chunk] = np.einsum("nkd,nd->nk", vectors, queries[chunk])
-            continue
-        vectors -= queries[chunk, None, :]
-        out[chunk] = np.einsum("nkd,nkd->nk", vectors, vectors)
-        if metric == "cosine":
-            out[chunk] = np.float32(1.0) - out[chunk] / np.float32(2.0)
+        asked, wanted = queries[chunk], np.maximum(labels[chunk], 0).reshape(-1)
+        of_query = np.arange(wanted.size) // max(1, width)
+        distances = pair_distances(asked, of_query, rows.gather_vectors(wanted), metric)
+        out[chunk] = to_scores(distances, metric).reshape(len(asked), width)

@@ -16,9 +16,18 @@ from actors.code_check import CHECKED_ROWS, codes_fit
 from actors.exact_search import blocks_until, exact_search
 from actors.faiss_index import build_index, library_facts, use_threads
 from actors.segment_searcher import SegmentSearcher
-from actors.tuner import HELD_OUT_MAX, TUNING_K, Knobs, held_out_count, tune, tuning_queries
+from actors.tuner import (
+    HELD_OUT_MAX,
+    TUNING_K,
+    Knobs,
+    TuningSet,
+    held_out_count,
+    tune,
+    tune_near_and_far,
+    tuning_queries,
+)
 from cluster import index_costs, paths
-from cluster.config import Codes, CollectionConfig
+from cluster.config import Codes, CollectionConfig, Metric
 from cluster.index_costs import REFERENCE, Rates
 from cluster.index_policy import IndexPlan, like, plan_index, stronger, with_codes, with_store
 from cluster.index_spec import IndexSpec
@@ -33,10 +42,11 @@ from cluster.segment import (
     checksum_bytes,
     checksum_file,
 )
-from cluster.topk import recall_at_k
+from cluster.topk import recall_at_k, smaller_is_better
 
 REAL_QUERIES_MIN = 500  # fewer say less about the next ones than rows with noise do
 SELF_TEST_ROWS = 32
+ROUGH_EF_SEARCH = 64  # orders queries by their distance from the rows well enough
 Progress = Callable[[float], None]
 
 
@@ -145,7 +155,7 @@ def _build_best(rows: Rows, spec: IndexSpec, config: CollectionConfig, options: 
         aside = path.with_suffix(".again")
         again = _build_tuned(rows, better, config, options, aside)
         spent_s += again.build_s
-        if again.points[0].recall <= best.points[0].recall:
+        if not again.points[0].met and again.points[0].recall <= best.points[0].recall:
             aside.unlink()
             break
         os.replace(aside, path)
@@ -166,9 +176,8 @@ def _build_tuned(rows: Rows, spec: IndexSpec, config: CollectionConfig, options:
         options.progress((first + len(vectors)) / rows.count * 0.8)
     searcher = SegmentSearcher(index, spec, rows, config.metric)
     added = clock()
-    queries, tuned_on = _tuning_set(rows, known, config, options)
-    truth = _truth(queries, rows, known, spec, config)
-    points = tune(searcher, knobs, queries, truth, config.index.target_recall)
+    truth = _Truth(rows, known, config.metric, not spec.is_exact)
+    points, tuned_on = _tuned(searcher, knobs, truth, config.index.target_recall, options)
     tuned = clock()
     options.progress(0.95)
     if known < rows.count:
@@ -185,26 +194,49 @@ def _predicted_s(spec: IndexSpec, rows: Rows, options: BuildOptions) -> float:
     return seconds if options.rates.measured else seconds * options.rates.threads / options.threads
 
 
-def _tuning_set(
-    rows: Rows, known: int, config: CollectionConfig, options: BuildOptions
-) -> tuple[NDArray[np.float32], str]:
-    """(queries, what they are): real ones where there are enough, else made of rows that were held out."""
-    real = options.queries
+def _tuned(
+    searcher: SegmentSearcher, knobs: Knobs, truth: _Truth, target_recall: float, options: BuildOptions
+) -> tuple[tuple[OperatingPoint, ...], str]:
+    """(operating points, what they were proven with): real queries where there are enough, else rows held out.
+
+    Whether a query is near is not told under an inner product, which grows with the query's length.
+    """
+    rows, metric, real = truth.rows, truth.metric, options.queries
     if real is not None and len(real) >= REAL_QUERIES_MIN:
-        return real[-HELD_OUT_MAX:], f"{min(len(real), HELD_OUT_MAX)} recent queries"
-    held_out = rows.vectors(known, rows.count)
+        asked = real[-HELD_OUT_MAX:]
+        return tune(searcher, knobs, truth.of(asked), target_recall), f"{len(asked)} recent queries"
+    held_out = rows.vectors(truth.known, rows.count)
     if len(held_out) == 0:  # exact, or too few rows to keep any out: ask the rows themselves
         held_out = rows.vectors(max(0, rows.count - 10), rows.count)
-    sample = rows.vectors(0, min(rows.count, HELD_OUT_MAX))
-    return tuning_queries(held_out, sample, config.metric, options.seed), f"{len(held_out)} rows with noise"
+    noisy = tuning_queries(held_out, rows.vectors(0, min(rows.count, HELD_OUT_MAX)), metric, options.seed)
+    if knobs.names != ("ef_search",) or metric == "ip":
+        return tune(searcher, knobs, truth.of(noisy), target_recall), f"{len(noisy)} rows with noise"
+    far = _farther_half(searcher, noisy, metric)
+    points = tune_near_and_far(searcher, knobs, truth.of(held_out), truth.of(far), metric, target_recall)
+    return points, f"{len(held_out)} rows and {len(far)} rows with noise"
 
 
-def _truth(
-    queries: NDArray[np.float32], rows: Rows, known: int, spec: IndexSpec, config: CollectionConfig
-) -> NDArray[np.int64]:
-    if spec.is_exact:
-        return np.empty((0, TUNING_K), dtype=np.int64)
-    return exact_search(queries, blocks_until(rows.blocks(), known), TUNING_K, config.metric)[0]
+def _farther_half(searcher: SegmentSearcher, queries: NDArray[np.float32], metric: Metric) -> NDArray[np.float32]:
+    """Those that are farther from the rows, about: by what a search finds."""
+    _, scores = searcher.search(queries, TUNING_K, {"ef_search": ROUGH_EF_SEARCH})
+    order = np.argsort(scores[:, -1] if smaller_is_better(metric) else -scores[:, -1], kind="stable")
+    return queries[np.sort(order[len(order) // 2 :])]
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """Exact answers from the first `known` rows; none for an exact index."""
+
+    rows: Rows
+    known: int
+    metric: Metric
+    needed: bool
+
+    def of(self, queries: NDArray[np.float32]) -> TuningSet:
+        if not self.needed:
+            return TuningSet(queries, np.empty((0, TUNING_K), np.int64), np.empty((0, TUNING_K), np.float32))
+        blocks = blocks_until(self.rows.blocks(), self.known)
+        return TuningSet(queries, *exact_search(queries, blocks, TUNING_K, self.metric))
 
 
 def _self_test(searcher: SegmentSearcher, rows: Rows, config: CollectionConfig, point: OperatingPoint) -> SelfTest:

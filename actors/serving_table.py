@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from actors.shard import ReplicaStatus
-from actors.shard_client import ServedCollection
+from actors.shard_client import ServedCollection, ShardEndpoint
 from cluster.manifest import Manifest, ShardEntry
 from cluster.placement import Candidate, ReplicaKey, leader
 
@@ -62,6 +62,15 @@ def _primaries(manifest: Manifest, statuses: Statuses) -> dict[int, ReplicaKey]:
         if (primary := leader(candidates)) is not None:
             primaries[entry.shard] = primary
     return primaries
+
+
+def known_endpoints(statuses: Statuses, before: Mapping[ReplicaKey, ShardEndpoint]) -> dict[ReplicaKey, ShardEndpoint]:
+    """Where replicas take direct connections. `before` has what was known until now.
+
+    While a replica does not answer, that stays: it may only be slow, and calls to it that are under way go on.
+    """
+    told = {key: s.endpoint if s.pid else before.get(key) for key, s in sorted(statuses.items())}
+    return {key: endpoint for key, endpoint in told.items() if endpoint is not None}
 
 
 def why_unready(served: ServedCollection | None, statuses: Statuses) -> str:

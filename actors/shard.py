@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from actors.live_generation import NOTHING, Existed, LiveGeneration
 from actors.segment_loader import LoadedSegment, cached_path, load_segment
+from actors.shard_client import ShardEndpoint
 from actors.shard_view import ShardView
 from cluster.errors import EaglerayError, Unavailable
 from cluster.manifest import Manifest, ManifestLog, ShardEntry
@@ -42,6 +43,7 @@ class ReplicaStatus:
     are Arrow types, as text, by generation and name. `lsn` is the last record applied; `epoch` is that of the replica
     as primary, 0 where it is none. `upkeep` tells what is being sealed or merged, or why that failed. `observed` has
     the recall of live queries (`RecallObserver.observed`), for each generation of which some were evaluated.
+    `endpoint` is where it takes direct connections, None where it does not.
     """
 
     state: ReplicaState
@@ -60,6 +62,7 @@ class ReplicaStatus:
     tail_points: int = 0
     tombstones: int = 0
     upkeep: str = ""
+    endpoint: ShardEndpoint | None = None
 
 
 class Shard:

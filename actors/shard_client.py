@@ -50,6 +50,21 @@ class ShardClient(Protocol):
 
 
 @dataclass(frozen=True)
+class ShardEndpoint:
+    """Where a replica's process listens for direct connections, and the secret that proves that it is this process.
+
+    The secret is made anew by every process, travels over Ray only, and is shown nowhere.
+    """
+
+    host: str
+    port: int
+    secret: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
 class ServedCollection:
     """What coordinators serve of one collection: one generation, and the ready replicas that hold it."""
 
@@ -70,6 +85,7 @@ class ServingTable:
     stamp: str
     collections: dict[str, ServedCollection] = field(default_factory=dict)
     unready: dict[str, str] = field(default_factory=dict)  # collection -> why it is not (fully) served
+    endpoints: dict[ReplicaKey, ShardEndpoint] = field(default_factory=dict)  # of replicas that listen
 
 
 class Directory(Protocol):

@@ -6,7 +6,7 @@ Searches and fetches run on a view, so that none sees half a write, and none wai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from actors.tail import TailView
 from cluster.config import CollectionConfig
 from cluster.errors import EaglerayError, Invalid
 from cluster.ids import ID_ARROW_TYPE
-from cluster.query import Hits, SearchGroup, ShardSearch
+from cluster.query import Hits, SearchGroup, SearchParams, ShardSearch
 from cluster.row_selection import RowSelection
 from cluster.segment import ROW_COLUMNS
 from cluster.topk import merge_hits
@@ -80,8 +80,7 @@ class ShardView:
             parts.append(self._tail_hits(self.tail, queries, group))
         if not parts:
             return Hits(np.zeros(len(queries), np.int64), self._no_ids(), np.empty(0, np.float32), lsn=self.lsn)
-        merged = merge_hits(parts, group.k, self.config.metric)
-        return Hits(merged.counts, merged.ids, merged.scores, merged.columns, self.lsn)
+        return merge_hits(parts, group.k, self.config.metric)
 
     def _segments_hits(self, queries: NDArray[np.float32], group: SearchGroup) -> list[Hits]:
         """Raw knobs go to the segments whose index takes them; Invalid where one fits none of them."""
@@ -90,7 +89,7 @@ class ShardView:
             params = group.params
             while self._has_rows(segment):
                 try:
-                    parts.append(self._segment_hits(segment, queries, replace(group, params=params)))
+                    parts.append(self._segment_hits(segment, queries, group, params))
                     taken |= params.given.keys()
                     break
                 except Invalid as error:
@@ -110,19 +109,17 @@ class ShardView:
     def _no_ids(self) -> Any:
         return pa.array([], type=ID_ARROW_TYPE[self.config.id_type])
 
-    def _segment_hits(self, segment: LoadedSegment, queries: NDArray[np.float32], group: SearchGroup) -> Hits:
-        labels, scores = segment.search(queries, group.k, group.params, self.selection(segment))
-        found = labels >= 0
-        rows = labels[found]
+    def _segment_hits(
+        self, segment: LoadedSegment, queries: NDArray[np.float32], group: SearchGroup, params: SearchParams
+    ) -> Hits:
+        counts, rows, scores = _flat(*segment.search(queries, group.k, params, self.selection(segment)))
         columns = self._segment_columns(segment, rows, group.columns) if group.columns else None
-        return Hits(found.sum(axis=1), segment.ids.take(pa.array(rows)), scores[found], columns)
+        return Hits(counts, segment.ids_of(rows), scores, columns, self.lsn)
 
     def _tail_hits(self, tail: TailView, queries: NDArray[np.float32], group: SearchGroup) -> Hits:
-        labels, scores = tail.search(queries, group.k)
-        found = labels >= 0
-        rows = labels[found]
+        counts, rows, scores = _flat(*tail.search(queries, group.k))
         columns = self._tail_columns(tail, rows, group.columns) if group.columns else None
-        return Hits(found.sum(axis=1), tail.ids(rows), scores[found], columns)
+        return Hits(counts, tail.ids(rows), scores, columns, self.lsn)
 
     def _segment_columns(self, segment: LoadedSegment, rows: NDArray[np.int64], columns: Sequence[str]) -> Any:
         """The table of some rows; without rows an empty one, so that the answer's schema does not depend on the data.
@@ -183,3 +180,13 @@ class ShardView:
         if selection is None:
             return rows
         return np.where((rows >= 0) & selection.holds(np.maximum(rows, 0)), rows, -1)
+
+
+def _flat(
+    labels: NDArray[np.int64], scores: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """(hits of each query (n,), their rows, their scores) of labels (n, width), negative where there is none."""
+    found = labels >= 0
+    if np.count_nonzero(found) == found.size:
+        return np.full(len(labels), labels.shape[1]), labels.reshape(-1), scores.reshape(-1)
+    return found.sum(axis=1), labels[found], scores[found]

@@ -17,9 +17,9 @@ from dataclasses import replace
 from typing import Any
 
 from actors.known_manifests import KnownManifests
-from actors.serving_table import served_collection, why_unready
+from actors.serving_table import known_endpoints, served_collection, why_unready
 from actors.shard import ReplicaStatus
-from actors.shard_client import ServedCollection, ServingTable
+from actors.shard_client import ServedCollection, ServingTable, ShardEndpoint
 from actors.watched_replicas import Runtime, WatchedReplicas, log_failure
 from cluster.config import Settings
 from cluster.errors import Corrupt, EaglerayError, NotFound, Unavailable
@@ -189,7 +189,7 @@ class Supervisor:
         return self._table
 
     def describe(self, collection: str) -> dict[str, Any]:
-        """A collection's manifest facts and its replicas' statuses, as plain data.
+        """A collection's manifest facts and its replicas' statuses, as plain data; without the replicas' secrets.
 
         NotFound; Corrupt where its manifest cannot be read and no earlier one is known; Unavailable at the start.
         """
@@ -204,7 +204,7 @@ class Supervisor:
         return {
             "manifest": manifest,
             "serving_generation": served.generation if served else None,
-            "statuses": self._statuses_of(manifest),
+            "statuses": {key: replace(one, endpoint=None) for key, one in self._statuses_of(manifest).items()},
         }
 
     def _wanted(self) -> dict[ReplicaKey, WantedReplica]:
@@ -294,33 +294,35 @@ class Supervisor:
     def _publish(self) -> None:
         before = self._table.collections if self._table else {}
         collections: dict[str, ServedCollection] = {}
+        endpoints: dict[ReplicaKey, ShardEndpoint] = {}
         unready = dict(self._known.unreadable)
         for name, newest in self._known.newest.items():
             statuses = self._statuses_of(newest)
+            endpoints |= known_endpoints(statuses, self._table.endpoints if self._table else {})
             if name in self._served:
                 collections[name] = served_collection(self._served[name], statuses, before.get(name))
             why = why_unready(collections.get(name), statuses)
             if why:
                 unready[name] = why
-        if self._table is None or self._worth_publishing(self._table, collections, unready):
+        table = ServingTable(self._new_nonce(), collections, unready, endpoints)
+        if self._table is None or self._worth_publishing(self._table, table):
             for name, served in collections.items():
                 if name not in before or before[name].generation != served.generation:
                     self._served_since[name] = self._clock()
-            self._table = ServingTable(self._new_nonce(), collections, unready)
+            self._table = table
             self._published_at = self._clock()
             self._changed.set()
             self._changed = asyncio.Event()
 
-    def _worth_publishing(
-        self, table: ServingTable, collections: dict[str, ServedCollection], unready: dict[str, str]
-    ) -> bool:
+    def _worth_publishing(self, table: ServingTable, fresh: ServingTable) -> bool:
         """Whether anything changed. Points alone, which do so with every write, are published now and then."""
-        if (collections, unready) == (table.collections, table.unready):
+        if replace(fresh, stamp=table.stamp) == table:
             return False
         if self._clock() - self._published_at >= POINTS_PERIOD_S:
             return True
-        return (_without_points(collections), unready) != (_without_points(table.collections), table.unready)
+        return _without_points(fresh) != _without_points(table)
 
 
-def _without_points(collections: dict[str, ServedCollection]) -> dict[str, ServedCollection]:
-    return {name: replace(served, shard_points={}) for name, served in collections.items()}
+def _without_points(table: ServingTable) -> ServingTable:
+    collections = {name: replace(served, shard_points={}) for name, served in table.collections.items()}
+    return replace(table, stamp="", collections=collections)

@@ -15,7 +15,7 @@ def found_with_ties(find: Callable[[NDArray[np.float32], int], Found], queries: 
     """The best `k` rows that `find(queries, width)` has for each query, or more where points tie with the k-th."""
     rows, scores = find(queries, k + 1)
     tied = _ties_at(rows, scores, k)
-    if not tied.any():
+    if not np.count_nonzero(tied):
         return rows[:, :k], scores[:, :k]
     more = find(queries[tied], k + TIES_MAX)
     return _with_ties((rows, scores), more, tied, k)

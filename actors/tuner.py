@@ -3,7 +3,8 @@
 Queries are real ones where enough were kept. Else they are made of stored rows that the index has not seen: each gets
 noise of the data's own covariance, as strong as the data spread. On WordNet that is about as hard as real sentences
 are, for graphs and for lists; rows as they are, jittered or not, are easier, and midpoints of rows harder for graphs
-(docs/decisions/0004-adaptive-index.md).
+(docs/decisions/0004-adaptive-index.md). A graph is tuned with both: rows as they are say what queries among the rows
+need, rows with noise what those far from all rows do (`tune_near_and_far`, docs/decisions/0006-speed.md).
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config import Metric
-from cluster.index_spec import search_grid
+from cluster.index_spec import FAR_EF_SEARCH, FAR_SCORE, search_grid
 from cluster.segment import OperatingPoint
-from cluster.topk import recall_at_k
+from cluster.topk import recall_at_k, smaller_is_better
 
 TUNING_K = 10
 HELD_OUT_MAX = 1_000
+NEAR_SHARES = (0.5, 0.95)  # of the rows, by how far they are from the others: the first are too easy to prove anything,
+NEAR_QUERIES_MIN = 20  # those beyond the second count as far
 TUNED_SHARE = 0.7  # of the queries; the others validate
 STANDARD_TARGETS = (0.90, 0.95, 0.99)
 ONE_SIDED_95 = 1.645  # standard normal quantile
@@ -39,6 +43,18 @@ class Searcher(Protocol):
     """What is tuned (`SegmentSearcher`)."""
 
     def search(self, queries: Vectors, width: int, params: Params) -> tuple[Labels, Vectors]: ...
+
+
+@dataclass(frozen=True)
+class TuningSet:
+    """Queries (n, d), their exact rows and the scores of these (n, 10); none, (0, 10), of an exact index."""
+
+    queries: Vectors
+    truth: Labels
+    scores: Vectors
+
+    def of(self, which: NDArray[np.bool_]) -> TuningSet:
+        return TuningSet(self.queries[which], self.truth[which], self.scores[which])
 
 
 @dataclass(frozen=True)
@@ -84,46 +100,96 @@ def recall_interval(recalls: NDArray[np.float64]) -> tuple[float, float]:
 def tune(
     searcher: Searcher,
     knobs: Knobs,
-    queries: Vectors,
-    truth: Labels,
+    asked: TuningSet,
     target_recall: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[OperatingPoint, ...]:
     """Operating points for the collection's own target (first) and the standard ones.
 
-    `truth` (queries, 10) holds exact rows, none (0, 10) of an exact index. A target that no parameters reach gets the
-    best ones, `met=False`.
+    A target that no parameters reach gets the best ones, `met=False`.
     """
-    targets = (target_recall, *(t for t in STANDARD_TARGETS if t != target_recall))
-    tuning = _Tuning(searcher, knobs, queries, truth, clock)
-    return tuple(tuning.point(target) for target in targets)
+    tuning = _Tuning(searcher, knobs, asked, clock)
+    return tuple(tuning.point(target) for target in _targets(target_recall))
+
+
+def tune_near_and_far(
+    searcher: Searcher,
+    knobs: Knobs,
+    near: TuningSet,
+    far: TuningSet,
+    metric: Metric,
+    target_recall: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[OperatingPoint, ...]:
+    """As `tune`, of a graph: `ef_search` is proven with queries like the rows, `near`.
+
+    Queries whose tenth hit then scores worse than `FAR_SCORE` are searched again with `FAR_EF_SEARCH`, whose mean
+    recall reaches the target for `far`, which are to be farther than most. How much a query needs depends on how far
+    it is from the rows more than on what it is. What is told of a point was measured with all of `near`.
+    """
+    nearby, far_score = _near_queries(near, metric)
+    proving = _Tuning(searcher, knobs, nearby, clock)
+    harder = _Tuning(searcher, knobs, far, clock, proven=False)
+    told = _Tuning(searcher, knobs, near, clock)
+    return tuple(_joined(proving, harder, told, target, far_score) for target in _targets(target_recall))
+
+
+def _joined(nearby: _Tuning, far: _Tuning, told: _Tuning, target: float, far_score: float) -> OperatingPoint:
+    params, met = nearby.least(target)
+    far_params, far_met = far.least(target)
+    if far_params["ef_search"] > params["ef_search"] and isfinite(far_score):
+        params = {**params, FAR_EF_SEARCH: far_params["ef_search"], FAR_SCORE: far_score}
+    return replace(told.measured(params), target_recall=target, met=met and far_met)
+
+
+def _near_queries(asked: TuningSet, metric: Metric) -> tuple[TuningSet, float]:
+    """(the farther ones of those that are near, the score of the tenth hit beyond which a query is far).
+
+    A target that holds for these holds as well where more queries than rows are at such a distance.
+    """
+    cost = asked.scores[:, -1] if smaller_is_better(metric) else -asked.scores[:, -1]
+    easy, far = np.quantile(cost, NEAR_SHARES, method="lower")
+    harder = (cost > easy) & (cost <= far)
+    chosen = asked.of(harder) if harder.sum() >= NEAR_QUERIES_MIN else asked
+    return chosen, float(far if smaller_is_better(metric) else -far)
+
+
+def _targets(target_recall: float) -> tuple[float, ...]:
+    return (target_recall, *(t for t in STANDARD_TARGETS if t != target_recall))
 
 
 class _Tuning:
     """Measurements of one index, each made once."""
 
     def __init__(
-        self, searcher: Searcher, knobs: Knobs, queries: Vectors, truth: Labels, clock: Callable[[], float]
+        self, searcher: Searcher, knobs: Knobs, asked: TuningSet, clock: Callable[[], float], *, proven: bool = True
     ) -> None:
         self._searcher = searcher
         self._knobs = knobs
-        self._queries = queries
-        self._truth = truth
+        self._queries = asked.queries
+        self._truth = asked.truth
         self._clock = clock
-        self._tuned = max(1, round(len(queries) * TUNED_SHARE))
-        self._recalls: dict[tuple[float, ...], NDArray[np.float64]] = {}
-        self._timed: dict[tuple[float, ...], OperatingPoint] = {}
+        self._proven = proven  # by the lower end of the interval; else the mean is enough
+        self._tuned = max(1, round(len(self._queries) * TUNED_SHARE))
+        self._recalls: dict[tuple[tuple[str, float], ...], NDArray[np.float64]] = {}
+        self._timed: dict[tuple[tuple[str, float], ...], OperatingPoint] = {}
 
     def point(self, target: float) -> OperatingPoint:
         """The fastest parameters that are proven to reach the target, else the ones with the best recall."""
+        params, met = self.least(target)
+        return replace(self.measured(params), target_recall=target, met=met)
+
+    def least(self, target: float) -> tuple[Params, bool]:
+        """(parameters, whether they reach the target) of `point`; timed only where there is a choice."""
         if not self._knobs.names:
-            return replace(self._measured({}), target_recall=target, met=self._reaches({}, target))
+            return {}, self._reaches({}, target)
         reaching = [params for params in self._cheapest(target) if self._reaches(params, target)]
+        if len(reaching) > 1:
+            return max(reaching, key=lambda params: self.measured(params).queries_per_s), True
         if reaching:
-            timed = [self._measured(params) for params in reaching]
-            return replace(max(timed, key=lambda p: p.queries_per_s), target_recall=target, met=True)
-        best = max(self._recalls, key=lambda values: self._recalls[values].mean())
-        return replace(self._measured(self._named(best)), target_recall=target, met=False)
+            return reaching[0], True
+        best, _ = max(self._recalls.items(), key=lambda item: float(item[1].mean()))
+        return dict(best), False
 
     def _cheapest(self, target: float) -> list[Params]:
         """The least value of the first knob that reaches the target, for each value of the second worth trying."""
@@ -162,33 +228,32 @@ class _Tuning:
         return grid[high]
 
     def _reaches(self, params: Params, target: float) -> bool:
-        """Proven by all queries together, and not refuted by those that validate alone."""
+        """By all queries together, and not refuted by those that validate alone."""
         recalls = self._recall(params)
         validating = recalls[self._tuned :]
         refuted = len(validating) > 0 and recall_interval(validating)[1] < target
-        return recall_interval(recalls)[0] >= target and not refuted
+        reached = recall_interval(recalls)[0] if self._proven else float(recalls.mean())
+        return reached >= target and not refuted
 
     def _recall(self, params: Params) -> NDArray[np.float64]:
         if not len(self._truth):
             return np.ones(len(self._queries))
-        values = tuple(params[name] for name in self._knobs.names)
-        if values not in self._recalls:
+        key = tuple(params.items())
+        if key not in self._recalls:
             found, _ = self._searcher.search(self._queries, TUNING_K, params)
-            self._recalls[values] = recall_at_k(found, self._truth)
-        return self._recalls[values]
+            self._recalls[key] = recall_at_k(found, self._truth)
+        return self._recalls[key]
 
-    def _named(self, values: tuple[float, ...]) -> Params:
-        return dict(zip(self._knobs.names, values, strict=True))
-
-    def _measured(self, params: Params) -> OperatingPoint:
-        values = tuple(params.values())
-        if values not in self._timed:
+    def measured(self, params: Params) -> OperatingPoint:
+        """Recall and speed of parameters, as an operating point of no target."""
+        key = tuple(params.items())
+        if key not in self._timed:
             recalls = self._recall(params)
             latency_ms, queries_per_s = self._latency_ms(params), self._queries_per_s(params)
             low, _ = recall_interval(recalls)
             mean = float(recalls.mean())
-            self._timed[values] = OperatingPoint(0.0, params, mean, low, latency_ms, False, queries_per_s)
-        return self._timed[values]
+            self._timed[key] = OperatingPoint(0.0, params, mean, low, latency_ms, False, queries_per_s)
+        return self._timed[key]
 
     def _latency_ms(self, params: Params) -> float:
         """Median time of one single-query search, in milliseconds."""

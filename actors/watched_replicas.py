@@ -242,7 +242,8 @@ class WatchedReplicas:
 
 def _decisive(status: ReplicaStatus) -> tuple[object, ...]:
     """What a round must look at without delay. The rest, such as the LSN, changes each second under writes."""
-    return status.state, status.error, status.versions, status.generations, status.epoch, status.attributes
+    s = status
+    return s.state, s.error, s.versions, s.generations, s.epoch, s.attributes, s.endpoint
 
 
 def log_failure(what: str, error: Exception) -> None:

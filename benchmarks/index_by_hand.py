@@ -31,7 +31,7 @@ from actors.exact_search import exact_search
 from actors.faiss_index import use_threads
 from actors.segment_builder import BuildOptions, build_segment, publish_segment
 from actors.segment_loader import LoadedSegment, load_segment
-from actors.tuner import Knobs, tune
+from actors.tuner import Knobs, TuningSet, tune
 from cluster import paths
 from cluster.arrow_rows import vectors_array, vectors_view
 from cluster.config import CollectionConfig, IndexConfig, Metric
@@ -191,15 +191,15 @@ def adaptive_contenders(segment: LoadedSegment, work: Work, truth: Any) -> list[
         (
             "alone",
             t,
-            contender(f"{points[t].params}{'' if points[t].met else ' NOT MET'}", SearchParams(**points[t].params)),
+            contender(f"{points[t].params}{'' if points[t].met else ' NOT MET'}", SearchParams(target_recall=t)),
         )
         for t in TARGETS
     ]
     if work.recorded is not None:
-        known, _ = exact_search(work.recorded, segment.rows.blocks(), K, work.metric)
+        asked = TuningSet(work.recorded, *exact_search(work.recorded, segment.rows.blocks(), K, work.metric))
         searcher = segment.searcher
         knobs = Knobs(segment.spec.tuned_knobs, segment.rows.count, searcher.index.lists)
-        tuned = tune(searcher, knobs, work.recorded, known, 0.95)
+        tuned = tune(searcher, knobs, asked, 0.95)
         by_target = {point.target_recall: point for point in tuned}
         found += [
             ("recorded", t, contender(str(by_target[t].params), SearchParams(**by_target[t].params))) for t in TARGETS

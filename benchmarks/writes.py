@@ -32,7 +32,7 @@ import typer
 
 from actors.primary import Primary
 from actors.shard import Shard
-from benchmarks.http_vs_faiss import in_child, machine, start_server
+from benchmarks.served import machine, start_server
 from cluster.arrow_rows import vectors_array
 from cluster.config import CollectionConfig, Limits, Upkeep
 from cluster.manifest import ManifestLog
@@ -41,7 +41,7 @@ from cluster.wal import WalRecord
 from cluster.write import PointWrite
 from serve.arrow_bodies import ARROW
 from serve.client import Client
-from serve.load import encode_request, run_load
+from serve.load import encode_request, in_child, run_load
 from serve.local_cluster import free_ports
 
 WRITERS, BATCHES = (1, 8, 64), (1, 1_000)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,9 +17,12 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import from_url
 
 from cluster.errors import NotFound, Unavailable
-from cluster.object_store import ObjectInfo, check_key
+from cluster.object_store import ObjectInfo, Seen, check_key, unseen
 
-DOWNLOAD_CHUNK_BYTES = 8 * 1024 * 1024
+DOWNLOAD_CHUNK_BYTES = 1024 * 1024
+RANGE_BYTES = 4 * 1024 * 1024  # of a large object that are asked for at once; what is in flight lies in memory ...
+RANGES_AT_ONCE = 4  # ... for each download: one connection to a cloud store gives less than the network does
+STREAMED_BYTES_MAX = RANGES_AT_ONCE * RANGE_BYTES  # an object of up to so many comes over one connection
 CONNECT_TIMEOUT_S = 3.0
 STALL_TIMEOUT_S = 30.0  # of silence within a request; it does not bound a long transfer
 TRANSFER_TIMEOUT_S = 3_600.0  # one request with its body; obstore's own 30 s cuts large segments into many retries
@@ -56,12 +62,30 @@ class CloudStore:
         with self._errors(key), path.open("rb") as source:
             obstore.put(self._store, check_key(key), source)
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, seen: Seen = unseen) -> None:
         with self._errors(key):
-            stream = obstore.get(self._store, check_key(key)).stream(min_chunk_size=DOWNLOAD_CHUNK_BYTES)
+            pieces = self._pieces(check_key(key))
             with path.open("wb") as target:
-                for chunk in stream:
-                    target.write(chunk)
+                for piece in pieces:
+                    view = memoryview(piece)
+                    seen(view)
+                    target.write(view)
+
+    def _pieces(self, key: str) -> Iterable[Any]:
+        """The bytes of an object in order: as they come, or of a large one in ranges, several of them under way.
+
+        A large object must not be written again meanwhile; who cannot be sure of that compares checksums.
+        """
+        found = obstore.get(self._store, key)
+        size_bytes = found.meta["size"]
+        if size_bytes <= STREAMED_BYTES_MAX:
+            pieces: Iterable[Any] = found.stream(min_chunk_size=DOWNLOAD_CHUNK_BYTES)
+            return pieces
+
+        def fetch(start: int) -> Any:
+            return obstore.get_range(self._store, key, start=start, end=min(start + RANGE_BYTES, size_bytes))
+
+        return _in_order(fetch, range(0, size_bytes, RANGE_BYTES), RANGES_AT_ONCE)
 
     def local_path(self, key: str) -> Path | None:
         return None
@@ -94,6 +118,16 @@ class CloudStore:
             raise NotFound(f"no object {what}") from None
         except (BaseError, OSError) as error:
             raise Unavailable(f"{self._url}: {what}: {str(error).partition(chr(10))[0]}") from error
+
+
+def _in_order(fetch: Callable[[int], Any], items: Iterable[int], at_once: int) -> Iterator[Any]:
+    """`fetch` of each item, in order, `at_once` of them under way or waiting to be taken."""
+    left = iter(items)
+    with ThreadPoolExecutor(at_once, "ranges") as pool:
+        coming = deque(pool.submit(fetch, item) for item in islice(left, at_once))
+        while coming:
+            yield coming.popleft().result()
+            coming.extend(pool.submit(fetch, item) for item in islice(left, 1))
 
 
 def _client_options() -> dict[str, Any]:

@@ -16,6 +16,7 @@ IndexKindChoice = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq
 Codes = Literal["float32", "float16", "sq8"]
 RerankStore = Literal["none", "rows", "sq8", "float16", "float32"]
 Device = Literal["cpu", "gpu"]
+ShardTransport = Literal["direct", "actor"]
 
 COLLECTION_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 DIMENSION_MAX = 65_536
@@ -192,7 +193,10 @@ class Limits:
 
     `answer_numbers` bounds the memory of an answer: a hit counts as 4 numbers, and its vector as its dimension.
     `recent_queries` is how many vectors of a collection's searches a coordinator keeps for its next import to tune
-    on; 0 keeps none, and deletes what was kept. `attribute_bytes` is of one point. Writes that wait for a shard take
+    on; 0 keeps none, and deletes what was kept. A call to a shard takes at most `batch_vectors` or `batch_bytes`, and
+    those in flight to one replica about `batch_ms` of predicted time. An endpoint refuses searches while those of their
+    collection are predicted to wait more than `queue_ms` for a shard, or `requests_in_flight` are in flight and their
+    collection has its share of them. `attribute_bytes` is of one point. Writes that wait for a shard take
     at most `queued_write_bytes_per_shard`, those that share one WAL object `wal_object_bytes` (one that is larger goes
     alone).
     """
@@ -205,6 +209,10 @@ class Limits:
     timeout_ms: int = 60_000
     queued_vectors_per_shard: int = 65_536
     batch_vectors: int = 512
+    batch_bytes: int = 4 * 1024 * 1024
+    batch_ms: int = 25
+    queue_ms: int = 500
+    requests_in_flight: int = 320
     calls_in_flight_per_replica: int = 2
     recent_queries: int = 1_000
     points_per_upsert: int = 10_000
@@ -251,6 +259,17 @@ class Upkeep:
             )
 
 
+def parse_ports(text: str) -> range:
+    """`shard_ports` as ports: of "20000-20999" those from 20000 to 20999, of "20000" that one, of "" none."""
+    found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text) if isinstance(text, str) else None
+    if text == "":
+        return range(0)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1024 <= first <= last <= 65_535:
+        raise Invalid.at("shard_ports", f"must be ports from 1024 to 65535, such as 20000-20999, not {text!r}")
+    return range(first, last + 1)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Process-wide settings, the same in every process of one Eagleray.
@@ -260,6 +279,11 @@ class Settings:
     cores divided by the collection's shards). `cache_dir` keeps downloaded segments (None: a private folder under the
     system's temporary directory). `observed_share` of the live queries is answered exactly as well, to tell their
     recall (0: none); a replica spends at most the share `observed_duty` of one core's time on that.
+
+    `shard_transport` is how coordinators call replicas: "direct" by a TCP connection to a port of the replica's node,
+    "actor" by Ray's actor calls, where nodes may not open such connections to each other; it is slower. `shard_ports`
+    are the ports that replicas take, such as "20000-20999", at least as many as there may be replicas on one node and
+    none of Ray's ("": any that is free).
     """
 
     data: str
@@ -271,10 +295,16 @@ class Settings:
     replica_timeout_s: float = 5.0
     observed_share: float = 0.001
     observed_duty: float = 0.02
+    shard_transport: ShardTransport = "direct"
+    shard_ports: str = ""
     limits: Limits = field(default_factory=Limits)
     upkeep: Upkeep = field(default_factory=Upkeep)
 
     def __post_init__(self) -> None:
+        if self.shard_transport not in get_args(ShardTransport):
+            choices = ", ".join(get_args(ShardTransport))
+            raise Invalid.at("shard_transport", f"must be one of {choices}, not {self.shard_transport!r}")
+        parse_ports(self.shard_ports)
         if not isinstance(self.shard_cpus, int | float) or not 0 <= self.shard_cpus < float("inf"):
             raise Invalid.at("shard_cpus", f"must be a number from 0 on, not {self.shard_cpus!r}")
         for name in ("reconcile_period_s", "replica_timeout_s"):

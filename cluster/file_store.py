@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cluster.errors import NotFound, Unavailable
-from cluster.object_store import ObjectInfo, check_key
+from cluster.object_store import ObjectInfo, Seen, check_key, unseen
 
 ASIDE = ".aside"  # files being written; a crash leaves only garbage here
 ASIDE_ABANDONED_S = 24 * 3600.0
 COPY_CHUNK_BYTES = 8 * 1024 * 1024
+DOWNLOAD_CHUNK_BYTES = 1024 * 1024  # stays in a core's cache while it is hashed
 NAME_ATTEMPTS = 20  # to name a file in a folder that concurrent deletes keep removing
 
 
@@ -58,9 +59,17 @@ class FileStore:
         with _errors(key), path.open("rb") as source:
             self._publish(self._write_aside(source), self._path(key), overwrite=True)
 
-    def download(self, key: str, path: Path) -> None:
-        with _errors(key), _not_found(key):
-            shutil.copyfile(self._path(key), path)
+    def download(self, key: str, path: Path, seen: Seen = unseen) -> None:
+        buffer = memoryview(bytearray(DOWNLOAD_CHUNK_BYTES))
+        with (
+            _errors(key),
+            _not_found(key),
+            self._path(key).open("rb", buffering=0) as source,
+            path.open("wb") as target,
+        ):
+            while read := source.readinto(buffer):
+                seen(buffer[:read])
+                target.write(buffer[:read])
 
     def local_path(self, key: str) -> Path | None:
         path = self._path(key)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, log2, sqrt
 
-from cluster.config import Metric, VectorDtype
+from cluster.config import CollectionConfig, Metric, VectorDtype
 from cluster.index_spec import (
     GRAPH_COARSE_LISTS,
     TRAINING_POINTS_PER_CENTROID,
@@ -28,6 +28,10 @@ COARSE_LINK_BYTES = 8 * 32 + 16  # of the graph over the centroids
 KMEANS_ROUNDS = 10
 CACHE_GROWTH = 0.29  # a graph's insertion slows down by this power of its bytes: 0.18 to 0.39 measured
 RABITQ_FACTOR_BYTES = 8
+
+ID_HASH_BYTES = 8
+TEXT_ID_BYTES = 8 + 16  # of an id that is text: its offset, and the text of one that nobody has seen yet
+PROCESS_BYTES = 150_000_000  # of a replica that has loaded nothing, measured: half of it are pages of shared libraries
 
 # Recall@10 that can be reached with every knob open, the worst of 4 sets; the final distances are exact.
 RECALL_REACHED = 0.999
@@ -54,6 +58,23 @@ class Rates:
 
 
 REFERENCE = Rates()
+
+
+@dataclass(frozen=True)
+class ReplicaMemory:
+    """Bytes of one replica. `rows` are those of a mapped file without attributes: pages of the page cache, of which
+    only those are in memory that were read, and which the system takes back when it needs them."""
+
+    index: int
+    ids: int
+    rows: int
+    process: int = PROCESS_BYTES
+
+
+def replica_memory(index: int, count: int, config: CollectionConfig) -> ReplicaMemory:
+    """Of a shard of `count` points whose index takes `index` bytes."""
+    ids = count * (ID_BYTES if config.id_type == "int64" else TEXT_ID_BYTES)
+    return ReplicaMemory(index, ids, ids + count * (config.dimension * CODE_BYTES[config.vector_dtype] + ID_HASH_BYTES))
 
 
 def index_bytes(spec: IndexSpec, count: int, dimension: int, metric: Metric = "l2") -> int:

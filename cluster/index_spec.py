@@ -23,6 +23,7 @@ TRAINING_POINTS_PQ = 256 * 256  # FAISS takes at most 256 a centroid of a sub-qu
 GRAPH_COARSE_LISTS = 16_384  # from so many lists on a graph finds the nearest centroids faster than a scan
 KNOB_STEP = 1.06  # neighbouring values of a search grid
 EF_SEARCH_MAX = 2_048
+FAR_SCORE, FAR_EF_SEARCH = "far_score", "far_ef_search"  # of operating points: see `actors.tuner.tune_near_and_far`
 RERANK_GRID = (2, 4, 8, 16, 32, 128)
 REFINED_KINDS = ("ivf_pq", "ivf_rabitq", "factory")  # their codes rank candidates too roughly to be taken as they are
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cluster.errors import NotFound
-from cluster.object_store import ObjectInfo, check_key
+from cluster.object_store import ObjectInfo, Seen, check_key, unseen
 
 
 class MemoryStore:
@@ -46,8 +46,10 @@ class MemoryStore:
     def upload(self, path: Path, key: str) -> None:
         self.put(key, path.read_bytes())
 
-    def download(self, key: str, path: Path) -> None:
-        path.write_bytes(self.get(key))
+    def download(self, key: str, path: Path, seen: Seen = unseen) -> None:
+        data = self.get(key)
+        seen(data)
+        path.write_bytes(data)
 
     def local_path(self, key: str) -> Path | None:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,13 @@ class ObjectInfo:
     key: str
     size_bytes: int
     modified_s: float
+
+
+Seen = Callable[[bytes | memoryview], object]  # called with pieces of an object
+
+
+def unseen(piece: bytes | memoryview) -> None:
+    """For who does not look at the pieces."""
 
 
 class ObjectStore(Protocol):
@@ -43,8 +50,11 @@ class ObjectStore(Protocol):
         """Write a local file of any size as an object, streaming."""
         ...
 
-    def download(self, key: str, path: Path) -> None:
-        """Copy an object to a local file, streaming; NotFound if there is none."""
+    def download(self, key: str, path: Path, seen: Seen = unseen) -> None:
+        """Copy an object to a local file, streaming; NotFound if there is none.
+
+        `seen` is given every piece, in order, so that who wants a checksum need not read the file again.
+        """
         ...
 
     def local_path(self, key: str) -> Path | None:

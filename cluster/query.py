@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SearchParams:
     """How one search is done. Without anything given: at the tuned operating point of the collection's own target.
 
@@ -37,7 +37,7 @@ class SearchParams:
         return replace(self, **knobs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Query:
     """One search request. `vectors` is float32, shape (n, dimension), finite, normalised under cosine."""
 
@@ -51,7 +51,7 @@ class Query:
     min_lsn: Mapping[int, int] = field(default_factory=dict)  # shard -> LSN that its answer must include
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SearchGroup:
     """Rows `start` to `stop` of a batch that share everything but their vectors."""
 
@@ -62,7 +62,7 @@ class SearchGroup:
     columns: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardSearch:
     """One call to one shard: many requests' vectors, shape (n, dimension) float32, and how to search them.
 
@@ -76,7 +76,7 @@ class ShardSearch:
     min_lsn: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fetched:
     """Points of one shard by id: `found` (n,) bool, the table of the found ones' columns in the order asked (None: none
     was found), and the LSN of what was looked at."""
@@ -86,7 +86,7 @@ class Fetched:
     lsn: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Hits:
     """Hits of consecutive queries, flattened: no padding.
 
@@ -102,7 +102,7 @@ class Hits:
     lsn: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Coverage:
     """The fraction of shards, and of points, that answered; the shards that did not."""
 
@@ -114,7 +114,7 @@ class Coverage:
         return {"shards": self.shards, "points": self.points, "missing": list(self.missing)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SearchResult:
     """The merged answer to one `Query`."""
 
@@ -124,9 +124,14 @@ class SearchResult:
     lsn: Mapping[int, int] = field(default_factory=dict)  # by shard that answered
 
 
-def coverage_of(shard_points: dict[int, int], answered: set[int]) -> Coverage:
+FULL_COVERAGE = Coverage(1.0, 1.0)
+
+
+def coverage_of(shard_points: Mapping[int, int], answered: Collection[int]) -> Coverage:
     """Coverage when the shards in `answered` replied, of all in `shard_points` (shard -> points)."""
-    missing = tuple(sorted(set(shard_points) - answered))
+    if len(answered) == len(shard_points):
+        return FULL_COVERAGE
+    missing = tuple(sorted(set(shard_points).difference(answered)))
     total = sum(shard_points.values())
     lost = sum(shard_points[shard] for shard in missing)
     shards = 1.0 - len(missing) / len(shard_points) if shard_points else 1.0

@@ -15,6 +15,7 @@ from cluster.config import Settings
 from cluster.object_store import open_store
 from serve.job_service import JobService
 from serve.metrics import EndpointMetrics
+from serve.process_tuning import tune_process
 from serve.routes import Services, build_app
 
 MAX_ONGOING_REQUESTS = 1_000  # per endpoint process; Serve's default of 5 would starve the batching
@@ -27,6 +28,7 @@ class _Endpoint:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         _warn_without_haproxy()
+        tune_process()
         supervisor = await ray_runtime.ensure_supervisor(settings)
         directory = ray_runtime.RayDirectory(supervisor, settings.namespace)
         store = open_store(settings.data)

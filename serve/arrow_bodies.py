@@ -1,4 +1,5 @@
-"""Arrow record batch streams as requests, and as the answer of a search. Columns are views of the received bytes."""
+"""Arrow record batch streams as requests (`vector_streams` has those of query vectors). Columns are views of the
+received bytes."""
 
 from __future__ import annotations
 
@@ -7,29 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from cluster.arrow_rows import vectors_view
 from cluster.errors import Invalid
-from cluster.query import SearchResult
-from serve.json_bodies import lsn_answer
 
 ARROW = "application/vnd.apache.arrow.stream"
-
-
-def read_vectors(body: bytes) -> NDArray[Any]:
-    """The `vector` column (FixedSizeList of float32 or float16) as an array of shape (n, dimension)."""
-    types, batches = _read_batches(body)
-    if not batches:
-        raise Invalid.at("vector", "the stream holds no record batch")
-    names = [column.name for column in types]
-    if names != ["vector"]:
-        raise Invalid.at("body", f"must hold exactly the column vector, not {', '.join(names) or 'none'}")
-    views = [vectors_of(batch.column(0)) for batch in batches]
-    return views[0] if len(views) == 1 else np.concatenate(views)
 
 
 def read_columns(body: bytes, required: Sequence[str], rows_max: int, what: str) -> dict[str, Any]:
@@ -38,7 +23,7 @@ def read_columns(body: bytes, required: Sequence[str], rows_max: int, what: str)
     Invalid where a required column is missing, a name comes twice, there are no rows or more than `rows_max`, or the
     columns share bytes, so that the bound on the body would not bound them.
     """
-    types, batches = _read_batches(body)
+    types, batches = read_batches(body)
     rows = sum(batch.num_rows for batch in batches)
     if not 1 <= rows <= rows_max:
         raise Invalid.at("body", f"must hold 1 to {rows_max} {what}, not {rows}")
@@ -76,7 +61,7 @@ class _Column:
     plain: bool
 
 
-def _read_batches(body: bytes) -> tuple[list[_Column], list[Any]]:
+def read_batches(body: bytes) -> tuple[list[_Column], list[Any]]:
     """The columns, and the record batches, not validated yet."""
     try:
         _refuse_compressed(body)
@@ -141,22 +126,3 @@ def vectors_of(column: Any) -> NDArray[Any]:
     if column.null_count or column.flatten().null_count:
         raise Invalid.at("vector", "holds nulls")
     return vectors_view(column)
-
-
-def write_result(result: SearchResult) -> bytes:
-    """Columns `query` int32, `id`, `score` float32, then attributes; the rest is in the schema's metadata."""
-    hits = result.hits
-    query = np.repeat(np.arange(len(hits.counts), dtype=np.int32), hits.counts)
-    columns = {"query": pa.array(query), "id": hits.ids, "score": pa.array(hits.scores)}
-    if hits.columns is not None:
-        columns |= {name: hits.columns.column(name) for name in hits.columns.column_names}
-    metadata = {
-        "coverage": msgspec.json.encode(result.coverage.to_dict()),
-        "generation": str(result.generation),
-        "lsn": msgspec.json.encode(lsn_answer(result.lsn)),
-    }
-    table = pa.table(columns).replace_schema_metadata(metadata)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())

@@ -1,4 +1,4 @@
-"""The command line, `eagleray`: up, down, create, delete, import, compact, search, status, explain and plan."""
+"""The command line, `eagleray`: up, down, create, delete, import, compact, search, status, explain, plan and bench."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from rich.console import Console
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Invalid
 from jobs.progress_bar import progress_bar, rate_note
+from serve.bench_command import bench
 from serve.client import Client
+from serve.command_options import DEFAULT_TARGET, JsonOption, TargetOption
 from serve.explain import explanation, plan_line, print_explanation
 from serve.index_options import (
     BuildSecondsOption,
@@ -29,16 +31,12 @@ from serve.index_options import (
 from serve.tables import print_collection, print_hits
 
 app = typer.Typer(help="Eagleray: a sharded vector index on Ray.", no_args_is_help=True, add_completion=False)
+app.command()(bench)
 out = Console(markup=False, highlight=False)  # attributes and reasons may hold brackets
 
-TargetOption = Annotated[
-    str, typer.Option("--target", envvar="EAGLERAY_TARGET", help="The HTTP endpoint of a running Eagleray.")
-]
 MemoryOption = Annotated[
     int | None, typer.Option(help="Most bytes that the indexes being built at one time take on one node.", min=1)
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-DEFAULT_TARGET = "http://127.0.0.1:8000"
 
 
 @app.command()

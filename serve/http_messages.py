@@ -8,16 +8,19 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from cluster.errors import Exhausted, Invalid
 from serve.arrow_bodies import ARROW
+from serve.ingress import Receive
 
 JSON = "application/json"
 LARGE_BODY_BYTES = 1024 * 1024  # larger bodies are decoded, and larger answers encoded, beside the event loop:
 LARGE_NUMBERS = 20_000  # 5,000 hits take some 10 ms
+BODY_TIMEOUT_S = 30.0  # 64 MiB at 18 Mbit/s
 T = TypeVar("T")
+BODY_TYPES = {b"": "", JSON.encode(): JSON, ARROW.encode(): ARROW}  # as they are mostly sent
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -30,16 +33,39 @@ async def read_json_body(request: Request, bound: int) -> bytes:
 
 async def read_body(request: Request, bound: int) -> bytes:
     """The body, refused as soon as it is known to have more than `bound` bytes."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > 18 or int(declared) > bound):
-        raise Exhausted(f"body_bytes: the body has {declared} bytes, at most {bound} are taken")
-    parts, size = [], 0
-    async for part in request.stream():
-        parts.append(part)
-        size += len(part)
-        if size > bound:
-            raise Exhausted(f"body_bytes: the body has more than {bound} bytes")
+    return await receive_body(request.receive, request.headers.get("content-length", "").encode("latin-1"), bound)
+
+
+async def receive_body(receive: Receive, announced: bytes, bound: int) -> bytes:
+    """The same from ASGI messages; `announced` is the header Content-Length. ClientDisconnect.
+
+    What has not come after `BODY_TIMEOUT_S` is a 408: a client that sends slowly holds a place of others.
+    """
+    if announced.isdigit() and (len(announced) > 18 or int(announced) > bound):
+        raise Exhausted(f"body_bytes: the body has {announced.decode()} bytes, at most {bound} are taken")
+    part, more = await _receive_part(receive)
+    if not more and len(part) <= bound:  # as nearly all are
+        return part
+    parts, size = [part], len(part)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while more and size <= bound:
+                part, more = await _receive_part(receive)
+                parts.append(part)
+                size += len(part)
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not come within {BODY_TIMEOUT_S:g} s: {size} bytes did") from None
+    if size > bound:
+        raise Exhausted(f"body_bytes: the body has more than {bound} bytes")
     return b"".join(parts)
+
+
+async def _receive_part(receive: Receive) -> tuple[bytes, bool]:
+    """A part of the body, and whether more follow. ClientDisconnect."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), message.get("more_body", False)
 
 
 async def aside(large: bool, work: Callable[..., T], *arguments: Any) -> T:
@@ -52,7 +78,15 @@ def json_response(content: Any, status: int = 200) -> Response:
 
 
 def content_type(request: Request) -> str:
-    named = request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
+    return body_type(request.headers.get("content-type", "").encode("latin-1"))
+
+
+def body_type(header: bytes) -> str:
+    """`ARROW`, `JSON` or, where the header Content-Type names none, nothing."""
+    known = BODY_TYPES.get(header)
+    if known is not None:
+        return known
+    named = header.decode("latin-1").split(";", 1)[0].strip().lower()
     if named not in ("", JSON, ARROW):
         raise HTTPException(415, f"the body must be {JSON} or {ARROW}, not {named}")
     return named

@@ -32,13 +32,15 @@ READY_TIMEOUT_S = 300.0
 DOWN_TIMEOUT_S = 60.0
 OBJECT_STORE_BYTES = 512 * 1024 * 1024  # requests pass through it, nothing stays: Ray's default is 30% of memory
 # Serve reads these when it is imported, in every process: HAProxy straight to the endpoint process instead of
-# Serve's Python proxy, and no thread hops inside it (docs/decisions/0003-ingress.md has the figures).
+# Serve's Python proxy, no thread hops inside it, and searches that watch for their client themselves
+# (docs/decisions/0003-ingress.md has the figures).
 SERVE_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.ingress.middlewares",
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }

@@ -19,9 +19,14 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class EndpointMetrics:
-    """What one coordinator counts (`coordinator.CoordinatorObserver`)."""
+    """What one coordinator counts (`coordinator.CoordinatorObserver`).
+
+    The counters of a search are kept by what it is counted as: to find them by their labels takes longer than to count.
+    """
 
     def __init__(self) -> None:
+        self._of_search: dict[tuple[str, str], tuple[Counter, Counter, Histogram]] = {}
+        self._of_batch: dict[tuple[str, int], Histogram] = {}
         self._registry = CollectorRegistry()
         self._queries = Counter(
             "eagleray_queries", "Search requests by outcome.", ("collection", "outcome"), registry=self._registry
@@ -62,12 +67,23 @@ class EndpointMetrics:
         )
 
     def batch(self, collection: str, shard: int, vectors: int) -> None:
-        self._batches.labels(collection, str(shard)).observe(vectors)
+        sizes = self._of_batch.get((collection, shard))
+        if sizes is None:
+            sizes = self._of_batch[collection, shard] = self._batches.labels(collection, str(shard))
+        sizes.observe(vectors)
 
     def search(self, collection: str, outcome: str, vectors: int, seconds: float) -> None:
-        self._queries.labels(collection, outcome).inc()
-        self._vectors.labels(collection).inc(vectors)
-        self._latency.labels(collection).observe(seconds)
+        counted = self._of_search.get((collection, outcome))
+        if counted is None:
+            counted = self._of_search[collection, outcome] = (
+                self._queries.labels(collection, outcome),
+                self._vectors.labels(collection),
+                self._latency.labels(collection),
+            )
+        queries, searched, latency = counted
+        queries.inc()
+        searched.inc(vectors)
+        latency.observe(seconds)
 
     def write(self, collection: str, operation: str, outcome: str, points: int, seconds: float) -> None:
         """`operation` is one of `OPERATIONS`; `points` were acknowledged."""

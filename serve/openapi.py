@@ -62,7 +62,7 @@ def _paths() -> Json:
             "put": _operation(
                 "Create a collection; the same config again is no change",
                 {200: _json("Collection"), 201: _json("Collection")},
-                400, 404, 409, 413, 415, 503,
+                400, 404, 408, 409, 413, 415, 503,
                 body=_json_body("CollectionBody"),
             ),
             "get": _operation("Config, points, shards, replicas, indexes", {200: _json("Collection")}, 400, 404, 503),
@@ -72,7 +72,7 @@ def _paths() -> Json:
         f"{one}/points:fetch": {
             "parameters": collection,
             "post": _operation(
-                "Points by id", {200: _json("Points")}, 400, 404, 413, 415, 429, 503, body=_json_body("FetchBody")
+                "Points by id", {200: _json("Points")}, 400, 404, 408, 413, 415, 429, 503, body=_json_body("FetchBody")
             ),
         },
         f"{one}/points:upsert": {"parameters": collection, "post": _upsert_operation()},
@@ -80,7 +80,7 @@ def _paths() -> Json:
         f"{one}/jobs": {
             "parameters": collection,
             "post": _operation(
-                "Start a job", {202: _json("JobId")}, 400, 404, 413, 415, 503, body=_job_body()
+                "Start a job", {202: _json("JobId")}, 400, 404, 408, 413, 415, 503, body=_job_body()
             ),
         },
         "/v1/jobs/{job_id}": {
@@ -101,7 +101,7 @@ def _search_operation() -> Json:
     operation = _operation(
         "The nearest points of each query vector",
         {200: _json("SearchAnswer")},
-        400, 404, 413, 415, 429, 503,
+        400, 404, 408, 413, 415, 429, 503,
         body=_json_body("SearchBody"),
     )  # fmt: skip
     operation["responses"]["200"]["content"][ARROW] = _stream()
@@ -135,7 +135,7 @@ def _delete_operation() -> Json:
 
 
 def _write_operation(summary: str, answer: str, body: str) -> Json:
-    operation = _operation(summary, {200: _json(answer)}, 400, 404, 409, 413, 415, 429, 503, body=_json_body(body))
+    operation = _operation(summary, {200: _json(answer)}, 400, 404, 408, 409, 413, 415, 429, 503, body=_json_body(body))
     operation["requestBody"]["content"][ARROW] = _stream()
     return operation
 

@@ -17,7 +17,7 @@ from actors.code_check import codes_fit
 from actors.faiss_index import use_threads
 from cluster.config import CollectionConfig
 from cluster.errors import Invalid
-from cluster.index_costs import REFERENCE, Rates
+from cluster.index_costs import REFERENCE, Rates, ReplicaMemory, replica_memory
 from cluster.index_policy import IndexPlan, plan_index
 from jobs.import_source import Columns, Source, Unit, find_source, read_batches
 from jobs.row_reader import READ_BYTES, RowPlace, checked_vectors
@@ -44,6 +44,11 @@ class CollectionPlan:
     def shard_points(self) -> int:
         return ceil(self.count / self.config.shards)
 
+    @property
+    def replica(self) -> ReplicaMemory:
+        """The memory of each replica of a shard."""
+        return replica_memory(self.index.spec.predicted_bytes, self.shard_points, self.config)
+
     def to_dict(self) -> dict[str, Any]:
         chosen = self.index.chosen
         return {
@@ -53,6 +58,7 @@ class CollectionPlan:
             "index": chosen.spec.to_dict(),
             "predicted_bytes_per_shard": chosen.spec.predicted_bytes,
             "predicted_bytes": chosen.spec.predicted_bytes * self.config.shards,
+            "predicted_replica_bytes": asdict(self.replica),
             "predicted_build_seconds_per_shard": round(chosen.build_seconds, 3),
             "predicted_queries_per_s": round(chosen.queries_per_s, 1),
             "rates": asdict(self.rates),
@@ -119,10 +125,19 @@ def print_plan(out: Console, plan: CollectionPlan) -> None:
     print_line(out, f"{each}{name}")
     print_line(out, f"  why: {spec.reason}")
     out.print(considered_table(candidate.to_dict() for candidate in plan.index.considered))
+    print_line(out, f"each replica: {_memory_text(plan.replica, spec.rerank_store)}")
     took = f"about {seconds_text(chosen.build_seconds)} s to build{' each shard' if shards > 1 else ''}"
     print_line(out, f"total: {bytes_text(spec.predicted_bytes * shards)}, {took}; {plan.times}")
     if plan.note:
         print_line(out, plan.note)
+
+
+def _memory_text(memory: ReplicaMemory, rerank_store: str) -> str:
+    index, ids, rows, process = map(bytes_text, (memory.index, memory.ids, memory.rows, memory.process))
+    use = (
+        "to rank candidates by exact distances" if rerank_store == "rows" else "for answers with vectors or attributes"
+    )
+    return f"{index} of index, {ids} of ids, {process} of process; {rows} of rows in the page cache where read, {use}"
 
 
 def _code_note(sample: NDArray[np.float32], index: IndexPlan, config: CollectionConfig) -> str:

@@ -1,10 +1,10 @@
-"""HTTP routes of points: search, fetch, upsert, delete. Decode, call the coordinator, encode."""
+"""HTTP routes of points: fetch, upsert, delete (`search_endpoint` has the search). Decode, call the coordinator,
+encode."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,8 +12,6 @@ from starlette.responses import Response
 from actors.shard_client import ServedCollection
 from cluster.errors import Exhausted, Invalid, Unavailable
 from cluster.ids import id_array
-from cluster.query import Query
-from serve import arrow_bodies
 from serve.arrow_bodies import ARROW
 from serve.arrow_writes import arrow_delete, arrow_upsert
 from serve.attribute_columns import has_large_columns
@@ -29,16 +27,12 @@ from serve.http_messages import (
     read_json_body,
     refuse_parameters,
 )
-from serve.json_bodies import lsn_answer, points_of, search_answer
+from serve.json_bodies import lsn_answer, points_of
 from serve.search_bodies import (
     FetchBody,
-    SearchBody,
-    SearchOptions,
     answer_numbers,
-    arrow_query,
     check_answer,
     decode_naming_keys,
-    json_query,
     read_min_lsn,
 )
 from serve.services import Services
@@ -53,47 +47,13 @@ Decoded = tuple[Check, bool]  # and whether the check is large work
 class PointRoutes:
     """The handlers."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, attributes: DeclaredAttributes) -> None:
         self._services = services
-        self._attributes = DeclaredAttributes(services.log)
-
-    async def search(self, request: Request) -> Response:
-        name = request.path_params["collection"]
-        started = time.perf_counter()
-        outcome, vectors = "error", 0
-        try:
-            served = self._services.coordinator.served(name)
-            query = await self._query(request, served)
-            vectors = len(query.vectors)
-            _check_attributes(query, self._attributes.known(name, served))
-            result = await self._services.coordinator.search(name, query)
-            outcome = "ok" if result.coverage.shards == 1.0 else "partial"
-        except Unavailable:
-            outcome = "unavailable"
-            raise
-        finally:
-            self._services.metrics.search(self._counted(name), outcome, vectors, time.perf_counter() - started)
-        large = answer_numbers(len(result.hits.scores), served.config, query.with_vectors) > LARGE_NUMBERS
-        if ARROW in request.headers.get("accept", ""):
-            return Response(await aside(large, arrow_bodies.write_result, result), media_type=ARROW)
-        took_ms = (time.perf_counter() - started) * 1000.0
-        return await aside(large, lambda: json_response(search_answer(result, took_ms)))
+        self._attributes = attributes
 
     def _counted(self, name: str) -> str:
         """The label of a collection: an unknown name would make a new time series for every typo."""
         return name if self._services.known(name) else ""
-
-    async def _query(self, request: Request, served: ServedCollection) -> Query:
-        limits = self._services.limits
-        body = await read_body(request, limits.body_bytes)
-        large = len(body) > LARGE_BODY_BYTES
-        if content_type(request) == ARROW:
-            options = decode_parameters(request.query_params.multi_items(), SearchOptions)
-            return await aside(
-                large, lambda: arrow_query(arrow_bodies.read_vectors(body), options, served.config, limits)
-            )
-        refuse_parameters(request)
-        return await aside(large, lambda: json_query(decode_naming_keys(body, SearchBody), served.config, limits))
 
     async def fetch(self, request: Request) -> Response:
         name, limits = request.path_params["collection"], self._services.limits
@@ -179,11 +139,3 @@ class PointRoutes:
         refuse_parameters(request)
         ids = await aside(large, decode, body, DeleteBody)
         return lambda served, known: json_delete(ids, served.config, limits), large
-
-
-def _check_attributes(query: Query, known: Mapping[str, Any]) -> None:
-    for name in query.with_attributes:
-        if name not in known:
-            raise Invalid.at(
-                "with_attributes", f"no attribute {name!r}; the collection has: {', '.join(known) or 'none'}"
-            )

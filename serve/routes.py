@@ -22,14 +22,17 @@ from cluster.manifest import Manifest
 from cluster.recent_queries import delete_queries
 from jobs.report import new_job_id
 from serve import metrics
+from serve.declared_attributes import DeclaredAttributes
 from serve.decoding import decode
 from serve.descriptions import describe_collection, describe_unreadable
 from serve.http_messages import JSON, Handler, json_response, read_json_body, without_parameters
+from serve.ingress import SEARCH_PATH, Receive, Scope, Send, searched_collection
 from serve.openapi import openapi_json
 from serve.point_routes import PointRoutes
 from serve.problems import problem_response
 from serve.query_samples import QuerySamples
 from serve.schemas import CollectionBody, CompactBody, ImportBody, check_create, decode_job
+from serve.search_endpoint import SearchEndpoint
 from serve.services import Services as Services
 
 READY_WAIT_S = 30.0  # how long a create or delete waits to be visible; it is committed either way
@@ -37,14 +40,15 @@ METRICS_PERIOD_S = 2.0
 LAST_SAMPLES_S = 5.0
 
 
-def build_app(services: Services) -> Starlette:
+def build_app(services: Services) -> EndpointApp:
     """The ASGI application. While it runs it follows the supervisor, leaves its counts there, and samples of queries
     in the store."""
-    endpoint, points = Routes(services), PointRoutes(services)
+    attributes = DeclaredAttributes(services.log)
+    endpoint, points, search = Routes(services), PointRoutes(services, attributes), SearchEndpoint(services, attributes)
     samples = QuerySamples(services.coordinator, services.store, services.name, services.limits.recent_queries)
     collection = "/v1/collections/{collection}"
     routes = [
-        _route(f"{collection}/points:search", POST=points.search),
+        Route(SEARCH_PATH, search, methods=["POST"]),
         _route(f"{collection}/points:fetch", POST=without_parameters(points.fetch)),
         _route(f"{collection}/points:upsert", POST=points.upsert),
         _route(f"{collection}/points:delete", POST=points.delete),
@@ -77,7 +81,8 @@ def build_app(services: Services) -> Starlette:
             for task in tasks:
                 task.cancel()
             with contextlib.suppress(TimeoutError):  # a sample is not worth a shutdown that takes long
-                await asyncio.wait_for(samples.leave(), LAST_SAMPLES_S)
+                async with asyncio.timeout(LAST_SAMPLES_S):
+                    await samples.leave()
 
     async def on_error(request: Request, error: Exception) -> Response:
         return problem_response(request, error)
@@ -85,7 +90,26 @@ def build_app(services: Services) -> Starlette:
     handlers: Any = {EaglerayError: on_error, HTTPException: on_error, Exception: on_error}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False  # a path with a slash too many is unknown, not elsewhere
-    return app
+    return EndpointApp(search, app)
+
+
+class EndpointApp:
+    """Searches on the shortest way, all else by Starlette, whose route of searches answers their other methods.
+
+    It has no `routes` on purpose: with them Serve would try the path against each, for every request.
+    """
+
+    def __init__(self, search: SearchEndpoint, rest: Starlette) -> None:
+        self._search = search
+        self.rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = searched_collection(scope)
+        if name is None:
+            await self.rest(scope, receive, send)
+            return
+        scope["path_params"] = {"collection": name}
+        await self._search(scope, receive, send)
 
 
 def _route(path: str, **handlers: Handler) -> Route:

@@ -29,7 +29,7 @@ from actors.supervisor import Supervisor
 from cluster.config import Settings
 from cluster.errors import EaglerayError, NotFound, Unavailable
 from cluster.manifest import ManifestLog
-from cluster.object_store import ObjectInfo, ObjectStore
+from cluster.object_store import ObjectInfo, ObjectStore, Seen, unseen
 from cluster.placement import ReplicaKey, WantedReplica
 from cluster.query import Fetched, Hits, ShardSearch
 from cluster.upkeep import Seal
@@ -421,8 +421,8 @@ class FaultyStore:
     def upload(self, path: Path, key: str) -> None:
         self._call("upload", path, key)
 
-    def download(self, key: str, path: Path) -> None:
-        self._call("download", key, path)
+    def download(self, key: str, path: Path, seen: Seen = unseen) -> None:
+        self._call("download", key, path, seen)
 
     def local_path(self, key: str) -> Path | None:
         return self._inner.local_path(key)

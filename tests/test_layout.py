@@ -28,7 +28,14 @@ MAY_IMPORT = {
     },
     "faiss": {"actors/faiss_index.py", "actors/exact_search.py"},
 }
-MAY_READ_ENVIRONMENT = {"serve/local_cluster.py", "serve/app.py", "serve/cli.py", "jobs/__main__.py"}
+MAY_READ_ENVIRONMENT = {
+    "actors/faiss_library.py",
+    "actors/ray_tls.py",
+    "serve/local_cluster.py",
+    "serve/app.py",
+    "serve/cli.py",
+    "jobs/__main__.py",
+}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -117,6 +117,14 @@ class ObjectStoreContract:
         assert [(info.key, info.size_bytes) for info in store.objects("big/")] == [("big/file", BIG_BYTES)]
         assert source.read_bytes() == data
 
+    @pytest.mark.parametrize("size_bytes", [0, 1, BIG_BYTES])
+    def test_download_shows_every_piece_in_order(self, store: ObjectStore, tmp_path: Path, size_bytes: int) -> None:
+        data, pieces = np.random.default_rng(SEED).bytes(size_bytes), []
+        store.put("a", data)
+        store.download("a", tmp_path / "target", lambda piece: pieces.append(bytes(piece)))
+        assert b"".join(pieces) == data
+        assert (tmp_path / "target").read_bytes() == data
+
     def test_upload_overwrites_and_takes_an_empty_file(self, store: ObjectStore, tmp_path: Path) -> None:
         source = tmp_path / "source"
         store.put("a", b"before")
@@ -289,6 +297,28 @@ class TestS3Store(ObjectStoreContract):
         listed = s3.list_objects_v2(Bucket=BUCKET)["Contents"]
         s3.close()
         assert [entry["Key"] for entry in listed] == ["some/prefix/a/b"]
+
+    @pytest.mark.parametrize("ranges", [2, 5, 11])
+    def test_a_large_object_is_downloaded_in_ranges_in_order(
+        self, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranges: int
+    ) -> None:
+        monkeypatch.setattr(cloud_store, "RANGE_BYTES", 1_000)
+        monkeypatch.setattr(cloud_store, "STREAMED_BYTES_MAX", 1_000)
+        data, pieces = np.random.default_rng(SEED).bytes(1_000 * ranges - 1), []
+        store.put("a", data)
+        store.download("a", tmp_path / "target", lambda piece: pieces.append(bytes(piece)))
+        assert [len(piece) for piece in pieces] == [1_000] * (ranges - 1) + [999]
+        assert b"".join(pieces) == data
+        assert (tmp_path / "target").read_bytes() == data
+
+    def test_a_large_object_that_vanishes_during_its_download_is_not_found(
+        self, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(cloud_store, "RANGE_BYTES", 1_000)
+        monkeypatch.setattr(cloud_store, "STREAMED_BYTES_MAX", 1_000)
+        store.put("a", bytes(20_000))
+        with pytest.raises(NotFound, match=r"^no object a$"):
+            store.download("a", tmp_path / "target", lambda piece: store.delete("a"))
 
     def test_absent_bucket_is_an_error_of_ours(self, store: ObjectStore) -> None:
         elsewhere = open_store("s3://no-such-bucket-here/prefix")

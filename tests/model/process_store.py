@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 from cluster.errors import Unavailable
-from cluster.object_store import ObjectInfo, ObjectStore
+from cluster.object_store import ObjectInfo, ObjectStore, Seen, unseen
 
 
 class ProcessStore:
@@ -55,8 +55,8 @@ class ProcessStore:
     def upload(self, path: Path, key: str) -> None:
         self._call("upload", path, key)
 
-    def download(self, key: str, path: Path) -> None:
-        self._call("download", key, path)
+    def download(self, key: str, path: Path, seen: Seen = unseen) -> None:
+        self._call("download", key, path, seen)
 
     def local_path(self, key: str) -> Path | None:
         return self._inner.local_path(key)

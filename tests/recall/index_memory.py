@@ -139,21 +139,21 @@ def _in_fresh_process(path: Path, spec: IndexSpec, count: int, dimension: int) -
 def _report(path: Path, spec: IndexSpec, count: int, dimension: int, connection: Connection) -> None:
     use_threads(1)
     _warm_up(path.with_name("warm"), dimension)
-    _anonymous_bytes()
-    before = _anonymous_bytes()
+    anonymous_bytes()
+    before = anonymous_bytes()
     index = load_index(path, spec, dimension, METRIC, count, path.name)
-    anonymous = _anonymous_bytes() - before
-    for mapping in _mappings(path):
+    anonymous = anonymous_bytes() - before
+    for mapping in mappings(path):
         mapping.drop()
     if spec.kind == "hnsw":  # every page is read sooner or later
-        for mapping in _mappings(path):
+        for mapping in mappings(path):
             mapping.touch()
     else:
         params = dict(spec.exhaustive_params or {}) | ({"rerank": count} if "rerank" in index.knobs else {})
         if spec.rerank_store == "rows":
             params.pop("rerank")
         index.search(np.zeros((1, dimension), dtype=np.float32), 1, params)
-    connection.send((anonymous, sum(mapping.resident for mapping in _mappings(path))))
+    connection.send((anonymous, sum(mapping.resident for mapping in mappings(path))))
 
 
 def _warm_up(path: Path, dimension: int) -> None:
@@ -166,7 +166,7 @@ def _warm_up(path: Path, dimension: int) -> None:
 
 
 @dataclass
-class _Mapping:
+class Mapping:
     """One line of /proc/self/smaps, in bytes."""
 
     start: int
@@ -186,22 +186,22 @@ class _Mapping:
         np.frombuffer(pages, dtype=np.uint8)[::PAGE_BYTES].sum()
 
 
-def _anonymous_bytes() -> int:
+def anonymous_bytes() -> int:
     """Of the whole process, without pages that the allocator only keeps."""
     ctypes.CDLL(None).malloc_trim(0)
-    return sum(mapping.anonymous for mapping in _mappings())
+    return sum(mapping.anonymous for mapping in mappings())
 
 
-def _mappings(path: Path | None = None) -> list[_Mapping]:
+def mappings(path: Path | None = None) -> list[Mapping]:
     """All of this process, or those of one file."""
-    found: list[_Mapping] = []
+    found: list[Mapping] = []
     named = True
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()
         if not words[0].endswith(":"):
             named = path is None or line.endswith(str(path))
             start, stop = (int(bound, 16) for bound in words[0].split("-"))
-            found += [_Mapping(start, stop)] if named else []
+            found += [Mapping(start, stop)] if named else []
         elif named and words[0] == "Rss:":
             found[-1].resident = int(words[1]) * 1_024
         elif named and words[0] == "Anonymous:":

@@ -15,10 +15,12 @@ import pytest
 import ray
 import yaml
 from packaging.requirements import Requirement
+from ray._common.utils import import_attr
 from ray._private.label_utils import validate_label_key, validate_label_value, validate_node_labels
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.config import Settings
+from serve.ingress import middlewares
 
 with warnings.catch_warnings():  # Ray's models use a form of pydantic.Field that newer pydantic deprecates
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -123,7 +125,9 @@ def test_head_and_workers_export_the_same_environment(cluster: dict[str, Any]) -
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.ingress.middlewares",
     }
+    assert import_attr("serve.ingress.middlewares") is middlewares
     assert head["RAY_AUTH_MODE"] == "token"
     assert "~/.ray/auth_token" in cluster["file_mounts"]
 

@@ -603,12 +603,12 @@ def test_hung_calls_give_their_slots_back_when_the_replica_leaves_the_table(tmp_
         table = system.coordinator.table
         assert table is not None
         system.eagleray.runtime.hang(key)
-        hung = [
-            asyncio.ensure_future(system.coordinator.search("words", query(vectors, timeout_ms=1_000_000.0)))
-            for _ in range(Limits().calls_in_flight_per_replica)
-        ]
-        while len(system.batches.seen) < len(hung):
-            await asyncio.sleep(0)
+        patient = query(vectors, timeout_ms=1_000_000.0)
+        hung = []
+        for _ in range(Limits().calls_in_flight_per_replica):
+            hung.append(asyncio.ensure_future(system.coordinator.search("words", patient)))
+            while len(system.batches.seen) < len(hung):  # or both would go in one call
+                await asyncio.sleep(0)
         without = replace(table.collections["words"], replicas={0: ()})
         system.coordinator.apply(replace(table, collections={"words": without}))
         async with asyncio.timeout(10):
@@ -626,3 +626,67 @@ def test_hung_calls_give_their_slots_back_when_the_replica_leaves_the_table(tmp_
 def _generation(table: ServingTable) -> int:
     served = table.collections.get("words")
     return served.generation if served else 0
+
+
+def test_searches_that_differ_in_k_share_a_call_and_are_answered_exactly(tmp_path: Path) -> None:
+    config = config_of(2, metric="l2")
+    ks = [1, 3, 4, 9, 10, 11, 16, 9, 10, 2]
+
+    async def scenario(system: System) -> None:
+        queries = random_vectors(config, len(ks), seed=15)
+        options = {"with_attributes": ("name",), "params": SearchParams(exact=True)}
+        asked = [query(queries[i : i + 1], k=k, **options) for i, k in enumerate(ks)]
+        results = await asyncio.gather(*(system.coordinator.search("words", each) for each in asked))
+        for i, (k, result) in enumerate(zip(ks, results, strict=True)):
+            assert ids_per_query(result.hits) == brute_force(system.points, queries[i : i + 1], k, "l2")
+            assert result.hits.columns["name"].to_pylist() == [name_of(n) for n in result.hits.ids.to_pylist()]
+        assert system.batches.seen == [("words", shard, len(ks)) for shard in range(2)]
+
+    with_system(scenario, config, tmp_path)
+
+
+def test_large_and_small_searches_together_each_get_their_own_answer(tmp_path: Path) -> None:
+    config = config_of(2, metric="l2")
+
+    async def scenario(system: System) -> None:
+        queries = [random_vectors(config, size, seed=size) for size in (90, 1, 3, 200, 2, 17)]
+        asked = [system.coordinator.search("words", query(each, k=5)) for each in queries]
+        for each, result in zip(queries, await asyncio.gather(*asked), strict=True):
+            assert ids_per_query(result.hits) == brute_force(system.points, each, 5, "l2")
+
+    with_system(scenario, config, tmp_path, limits=Limits(batch_vectors=32))
+
+
+def test_search_is_admitted_until_it_is_released_and_only_of_what_is_served(tmp_path: Path) -> None:
+    config = config_of(1)
+
+    async def scenario(system: System) -> None:
+        with system.coordinator.admit("words"), pytest.raises(Exhausted, match="requests_in_flight"):
+            system.coordinator.admit("words")
+        system.coordinator.admit("words").release()
+        with pytest.raises(NotFound, match="no collection 'birds'"):
+            system.coordinator.admit("birds")
+
+    with_system(scenario, config, tmp_path, limits=Limits(requests_in_flight=1))
+
+
+def test_search_is_not_admitted_while_a_shard_of_its_collection_is_predicted_to_be_late(tmp_path: Path) -> None:
+    config = config_of(2)
+
+    async def scenario(system: System) -> None:
+        vectors = random_vectors(config, 1, seed=1)
+        for _ in range(5):
+            await system.coordinator.search("words", query(vectors))  # some milliseconds each, once they are measured
+        system.eagleray.runtime.hang(ReplicaKey("words", 1, 0))
+        waiting = []
+        for _ in range(3):
+            waiting += [asyncio.ensure_future(system.coordinator.search("words", query(vectors))) for _ in range(100)]
+            await asyncio.sleep(0)
+        with pytest.raises(Exhausted, match="queue_ms: searches of 'words' wait about"):
+            system.coordinator.admit("words")
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        system.coordinator.admit("words").release()  # what was given up holds up nobody
+
+    with_system(scenario, config, tmp_path, limits=Limits(queue_ms=1, batch_vectors=64))

@@ -1,25 +1,28 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from actors import faiss_library
-from actors.faiss_library import check_faiss_installation, one_faiss
+from actors.faiss_library import check_faiss_installation, let_threads_sleep, one_faiss
 from cluster.errors import Invalid
 
 
-@dataclass(frozen=True)
-class FakeDistribution:
-    metadata: dict[str, str | None] = field(default_factory=dict)
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes an environment of these distributions alone, as an installer writes them."""
 
+    def installed(*names: str) -> None:
+        for name in names:
+            folder = tmp_path / f"{name.replace('-', '_')}-1.2.3.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2.3\n")
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
 
-def install(monkeypatch: pytest.MonkeyPatch, *names: str | None) -> None:
-    def distributions() -> Iterator[FakeDistribution]:
-        return (FakeDistribution({"Name": name}) for name in names)
-
-    monkeypatch.setattr(faiss_library, "distributions", distributions)
+    return installed
 
 
 def test_one_faiss_returns_the_only_one() -> None:
@@ -37,22 +40,34 @@ def test_two_faiss_names_both_and_the_way_out() -> None:
     assert str(caught.value).startswith("faiss-cpu and faiss-gpu-cuvs are both installed")
 
 
-def test_check_knows_names_in_any_spelling_and_ignores_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "numpy", "Faiss_CPU", "faiss-cpu", None, "my-faiss-cpu-tools")
+@pytest.mark.parametrize("name", ["faiss-cpu", "Faiss_CPU", "faiss_cpu"])
+def test_check_knows_a_name_in_any_spelling_and_ignores_others(install: Callable[..., None], name: str) -> None:
+    install("numpy", name, "my-faiss-cpu-tools")
     assert check_faiss_installation() == "faiss-cpu"
 
 
-def test_check_refuses_two_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "faiss_gpu_cuvs", "faiss-cpu")
+def test_check_refuses_two_distributions(install: Callable[..., None]) -> None:
+    install("faiss_gpu_cuvs", "faiss-cpu")
     with pytest.raises(Invalid, match="faiss-cpu and faiss-gpu-cuvs are both installed"):
         check_faiss_installation()
 
 
-def test_check_refuses_an_environment_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "numpy")
+def test_check_refuses_an_environment_without_faiss(install: Callable[..., None]) -> None:
+    install("numpy")
     with pytest.raises(Invalid, match="FAISS is not installed"):
         check_faiss_installation()
 
 
 def test_this_environment_has_exactly_one() -> None:
     assert check_faiss_installation().startswith("faiss")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("active", "active")])
+def test_threads_sleep_between_calls_unless_the_environment_says_otherwise(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == expected

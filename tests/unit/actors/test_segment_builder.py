@@ -63,7 +63,8 @@ def test_build_describes_what_it_wrote(kind: str, dtype: str, tmp_path: Path) ->
     assert description.files == {name: checksum_file(tmp_path / name) for name in (paths.ROWS, paths.INDEX)}
     assert (description.built["threads"], description.built["seed"]) == (1, 7)
     assert {"faiss", "simd", "seconds", "predicted_seconds", "tuning_seconds"} <= description.built.keys()
-    assert description.built["tuned_on"] == ("10" if kind == "flat" else "70") + " rows with noise"
+    asked = {"flat": "10 rows with noise", "hnsw": "70 rows and 35 rows with noise"}
+    assert description.built["tuned_on"] == asked.get(kind, "70 rows with noise")
     data = (tmp_path / paths.DESCRIPTION).read_bytes()
     assert SegmentDescription.decode(data, "segment.json") == description
 
@@ -171,7 +172,7 @@ def test_build_tunes_on_real_queries_where_there_are_enough(tmp_path: Path) -> N
     enough = build(tmp_path, "s1", config, points, options=replace(ONE_THREAD, queries=queries))
     few = build(tmp_path, "s2", config, points, options=replace(ONE_THREAD, queries=queries[:499]))
     assert enough.built["tuned_on"] == "600 recent queries"
-    assert few.built["tuned_on"] == "200 rows with noise"
+    assert few.built["tuned_on"] == "200 rows and 100 rows with noise"
 
 
 def test_build_of_a_planned_kind_has_parameters_for_its_own_count(tmp_path: Path) -> None:

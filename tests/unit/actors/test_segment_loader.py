@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import actors.segment_loader
 import actors.segment_searcher
 from actors.faiss_index import load_index
 from actors.rerank import rerank
@@ -23,7 +24,7 @@ from cluster.memory_store import MemoryStore
 from cluster.object_store import ObjectStore
 from cluster.query import SearchParams
 from cluster.row_selection import RowSelection
-from cluster.segment import FileEntry, OperatingPoint, SegmentDescription, checksum_bytes
+from cluster.segment import FileEntry, OperatingPoint, SegmentDescription, checksum_bytes, checksum_file
 from tests.fakes import FaultyStore
 from tests.unit.actors import points as stored
 from tests.unit.actors.points import (
@@ -96,6 +97,33 @@ def test_load_from_memory_goes_through_the_cache_and_downloads_once(tmp_path: Pa
     assert sorted(tmp_path.iterdir()) == sorted(cached_path(tmp_path, entry) for entry in entries)
     load(store, ref, config, tmp_path)
     assert store.calls == 2
+
+
+def test_load_through_the_cache_does_not_read_again_what_it_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object) -> FileEntry:
+        if path.exists():
+            raise AssertionError(f"{path} is read again")
+        return checksum_file(path)
+
+    config, store = config_of("flat"), MemoryStore()
+    ref = publish(store, "words", config, points_of(config))
+    with monkeypatch.context() as patch:
+        patch.setattr(actors.segment_loader, "checksum_file", refuse)
+        patch.setattr(actors.segment_loader, "verify_file", refuse)
+        load(store, ref, config, tmp_path)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scanned_floats", [0, 1_000])
+def test_an_exact_index_is_tested_with_a_part_of_its_rows(
+    metric: str, scanned_floats: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actors.segment_loader, "SELF_TEST_FLOATS", scanned_floats)
+    config, store = config_of("flat", metric=metric), MemoryStore()
+    ref = publish(store, "words", config, points_of(config))
+    assert load(store, ref, config, tmp_path).rows.count == COUNT
 
 
 def test_load_from_a_file_store_maps_its_files_in_place(tmp_path: Path) -> None:
@@ -178,8 +206,12 @@ def test_load_of_another_description_than_the_manifest_names_is_corrupt(tmp_path
         load(store, other, config, tmp_path)
 
 
+@pytest.mark.parametrize("scanned_floats", [0, 1_000, actors.segment_loader.SELF_TEST_FLOATS])
 @pytest.mark.parametrize("kind", KINDS)
-def test_self_test_catches_an_index_built_over_other_vectors(kind: str, tmp_path: Path) -> None:
+def test_self_test_catches_an_index_built_over_other_vectors(
+    kind: str, scanned_floats: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actors.segment_loader, "SELF_TEST_FLOATS", scanned_floats)
     config, store = config_of(kind, metric="l2"), MemoryStore()
     ref = publish(store, "words", config, points_of(config, seed=1))
     with tempfile.TemporaryDirectory() as name:

@@ -137,6 +137,68 @@ def test_search_of_no_queries_is_empty(tmp_path: Path) -> None:
     assert rows.shape == scores.shape == (0, 4)
 
 
+@dataclass
+class GraphOfLine(FakeIndex):
+    """Finds the rows nearest to a query's first number, as `line_of_rows` has them, among those of the selection."""
+
+    knobs: tuple[str, ...] = ("ef_search", "rerank")
+    lists: int = 0
+
+    def search(
+        self, queries: Vectors, k: int, params: dict[str, float], selection: RowSelection | None = None
+    ) -> tuple[NDArray[np.int64], Vectors]:
+        self.asked.append((len(queries), k, dict(params), selection is not None))
+        rows = np.arange(self.count) if selection is None else selection.rows()
+        distances = np.square(rows[None, :] - queries[:, :1]).astype(np.float32)
+        order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+        return rows[order], np.take_along_axis(distances, order, 1)
+
+
+FAR = {"ef_search": 20.0, "far_ef_search": 60.0, "far_score": 100.0}
+
+
+def on_the_line(*numbers: float) -> Vectors:
+    queries = np.zeros((len(numbers), DIMENSION), np.float32)
+    queries[:, 0] = numbers
+    return queries
+
+
+def test_far_queries_are_searched_again_with_their_own_effort(tmp_path: Path) -> None:
+    """The tenth row lies within 6 of a query among the rows, 39 away from one that is 30 beside them."""
+    index = GraphOfLine(COUNT)
+    searcher = SegmentSearcher(index, spec_with("rows", "hnsw"), line_of_rows(tmp_path), "l2")
+    rows, scores = searcher.search(on_the_line(100.2, -30.0, 300.2), 3, FAR)
+    assert [asked[:3] for asked in index.asked] == [(3, 10, {"ef_search": 20.0}), (1, 3, {"ef_search": 60.0})]
+    assert rows.tolist() == [[100, 101, 99], [0, 1, 2], [300, 301, 299]]
+    np.testing.assert_allclose(scores[1], [900.0, 961.0, 1_024.0])
+    index.asked.clear()
+    assert searcher.search(on_the_line(100.2, 300.2), 12, FAR)[0].shape == (2, 12)
+    assert searcher.search(on_the_line(-30.0), 12, FAR)[0].tolist() == [list(range(12))]
+    assert [asked[:2] for asked in index.asked] == [(2, 12), (1, 12), (1, 12)]
+
+
+def test_parameters_of_far_queries_reach_no_index_and_keep_the_rerank_that_was_asked_for(tmp_path: Path) -> None:
+    index = GraphOfLine(COUNT)
+    searcher = SegmentSearcher(index, spec_with("rows", "hnsw"), line_of_rows(tmp_path), "l2")
+    searcher.search(on_the_line(-30.0), 10, FAR | {"rerank": 2.0})
+    assert [asked[1:3] for asked in index.asked] == [(20, {"ef_search": 20.0}), (20, {"ef_search": 60.0})]
+
+
+def test_query_whose_neighbours_are_deleted_counts_as_far_and_is_searched_as_under_a_filter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 500 rows 100 to 139 are deleted: whoever asks there finds the tenth row 20 and more away."""
+    monkeypatch.setattr(actors.segment_searcher, "SCAN_FLOATS_MAX", 0)
+    mask = np.ones(COUNT, dtype=bool)
+    mask[100:140] = False
+    index = GraphOfLine(COUNT)
+    searcher = SegmentSearcher(index, spec_with("rows", "hnsw"), line_of_rows(tmp_path), "l2")
+    rows, _ = searcher.search(on_the_line(300.2, 119.6), 2, FAR, RowSelection.of(mask))
+    assert rows.tolist() == [[300, 301], [140, 99]]
+    assert index.asked[0] == (2, 10, {"ef_search": 22}, True)  # 20 / .92: what is deleted is visited as well
+    assert [asked[0] for asked in index.asked[1:]] == [1]  # what is near it is looked at; nothing is kept there: a scan
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", [name for name in INDEXES if not name.startswith("OPQ")])
 def test_search_of_a_wide_open_index_is_exact(name: str, metric: Metric, tmp_path: Path) -> None:

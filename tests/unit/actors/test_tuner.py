@@ -11,16 +11,17 @@ from actors.tuner import (
     HELD_OUT_MAX,
     THROUGHPUT_BATCH,
     Knobs,
+    TuningSet,
     held_out_count,
     recall_interval,
     tune,
+    tune_near_and_far,
     tuning_queries,
 )
 from cluster.index_spec import RERANK_GRID, search_grid
 from cluster.segment import OperatingPoint
 
 QUERIES = np.zeros((100, 2), np.float32)
-TRUTH = np.tile(np.arange(10), (100, 1))
 GRAPH = Knobs(("ef_search",), 10_000, 0)
 LISTS = Knobs(("nprobe",), 10_000, 64)
 REFINED = Knobs(("nprobe", "rerank"), 10_000, 64)
@@ -64,7 +65,13 @@ class KnownSearcher:
 
 
 def points_of(searcher: KnownSearcher, knobs: Knobs, target: float) -> tuple[OperatingPoint, ...]:
-    return tune(searcher, knobs, QUERIES, TRUTH, target, searcher.clock)
+    return tune(searcher, knobs, asked_for(QUERIES), target, searcher.clock)
+
+
+def asked_for(queries: Any, scores: Any = None) -> TuningSet:
+    """Queries whose true rows are 0 to 9; without scores all are equally far from these."""
+    truth = np.tile(np.arange(10), (len(queries), 1))
+    return TuningSet(queries, truth, np.zeros(truth.shape, np.float32) if scores is None else scores)
 
 
 def everywhere(found: int) -> Found:
@@ -161,6 +168,54 @@ def test_tune_goes_on_where_the_validating_queries_refute_what_the_others_prove(
     assert not refuted.met
 
 
+class DistanceSearcher(KnownSearcher):
+    """A query's first number says which `ef_search` finds all 10 true rows; less finds 5. Far ones get their own."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda params: everywhere(10))
+
+    def search(
+        self, queries: Any, width: int, params: dict[str, float]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        effort = np.full(len(queries), params["ef_search"])
+        if "far_score" in params:
+            effort[queries[:, 1] > params["far_score"]] = params["far_ef_search"]
+        self._found = lambda _: np.where(effort >= queries[:, 0], 10, 5)
+        return super().search(queries, width, params)
+
+
+def at_distances(needed: Any, distances: Any) -> TuningSet:
+    queries = np.stack([needed, distances], axis=1).astype(np.float32)
+    return asked_for(queries, np.tile(queries[:, 1:], (1, 10)))
+
+
+def test_tune_near_and_far_proves_each_effort_with_the_queries_it_is_for() -> None:
+    """Rows need 12 up to half of them, 20 from there on, the last five of a hundred 300; what is far needs 90."""
+    distances = np.arange(100.0)
+    rows = at_distances(np.where(distances < 50, 12, np.where(distances < 95, 20, 300)), distances)
+    far = at_distances(np.full(60, 90), np.full(60, 500.0))
+    point = tune_near_and_far(DistanceSearcher(), GRAPH, rows, far, "l2", 0.95, ManualClock())[0]
+    least = {limit: min(ef for ef in EF_GRID if ef >= limit) for limit in (20, 90)}
+    assert point.params["ef_search"] == least[20]
+    assert point.params["far_ef_search"] == least[90]
+    assert 94.0 <= point.params["far_score"] < 95.0
+    assert point.met
+    assert point.recall == pytest.approx(0.95 + 0.05 * 0.5)  # of all rows, of which the last ones need still more
+
+
+def test_tune_near_and_far_takes_one_effort_where_far_queries_need_no_more() -> None:
+    rows = at_distances(np.full(100, 50), np.arange(100.0))
+    far = at_distances(np.full(60, 11), np.full(60, 500.0))
+    point = tune_near_and_far(DistanceSearcher(), GRAPH, rows, far, "l2", 0.95, ManualClock())[0]
+    assert point.params == {"ef_search": min(ef for ef in EF_GRID if ef >= 50)}
+
+
+def test_tune_near_and_far_is_not_met_where_far_queries_cannot_be_answered() -> None:
+    rows = at_distances(np.full(100, 50), np.arange(100.0))
+    far = at_distances(np.full(60, 1e9), np.full(60, 500.0))
+    assert not tune_near_and_far(DistanceSearcher(), GRAPH, rows, far, "l2", 0.95, ManualClock())[0].met
+
+
 def test_tune_walks_the_lists_of_an_index_up_to_all_of_them() -> None:
     searcher = KnownSearcher(lambda params: everywhere(10 if params["nprobe"] == 64 else 8))
     assert points_of(searcher, LISTS, 0.95)[0].params == {"nprobe": 64}
@@ -202,7 +257,7 @@ def test_tune_of_two_knobs_that_reach_nothing_gives_the_best_pair_not_met() -> N
 def test_tune_measures_every_pair_once_whatever_the_targets_ask_again() -> None:
     searcher = KnownSearcher(lambda params: np.tile(reaching(params), 10))
     queries = np.zeros((2 * THROUGHPUT_BATCH, 2), np.float32)  # no batch of a measurement of speed has so many
-    tune(searcher, REFINED, queries, np.tile(np.arange(10), (len(queries), 1)), 0.95, searcher.clock)
+    tune(searcher, REFINED, asked_for(queries), 0.95, searcher.clock)
     recalls = [tuple(params.items()) for size, params in searcher.calls if size == len(queries)]
     assert len(recalls) > 3
     assert len(set(recalls)) == len(recalls)
@@ -210,7 +265,8 @@ def test_tune_measures_every_pair_once_whatever_the_targets_ask_again() -> None:
 
 def test_tune_of_an_index_without_knobs_is_exact_for_every_target() -> None:
     searcher = KnownSearcher(lambda params: everywhere(10), lambda params: 2e-3)
-    points = tune(searcher, Knobs((), 1_000, 0), QUERIES, np.empty((0, 10), np.int64), 0.97, searcher.clock)
+    nothing = TuningSet(QUERIES, np.empty((0, 10), np.int64), np.empty((0, 10), np.float32))
+    points = tune(searcher, Knobs((), 1_000, 0), nothing, 0.97, searcher.clock)
     assert [p.target_recall for p in points] == [0.97, 0.90, 0.95, 0.99]
     for point in points:
         assert (point.params, point.recall, point.recall_low, point.met) == ({}, 1.0, 1.0, True)

@@ -15,6 +15,7 @@ from cluster.config import (
     Settings,
     Upkeep,
     check_collection_name,
+    parse_ports,
 )
 from cluster.errors import Invalid
 
@@ -308,6 +309,8 @@ def test_settings_take_every_field() -> None:
         "replica_timeout_s": 2.0,
         "observed_share": 0.5,
         "observed_duty": 0.25,
+        "shard_transport": "actor",
+        "shard_ports": "20000-20999",
         "limits": {"k": 5},
         "upkeep": {"seal_points": 7},
     }
@@ -352,6 +355,12 @@ def test_settings_refuse_and_name_the_wrong_field(data: dict[str, Any], field: s
         ({"observed_share": True}, "observed_share"),
         ({"observed_duty": 0}, "observed_duty"),
         ({"observed_duty": 1.1}, "observed_duty"),
+        ({"shard_transport": "tcp"}, "shard_transport"),
+        ({"shard_ports": "20000-19999"}, "shard_ports"),
+        ({"shard_ports": "80"}, "shard_ports"),
+        ({"shard_ports": "20000-70000"}, "shard_ports"),
+        ({"shard_ports": "20000-"}, "shard_ports"),
+        ({"shard_ports": 20000}, "shard_ports"),
         ({"limits": {"calls_in_flight_per_replica": 0}}, "limits.calls_in_flight_per_replica"),
         ({"limits": {"batch_vectors": "x"}}, "limits.batch_vectors"),
         ({"limits": {"k": True}}, "limits.k"),
@@ -361,6 +370,14 @@ def test_settings_out_of_bounds_name_the_field(settings: dict[str, object], fiel
     with pytest.raises(Invalid) as caught:
         Settings.from_dict({"data": "file:///d", **settings})
     assert [error.field for error in caught.value.errors] == [field]
+
+
+def test_ports_are_a_range_one_or_any() -> None:
+    assert [parse_ports(text) for text in ("20000-20002", "1024", "")] == [
+        range(20000, 20003),
+        range(1024, 1025),
+        range(0),
+    ]
 
 
 @pytest.mark.parametrize("data", ["memory://x", "./data", "data"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cluster.config import CollectionConfig, IdType, VectorDtype
 from cluster.errors import Corrupt
 from cluster.ids import hash_ids, id_array
 from cluster.segment import (
+    Checksum,
     FileEntry,
     OperatingPoint,
     Rows,
@@ -100,6 +102,24 @@ def test_rows_written_are_read_back(tmp_path: Path, count: int, per_batch: int, 
     assert table.column("title").to_pylist() == written.titles
     assert table.column("id").to_pylist() == written.ids
     assert table.column("id_hash").to_pylist() == written.hashes.tolist()
+
+
+def test_rows_whose_pages_were_given_back_are_read_again(tmp_path: Path) -> None:
+    written = write(tmp_path, 11, 4)
+    rows = written.open()
+    before = rows.vectors(0, 11).copy()
+    view = rows.vectors(0, 4)
+    rows.forget_pages()
+    assert view.tolist() == before[:4].tolist()
+    assert rows.vectors(0, 11).tolist() == before.tolist()
+    assert rows.gather_vectors(np.arange(11)).tolist() == before.tolist()
+    assert rows.ids().to_pylist() == written.ids
+
+
+def test_an_empty_file_is_no_rows_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.arrow").write_bytes(b"")
+    with pytest.raises(Corrupt, match=r"rows\.arrow: not an Arrow file"):
+        Rows(tmp_path / "rows.arrow", 0, 3, 4)
 
 
 def test_rows_file_has_the_batches_it_was_given(tmp_path: Path) -> None:
@@ -271,6 +291,15 @@ def test_checksum_of_a_file_does_not_depend_on_the_chunk(tmp_path: Path, monkeyp
     for chunk_bytes in (1, 7, 256, 1_280, 1_281):
         monkeypatch.setattr(segment, "CHECKSUM_CHUNK_BYTES", chunk_bytes)
         assert checksum_file(path) == expected
+
+
+def test_checksum_of_pieces_is_that_of_the_whole() -> None:
+    data = bytes(range(256)) * 5
+    for cuts in ([], [0], [1], [100, 100, 900]):
+        checksum, edges = Checksum(), [0, *cuts, len(data)]
+        for start, stop in pairwise(edges):
+            checksum.add(memoryview(data)[start:stop])
+        assert checksum.entry == FileEntry(len(data), checksum_bytes(data))
 
 
 def test_verify_file_takes_the_bytes_written_and_refuses_all_others(tmp_path: Path) -> None:

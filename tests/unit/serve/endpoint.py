@@ -26,7 +26,6 @@ import numpy as np
 import pyarrow as pa
 import typer
 from numpy.typing import NDArray
-from starlette.applications import Starlette
 
 from actors.coordinator import Coordinator
 from cluster.arrow_rows import vectors_array
@@ -43,7 +42,7 @@ from serve.arrow_bodies import ARROW
 from serve.job_service import JobService
 from serve.metrics import EndpointMetrics
 from serve.problems import PROBLEM
-from serve.routes import Services, build_app
+from serve.routes import EndpointApp, Services, build_app
 from tests.fakes import LocalDirectory, Serving, run_tasks_here, serving
 from tests.unit.actors.points import Points, commit
 
@@ -114,7 +113,7 @@ class Endpoint:
     """One endpoint process and what it stands on."""
 
     http: httpx.AsyncClient
-    app: Starlette
+    app: EndpointApp
     services: Services
     eagleray: Serving
     jobs: LocalJobs
@@ -207,7 +206,7 @@ async def another_endpoint(eagleray: Serving, data: str, options: EndpointOption
     app = build_app(services)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
-        app.router.lifespan_context(app),
+        app.rest.router.lifespan_context(app.rest),
         httpx.AsyncClient(transport=transport, base_url="http://endpoint") as http,
     ):
         if options.follow:

@@ -79,7 +79,7 @@ def described_operations() -> set[tuple[str, str]]:
 
 def test_document_has_every_route_and_no_other(tmp_path: Path) -> None:
     async def scenario(endpoint: Endpoint) -> None:
-        assert operations_of(endpoint.app) == described_operations()
+        assert operations_of(endpoint.app.rest) == described_operations()
 
     run_with_endpoint(scenario, tmp_path)
 

