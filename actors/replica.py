@@ -1,7 +1,8 @@
 """One replica: a `Shard` that follows its WAL or leads it, with a thread for each thing that may take long. No Ray.
 
-Searches run one at a time in a thread, for FAISS uses several by itself. Loads and claims have another one, records
-of other writers a third. Calls only wait for these, so that the event loop is free to tell the status at any time.
+Searches run one at a time in a thread, for FAISS uses several by itself; only what is known to take no more than a
+moment is done at once. Loads and claims have another thread, records of other writers a third. Calls only wait for
+these, so that the event loop is free to tell the status at any time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from actors.faiss_index import use_threads
 from actors.primary import Primary
 from actors.recall_observer import RecallObserver
 from actors.search_thread import SearchThread
+from actors.search_times import SearchTimes
 from actors.shard import ReplicaStatus, Shard
 from actors.shard_client import CALL_TIMEOUT_S
 from cluster.config import Settings
@@ -30,6 +32,7 @@ from cluster.query import Fetched, Hits, ShardSearch
 from cluster.write import PointWrite, WriteOutcome
 
 TICK_S = 1.0  # how often a follower reads the WAL without being told, and a primary looks at its shard's upkeep
+AT_ONCE_S = 0.002  # what takes no longer is searched where it was asked for: to a thread and back takes 0.15 ms
 PUSHED_MAX = 8  # records of the primary that wait to be applied; others are found in the WAL
 WAIT_FIRST_S, WAIT_MAX_S = 0.01, 0.25  # between looks at the WAL for an LSN that a search waits for
 Outcomes = tuple[Hits | EaglerayError, ...]
@@ -77,6 +80,8 @@ class Replica:
         self._searcher = SearchThread(lambda: use_threads(threads), f"replica {key} ends")
         self._loader = ThreadPoolExecutor(1, "load", initializer=use_threads, initargs=(threads,))
         self._follower = ThreadPoolExecutor(1, "follow", initializer=use_threads, initargs=(1,))
+        self._times = SearchTimes()
+        self._threads_set: set[int] = set()  # other threads in which FAISS's own are set
         self._observer = RecallObserver(settings.observed_share, settings.observed_duty)
         self._waiters: set[_Waiter] = set()
         self._pushed = threading.Semaphore(PUSHED_MAX)
@@ -95,11 +100,19 @@ class Replica:
     async def search(self, request: ShardSearch) -> Outcomes:
         """One outcome per group. Unavailable where the generation is not held, or `min_lsn` not reached in time."""
         await self._reach(request.min_lsn, request.timeout_s)
-        return await self._searcher.run(self._search, request)
+        if self._closed.is_set() or self._times.predicted_s(request) > AT_ONCE_S:
+            return await self._searcher.run(self._search, request)
+        thread = threading.get_ident()
+        if thread not in self._threads_set:
+            use_threads(self._threads)
+            self._threads_set.add(thread)
+        return self._search(request)
 
     def _search(self, request: ShardSearch) -> Outcomes:
         view = self._opened().view(request.generation)
+        started = time.perf_counter()
         outcomes = view.search(request)
+        self._times.took(request, time.perf_counter() - started)
         self._observer.offer(request, outcomes, view.search)
         return outcomes
 

@@ -16,6 +16,7 @@ import pytest
 from actors import replica as replica_module
 from actors.replica import PUSHED_MAX, Replica
 from actors.shard import Shard
+from actors.shard_view import ShardView
 from cluster import paths
 from cluster.arrow_rows import vectors_array
 from cluster.config import CollectionConfig, IndexConfig, Limits, Settings
@@ -338,6 +339,28 @@ def test_writes_in_flight_when_the_process_dies_are_unavailable_and_acknowledged
         others = await runtime.client(OTHER).fetch(1, pa.array(numbers), [], lsn)
         assert others.found.tolist() == found.tolist()
         assert others.lsn >= lsn
+
+    with_replicas(scenario, tmp_path)
+
+
+@pytest.mark.parametrize(("at_once_s", "here"), [(0.0, [False, False]), (60.0, [False, True])])
+def test_only_a_search_that_is_known_to_be_short_is_done_where_it_is_asked_for(
+    at_once_s: float, here: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica_module, "AT_ONCE_S", at_once_s)
+    threads: list[int] = []
+    search = ShardView.search
+
+    def told(self: ShardView, request: ShardSearch) -> Any:
+        threads.append(threading.get_ident())
+        return search(self, request)
+
+    monkeypatch.setattr(ShardView, "search", told)
+
+    async def scenario(runtime: LocalRuntime) -> None:
+        for number in (1, 2):
+            await nearest(runtime.replica(ONE), number)
+        assert [thread == threading.get_ident() for thread in threads] == here
 
     with_replicas(scenario, tmp_path)
 
