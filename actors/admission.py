@@ -9,6 +9,8 @@ from cluster.config import Limits
 from cluster.errors import Exhausted
 
 RETRY_S = 1.0
+REFUSAL_WORK = 0.25  # of an answer's, in the endpoint process: 100 us of uvicorn and the kernel, 400 for an answer
+REFUSALS_SHARE = 0.5  # of the bound at most: clients that ask again at once would otherwise keep it down
 OVERFLOW = 2  # times `requests_in_flight` are never exceeded, however many collections claim their shares
 
 
@@ -40,6 +42,9 @@ class Admissions:
     While fewer than `requests_in_flight` are, a collection may have all of them. From then on it is refused more than
     its share, which is the same for every collection that has requests in flight: those of others come in as those of
     the greedy one are answered. `wait_s` predicts how long a search of a collection waits for its shards.
+
+    To refuse is work, too, which those in flight wait for. So each refusal takes some of the bound, and gives it back
+    over as many answers as may be in flight, or once nothing is: what is answered stays fast under any overload.
     """
 
     def __init__(self, limits: Limits, wait_s: Callable[[str], float]) -> None:
@@ -47,12 +52,13 @@ class Admissions:
         self._queue_s = limits.queue_ms / 1000.0
         self._wait_s = wait_s
         self._in_flight: dict[str, int] = {}
+        self._refusals = 0.0  # work of the last ones, in answers
         self.total = 0
 
     def admit(self, collection: str) -> Admission:
         """Exhausted, at once, where the request would only wait."""
         mine = self._in_flight.get(collection, 0)
-        if self.total >= self._bound:
+        if self.total + self._refusals >= self._bound:
             self._check_share(collection, mine)
         wait_s = self._wait_s(collection)
         if wait_s > self._queue_s:
@@ -68,6 +74,7 @@ class Admissions:
     def released(self, collection: str) -> None:
         """One of a collection's requests is over."""
         self.total -= 1
+        self._refusals = self._refusals * (1.0 - 1.0 / self._bound) if self.total else 0.0
         left = self._in_flight[collection] - 1
         if left:
             self._in_flight[collection] = left
@@ -76,10 +83,11 @@ class Admissions:
 
     def _check_share(self, collection: str, mine: int) -> None:
         active = len(self._in_flight) + (mine == 0)
-        share = self._bound / active
+        share = (self._bound - self._refusals) / active
         if mine >= share or self.total >= OVERFLOW * self._bound:
+            self._refusals = min(REFUSALS_SHARE * self._bound, self._refusals + REFUSAL_WORK)
             raise Exhausted(
                 f"requests_in_flight: this endpoint answers {self.total} requests, {mine} of them for {collection!r}; "
-                f"{self._bound} is the most, of which {share:.0f} are its share; ask again later, or add endpoints",
+                f"{self._bound} is the most, of which {share:.0f} are its share now; ask again later, or add endpoints",
                 RETRY_S,
             )

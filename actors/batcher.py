@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,17 +28,8 @@ Send = Callable[[ShardSearch], Awaitable[tuple[Hits | EaglerayError, ...]]]
 Grouped = dict[GroupKind, list[Slice]]
 
 
-@dataclass(eq=False, slots=True)
-class _Call:
-    """One call in flight: its slices by group, when it began, and how long it was predicted to take."""
-
-    grouped: Grouped
-    began: float
-    predicted_s: float
-
-
 class Batcher:
-    """Gathers the searches for one shard. `send` performs one call; `window` is the calls in flight allowed.
+    """Gathers the searches for one shard. `send` performs one call.
 
     `send_ahead` performs one that may wait long for its LSN. `seen_lsn` is the highest LSN that an answer or an
     acknowledged write told of. `clock` measures what calls take.
@@ -65,8 +55,18 @@ class Batcher:
         self._in_flight_s = 0.0
         self._last_answer = 0.0
         self._ahead = 0
-        self.window = limits.calls_in_flight_per_replica
+        self._window = limits.calls_in_flight_per_replica
         self.seen_lsn = 0
+
+    @property
+    def window(self) -> int:
+        """The calls in flight allowed. A wider one is used at once: those that are out may hang."""
+        return self._window
+
+    @window.setter
+    def window(self, calls: int) -> None:
+        self._window = calls
+        self._pump()
 
     def saw(self, lsn: int) -> None:
         """The shard has that record."""
@@ -138,10 +138,10 @@ class Batcher:
         """Once the LSN is there, what is left of a large search waits as others do."""
         key = search.key
         piece = search.take(min(search.left, self._queue.least_vectors(search.vectors.shape[1])))
-        self._observe_batch(len(piece))
         group = SearchGroup(0, len(piece), key.k, key.params, key.columns)
         vectors = search.vectors[: piece.stop]
         try:
+            self._observe_batch(len(piece))
             (outcome,) = await self._send_ahead(
                 ShardSearch(search.generation, vectors, (group,), timeout_s, search.min_lsn)
             )
@@ -202,14 +202,14 @@ class Batcher:
         grouped: Grouped = {}
         for piece in slices:
             grouped.setdefault(piece.search.kind, []).append(piece)
-        request = _request(grouped)
-        self._observe_batch(len(request.vectors))
         predicted_s = sum(len(piece) * (piece.search.seconds_per_vector or 0.0) for piece in slices)
-        began = self._now()
         self._in_flight_s += predicted_s
         try:
+            request = _request(grouped)
+            self._observe_batch(len(request.vectors))
+            began = self._now()
             outcomes = await self._send(request)
-            self._measure(grouped, began)
+            self._measure(grouped, began, predicted_s if request.min_lsn else 0.0)
             for pieces, outcome in zip(grouped.values(), outcomes, strict=True):
                 self._deliver(pieces, outcome)
         except asyncio.CancelledError:
@@ -221,11 +221,16 @@ class Batcher:
         finally:
             self._in_flight_s -= predicted_s
 
-    def _measure(self, grouped: Grouped, began: float) -> None:
-        """A call's own time is that since the one before it was answered: until then it waited in the shard."""
+    def _measure(self, grouped: Grouped, began: float, no_longer_s: float) -> None:
+        """A call's own time is that since the one before it was answered: until then it waited in the shard.
+
+        `no_longer_s` if not 0: one that took longer waited for an LSN, and says nothing of what searches cost.
+        """
         now = self._now()
         seconds = now - max(began, self._last_answer)
         self._last_answer = now
+        if 0.0 < no_longer_s < seconds:
+            return
         self._rates.measured({kind: sum(map(len, pieces)) for kind, pieces in grouped.items()}, seconds)
 
     def _now(self) -> float:

@@ -206,6 +206,7 @@ class ShardConnection:
         self._tls = tls
         self._link: Link | None = None
         self._connecting: asyncio.Task[Link] | None = None
+        self._patience: asyncio.Timeout | None = None  # with that attempt
         self._closed = False
 
     async def call(self, kind: int, message: messages.Message, timeout_s: float) -> Frame:
@@ -262,21 +263,28 @@ class ShardConnection:
         """A link after its handshake; one that is lost says why."""
         loop = asyncio.get_running_loop()
         link = Link(self._key, self.endpoint, loop)
+        if self._closed:
+            link.end(CLOSED)
+            return link
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(CONNECT_TIMEOUT_S) as self._patience:
                 await loop.create_connection(lambda: link, self.endpoint.host, self.endpoint.port, ssl=self._tls)
                 await link.shaken
         except TimeoutError:
-            link.end(f"to {self.endpoint} was not made within {CONNECT_TIMEOUT_S:g} s")
+            link.end(CLOSED if self._closed else f"to {self.endpoint} was not made within {CONNECT_TIMEOUT_S:g} s")
         except OSError as error:
             link.end(f"to {self.endpoint} was not made: {error}")
+        finally:
+            self._patience = None
         if self._closed:
             link.end(CLOSED)
         return link
 
     def close(self) -> None:
-        """Its process is gone, or another one took its place. Calls in flight fail."""
+        """Its process is gone, or another one took its place. Calls fail at once, also those that wait to connect."""
         self._closed = True
+        if self._patience is not None and not self._patience.expired():
+            self._patience.reschedule(asyncio.get_running_loop().time())
         if self._link is not None:
             self._link.end(CLOSED)
 

@@ -28,11 +28,11 @@ Vectors = NDArray[np.float32]
 Rows = NDArray[np.int64]
 SELECTIVE = (faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexHNSW, faiss.IndexIVF)  # take a row selection
 UNSELECTIVE = (faiss.IndexIVFAdditiveQuantizer, faiss.IndexIVFPQR, faiss.IndexIVFSpectralHash)  # but these do not
-NEVER = 2**31 - 1  # a number of query floats that no batch has
 FACTORY_SIZES = re.compile(r"(?:IVF|HNSW|NSG|PQ|RQ|LSQ|PRQ|PLSQ|PCA|PCAR|PCAW|OPQ|Pad|RR|L2norm|ITQ)(\d+)")
 FACTORY_BITS = re.compile(r"x(\d+)")
 FACTORY_SIZE_MAX, FACTORY_BITS_MAX = 1_048_576, 12
-BLAS_THRESHOLD = int(faiss.cvar.distance_compute_blas_threshold)  # FAISS's own
+BLAS_THRESHOLD = int(faiss.cvar.distance_compute_blas_threshold)  # floats of queries; FAISS's own
+ParamsKey = tuple[tuple[str, float], ...]
 PARAMETERS_KEPT = 256  # objects of FAISS for the parameters of searches; operating points, as widened, are few
 COARSE_EF_MIN = 64  # candidates kept by a graph over the centroids: at least, and at least twice the lists asked for
 
@@ -181,10 +181,12 @@ class FaissIndex:
         self._spec = spec
         self._metric = metric
         self._dimension = int(index.d)
-        self._known_parameters: dict[tuple[tuple[str, float], ...], Any] = {}
+        self._known: dict[ParamsKey, Any] = {}
+        self._known_of: tuple[RowSelection | None, dict[ParamsKey, Any]] = None, {}  # for the last selection
         self.count = int(index.ntotal)
         levels = _levels(index)
         innermost = levels[-1]
+        self._flat = isinstance(innermost, faiss.IndexFlat)
         self.lists = int(innermost.nlist) if isinstance(innermost, faiss.IndexIVF) else 0
         self.knobs = (
             *(("nprobe",) if self.lists else ()),
@@ -217,17 +219,30 @@ class FaissIndex:
         return labels, to_scores(distances, self._metric)
 
     def _parameters(self, params: dict[str, float], selection: RowSelection | None) -> Any:
-        """FAISS's object for these parameters, which no search changes: made once where all rows may be found."""
-        key = tuple(params.items())
-        if selection is None and key in self._known_parameters:
-            return self._known_parameters[key]
+        """FAISS's object for these parameters, which no search changes: made once for all threads."""
+        known, key = self._known_for(selection), tuple(params.items())
+        if key in known:
+            return known[key]
         self.check(params)
-        if selection is not None:
-            return _search_parameters(self._index, params, faiss.IDSelectorBitmap(selection.bits))
-        made = _search_parameters(self._index, params, None)
-        if len(self._known_parameters) < PARAMETERS_KEPT:
-            self._known_parameters[key] = made
+        if len(known) >= PARAMETERS_KEPT:
+            known.clear()
+        known[key] = made = _search_parameters(self._index, params, self._selector(selection))
         return made
+
+    def _known_for(self, selection: RowSelection | None) -> dict[ParamsKey, Any]:
+        """What was made for a selection; of those that leave something out only the last one asked for is kept."""
+        if selection is None:
+            return self._known
+        known_of, known = self._known_of
+        if known_of is not selection:
+            known = {}
+            self._known_of = selection, known
+        return known
+
+    def _selector(self, selection: RowSelection | None) -> Any:
+        if selection is not None:
+            return faiss.IDSelectorBitmap(selection.bits)
+        return faiss.IDSelectorAll() if self._flat and self._metric == "l2" else None  # see `blas_threshold`
 
     def check(self, params: dict[str, float]) -> None:
         """Invalid, by name, where a parameter is not one of `knobs`."""
@@ -266,29 +281,29 @@ def _list_parameters(index: Any, params: dict[str, float], chosen: dict[str, Any
 
 
 def load_index(path: Path, spec: IndexSpec, dimension: int, metric: Metric, count: int, name: str) -> FaissIndex:
-    """Memory-map a saved index; Corrupt, naming the object, where it is not the one described.
+    """Memory-map a saved index; Corrupt, naming the object, where it is not the one described; FileNotFoundError.
 
-    Sets for the whole process when a batch of exact distances is a matrix product (`blas_threshold`); the lists of
-    an l2 index may be found by FAISS's own threshold, where it is inexact the tuning has seen it.
+    Sets for the whole process when a batch of distances is a matrix product (`blas_threshold`).
     """
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
+        if not path.exists():
+            raise FileNotFoundError(path) from error
         raise Corrupt(f"{name}: FAISS cannot read it: {error}") from error
     facts = (index.d, index.ntotal, index.metric_type)
     if facts != (dimension, count, faiss_metric(metric)):
         raise Corrupt(f"{name}: (dimension, count, metric) are {facts}, described as {(dimension, count, metric)}")
-    exact_distances = spec.kind == "flat" or metric != "l2"
-    faiss.cvar.distance_compute_blas_threshold = (
-        blas_threshold(metric, dimension) if exact_distances else BLAS_THRESHOLD
-    )
+    faiss.cvar.distance_compute_blas_threshold = blas_threshold(metric, dimension)
     return FaissIndex(index, spec, metric)
 
 
 def blas_threshold(metric: Metric, dimension: int) -> int:
-    """From how many floats of queries on exact search multiplies matrices; it pays from about 8 vectors on.
+    """From how many floats of queries on a flat index multiplies matrices; it pays from about 8 vectors on.
 
-    Never for l2: FAISS then takes |x|^2 + |q|^2 - 2xq in float32, which cancels. Points of 64 dimensions at offset
-    1,000 with spread 0.1 had recall 1.0 asked one by one and 0.0 in a batch of 16. Unit vectors (cosine) are safe.
+    Not of l2: FAISS then takes |x|^2 + |q|^2 - 2xq in float32, which cancels. Points of 64 dimensions at offset
+    1,000 with spread 0.1 had recall 1.0 asked one by one and 0.0 in a batch of 16. So a flat l2 index is never asked
+    without a selector, which has FAISS take differences; its own threshold is for finding lists: where that is inexact
+    the tuning has seen it. Unit vectors (cosine) are safe.
     """
-    return NEVER if metric == "l2" else 8 * dimension
+    return BLAS_THRESHOLD if metric == "l2" else 8 * dimension

@@ -78,8 +78,8 @@ class ShardActor:
     """A `Replica` in a process of its own.
 
     Python lets a thread that computes keep the GIL for 5 ms before another that waits for it gets it, and a call takes
-    it several times: beside a thread busy in Python the 99th percentile of a call was 49 ms, and 10 ms with half a
-    millisecond (2 cores, others at work on them; the busy thread was not slower).
+    it several times. With half a millisecond the 99th percentile of a call beside a thread busy in Python was a quarter
+    to a fifth (docs/decisions/0006-speed.md); where no thread is busy in Python it changes nothing.
     """
 
     def __init__(self, settings: Settings, key: ReplicaKey, shards: int) -> None:

@@ -13,13 +13,12 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.exact_search import pair_distances
+from actors.exact_search import candidate_distances
 from actors.faiss_index import to_scores
 from cluster.config import Metric
 from cluster.segment import Rows
 from cluster.topk import smaller_is_better
 
-CHUNK_FLOATS = 1 << 17  # of gathered vectors: 512 KiB; of 1 MiB malloc gives back every page: up to 3 times as long
 SPLIT_FLOATS_MIN = 1 << 23  # less work than this is done as fast by one thread, while FAISS's others still spin
 
 
@@ -49,36 +48,18 @@ def exact_scores(
     rows: Rows, queries: NDArray[np.float32], labels: NDArray[np.int64], metric: Metric, threads: int
 ) -> NDArray[np.float32]:
     """Score of every query (n, d) with each of its candidates (n, width); undefined where the label is negative."""
-    scores = np.empty(labels.shape, dtype=np.float32)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
-    work = labels.size * rows.dimension
-    parts = min(threads, len(queries)) if work >= SPLIT_FLOATS_MIN else 1
+    parts = min(threads, len(queries)) if labels.size * rows.dimension >= SPLIT_FLOATS_MIN else 1
     if parts <= 1:
-        _score(rows, queries, labels, metric, scores)
-        return scores
+        return to_scores(candidate_distances(queries, labels, rows.gather_vectors, metric), metric)
     bounds = np.linspace(0, len(queries), parts + 1).astype(int)
     cuts = [slice(start, stop) for start, stop in pairwise(bounds.tolist())]
-    own, *others = cuts
-    done = [_threads(threads).submit(_score, rows, queries[c], labels[c], metric, scores[c]) for c in others]
-    _score(rows, queries[own], labels[own], metric, scores[own])
-    for part in done:
-        part.result()
-    return scores
+    own, *others = [(queries[cut], labels[cut], rows.gather_vectors, metric) for cut in cuts]
+    coming = [_threads(threads).submit(candidate_distances, *part) for part in others]
+    distances = [candidate_distances(*own), *(part.result() for part in coming)]
+    return to_scores(np.concatenate(distances), metric)
 
 
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "rerank")
-
-
-def _score(
-    rows: Rows, queries: NDArray[np.float32], labels: NDArray[np.int64], metric: Metric, out: NDArray[np.float32]
-) -> None:
-    width = labels.shape[1]
-    step = max(1, CHUNK_FLOATS // max(1, width * rows.dimension))
-    for start in range(0, len(queries), step):
-        chunk = slice(start, start + step)
-        asked, wanted = queries[chunk], np.maximum(labels[chunk], 0).reshape(-1)
-        of_query = np.arange(wanted.size) // max(1, width)
-        distances = pair_distances(asked, of_query, rows.gather_vectors(wanted), metric)
-        out[chunk] = to_scores(distances, metric).reshape(len(asked), width)

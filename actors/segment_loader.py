@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from math import ceil, log10
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from actors.segment_searcher import SegmentSearcher
 from actors.ties import found_with_ties
 from cluster import paths
 from cluster.config import Metric
-from cluster.errors import Corrupt, Invalid
+from cluster.errors import Corrupt, Invalid, Unavailable
 from cluster.index_spec import FAR_EF_SEARCH, FAR_SCORE, IndexSpec
 from cluster.manifest import SegmentRef
 from cluster.object_store import ObjectStore
@@ -41,7 +42,9 @@ from cluster.topk import recall_at_k
 SELF_TEST_SLACK = 0.02  # another instruction set may order near-equal distances differently
 SELF_TEST_FLOATS = 20_000_000  # that the self-test of an exact index scans: some milliseconds
 FILES_AT_ONCE = 4
+OPEN_TRIES = 3
 CACHE_UNUSED_S = 7 * 24 * 3600.0
+T = TypeVar("T")
 
 
 class LoadedSegment:
@@ -145,20 +148,31 @@ def load_segment(
 ) -> LoadedSegment:
     """Load and verify; Corrupt, naming the object, unless every byte and the self-test are as at build time."""
     description = read_description(store, collection, ref)
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        found = pool.map(
-            lambda name: verified_file(store, collection, description, name, cache_dir),
-            (paths.ROWS, paths.INDEX),
-        )
-        rows_path, index_path = found
     name = paths.segment_file(collection, ref.segment_id, paths.INDEX)
-    spec = IndexSpec.from_dict(description.spec)
-    rows = Rows(rows_path, description.count, description.dimension, description.rows_per_batch)
-    index = load_index(index_path, spec, description.dimension, metric, description.count, name)
-    segment = LoadedSegment(description, rows, index, metric)
-    rows.forget_pages()  # of ids and hashes, which lie all over the file and are in memory now
+
+    def mapped() -> LoadedSegment:
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            rows_path, index_path = pool.map(
+                lambda file: verified_file(store, collection, description, file, cache_dir), (paths.ROWS, paths.INDEX)
+            )
+        spec = IndexSpec.from_dict(description.spec)
+        rows = Rows(rows_path, description.count, description.dimension, description.rows_per_batch)
+        index = load_index(index_path, spec, description.dimension, metric, description.count, name)
+        return LoadedSegment(description, rows, index, metric)
+
+    segment = opened(mapped, name)
+    segment.rows.forget_pages()  # of ids and hashes, which lie all over the file and are in memory now
     _run_self_test(segment, name)
     return segment
+
+
+def opened(open_files: Callable[[], T], name: str) -> T:
+    """What `open_files` returns. A cached file may be deleted by a replica that needs it no more between its
+    verification and use: then it is called again. Unavailable, naming the object, where that does not end."""
+    for _ in range(OPEN_TRIES):
+        with suppress(FileNotFoundError):
+            return open_files()
+    raise Unavailable(f"{name}: its cached copy keeps vanishing")
 
 
 def read_description(store: ObjectStore, collection: str, ref: SegmentRef) -> SegmentDescription:

@@ -12,28 +12,26 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from actors.row_order import conformed, order_of_rows
-from actors.segment_loader import read_description, verified_file
+from actors.segment_loader import opened, read_description, verified_file
 from cluster import paths
-from cluster.errors import Corrupt, Unavailable
+from cluster.errors import Corrupt
 from cluster.manifest import SegmentRef, ShardEntry
 from cluster.object_store import ObjectStore
 from cluster.segment import ROW_COLUMNS, Rows
 from cluster.tombstones import read_tombstones
 
-OPEN_TRIES = 3  # a cached file may be deleted by a replica that needs it no more, between its verification and use
 RowNumbers = NDArray[np.int64]
 
 
 def open_rows(store: ObjectStore, collection: str, ref: SegmentRef, cache_dir: Path) -> Rows:
     """The rows of a segment, every byte verified: the store's own file where it has one, else one in the cache."""
     description = read_description(store, collection, ref)
-    for _ in range(OPEN_TRIES):
+
+    def mapped() -> Rows:
         path = verified_file(store, collection, description, paths.ROWS, cache_dir)
-        try:
-            return Rows(path, description.count, description.dimension, description.rows_per_batch)
-        except FileNotFoundError:
-            continue
-    raise Unavailable(f"{paths.segment_file(collection, ref.segment_id, paths.ROWS)}: its cached copy keeps vanishing")
+        return Rows(path, description.count, description.dimension, description.rows_per_batch)
+
+    return opened(mapped, paths.segment_file(collection, ref.segment_id, paths.ROWS))
 
 
 def deleted_rows(store: ObjectStore, collection: str, entry: ShardEntry, ref: SegmentRef) -> RowNumbers:

@@ -100,7 +100,7 @@ class SegmentSearcher:
         self, queries: Vectors, width: int, params: dict[str, float], selection: RowSelection | None
     ) -> tuple[Labels, Vectors]:
         near, far = _by_distance(params)
-        factor, own = self._candidates(near)
+        factor, own = self._candidates(near, len(queries))
         wanted = ceil(max(1.0, factor) * width)
         if far is None:
             return self._ranked(queries, width, factor, *self.index.search(queries, wanted, own, selection))
@@ -136,8 +136,11 @@ class SegmentSearcher:
             labels, scores = rerank(self.rows, queries, labels, self._metric, threads_in_use())
         return labels[:, :width], scores[:, :width]
 
-    def _candidates(self, params: dict[str, float]) -> tuple[float, dict[str, float]]:
-        """(candidates per hit to score by the rows, the index's own parameters); 0: the index's scores are exact."""
+    def _candidates(self, params: dict[str, float], queries: int) -> tuple[float, dict[str, float]]:
+        """(candidates per hit to score by the rows, the index's own parameters); 0: the index's scores are exact.
+
+        Those that a flat index has from a product of matrices depend, in their last digits, on what else is asked.
+        """
         store = self._spec.rerank_store
         if store == "rows":
             return max(1.0, params.get("rerank", self._spec.rerank)), {k: v for k, v in params.items() if k != "rerank"}
@@ -145,7 +148,8 @@ class SegmentSearcher:
             return 1.0, params
         if store == "sq8":
             return 2.0, params | ({"rerank": params["rerank"] / 2.0} if "rerank" in params else {})
-        return 0.0, params
+        multiplied = self._spec.kind == "flat" and self._spec.codes == "float32" and self._metric != "l2"
+        return (1.0 if multiplied and queries > 1 else 0.0), params
 
     def _filtered(
         self, queries: Vectors, width: int, params: dict[str, float], selection: RowSelection

@@ -184,7 +184,7 @@ class Connection(asyncio.BufferedProtocol):
         if len(hello.nonce) != handshake.NONCE_BYTES:
             raise FrameError(f"a nonce of {len(hello.nonce)} bytes")
         if hello.key != key:
-            self._refuse(f"replica {hello.key[:200]} is not here, but {key}")
+            self._refuse(f"replica {hello.key[:200]!r} is not here, but {key}")
             return
         self._client_nonce, self._server_nonce = hello.nonce, handshake.new_nonce()
         self._say(frames.CHALLENGE, Challenge(self._server_nonce, self._proof(handshake.SERVER)))

@@ -84,7 +84,9 @@ class ShardView:
 
     def _segments_hits(self, queries: NDArray[np.float32], group: SearchGroup) -> list[Hits]:
         """Raw knobs go to the segments whose index takes them; Invalid where one fits none of them."""
-        parts, taken, refused = [], set[str](), dict[str, Invalid]()
+        parts: list[Hits] = []
+        taken: set[str] = set()
+        refused: dict[str, Invalid] = {}
         for segment in self.segments:
             params = group.params
             while self._has_rows(segment):
@@ -186,7 +188,8 @@ def _flat(
     labels: NDArray[np.int64], scores: NDArray[np.float32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """(hits of each query (n,), their rows, their scores) of labels (n, width), negative where there is none."""
-    found = labels >= 0
-    if np.count_nonzero(found) == found.size:
-        return np.full(len(labels), labels.shape[1]), labels.reshape(-1), scores.reshape(-1)
+    missing = labels < 0
+    if not np.count_nonzero(missing):
+        return np.array([labels.shape[1]] * len(labels), np.int64), labels.reshape(-1), scores.reshape(-1)
+    found = ~missing
     return found.sum(axis=1), labels[found], scores[found]

@@ -15,13 +15,17 @@ USER_TIMEOUT_MS = 10_000  # what a peer has not acknowledged by then it never wi
 
 
 def listen(host: str, ports: range) -> socket.socket:
-    """A socket bound to this address alone. Several replicas share a node: they begin to look at different ports."""
+    """A socket bound to this address alone. Several replicas share a node: they begin to look at different ports.
+
+    A port on which connections of an earlier process have only just ended is as good as any (`SO_REUSEADDR`).
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     begin = random.randrange(len(ports)) if ports else 0
     candidates = [*ports[begin:], *ports[:begin]] or [0]
     for port in candidates:
         listening = socket.socket(family, socket.SOCK_STREAM)
         try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((host, port))
             listening.listen(BACKLOG)
             return listening

@@ -92,20 +92,26 @@ class TailView:
             row_of |= {value: first + row for row in live.tolist() if (value := _plain(block.ids[row])) in asked}
         return np.array([row_of.get(value, -1) for value in values], dtype=np.int64)
 
+    def _taken(self, rows: Rows, columns: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Some rows (n,) of a column, given as that of each block: a copy."""
+        block, row = np.divmod(rows, self.per_block)
+        if not np.count_nonzero(block):
+            return columns[0][row]
+        out = np.empty((len(rows), *columns[0].shape[1:]), dtype=columns[0].dtype)
+        for number in np.unique(block):
+            mine = block == number
+            out[mine] = columns[number][row[mine]]
+        return out
+
     def ids(self, rows: Rows) -> Any:
         """The ids of some rows as an Arrow array."""
-        block, row = np.divmod(rows, self.per_block)
-        values = [self.blocks[b].ids[r] for b, r in zip(block.tolist(), row.tolist(), strict=True)]
+        values = self._taken(rows, [block.ids for block in self.blocks])
         return pa.array(values, ID_ARROW_TYPE[self.config.id_type])
 
     def vectors(self, rows: Rows) -> Any:
         """The vectors of some rows as an Arrow array of the stored type."""
-        block, row = np.divmod(rows, self.per_block)
-        out = np.empty((len(rows), self.config.dimension), dtype=self.config.vector_dtype)
-        for number in np.unique(block):
-            mine = block == number
-            out[mine] = self.blocks[number].vectors[row[mine]]
-        flat = pa.array(out.reshape(-1))
+        taken = self._taken(rows, [block.vectors for block in self.blocks])
+        flat = pa.array(taken.reshape(-1).astype(self.config.vector_dtype, copy=False))
         return pa.FixedSizeListArray.from_arrays(
             flat, type=vector_type(self.config.dimension, self.config.vector_dtype)
         )

@@ -14,7 +14,11 @@ Found = tuple[NDArray[np.int64], NDArray[np.float32]]  # rows, -1 where there is
 def found_with_ties(find: Callable[[NDArray[np.float32], int], Found], queries: NDArray[np.float32], k: int) -> Found:
     """The best `k` rows that `find(queries, width)` has for each query, or more where points tie with the k-th."""
     rows, scores = find(queries, k + 1)
-    tied = _ties_at(rows, scores, k)
+    if rows.shape[1] <= k:
+        return rows, scores
+    tied = scores[:, k] == scores[:, k - 1]
+    if np.count_nonzero(tied):
+        tied &= rows[:, k] >= 0
     if not np.count_nonzero(tied):
         return rows[:, :k], scores[:, :k]
     more = find(queries[tied], k + TIES_MAX)
@@ -31,11 +35,3 @@ def _with_ties(found: Found, more: Found, tied: NDArray[np.bool_], k: int) -> Fo
     rows[:, :k], scores[:, :k] = found[0][:, :k], found[1][:, :k]
     rows[tied], scores[tied] = more_rows, more_scores
     return rows, scores
-
-
-def _ties_at(rows: NDArray[np.int64], scores: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
-    """Which queries have a (k+1)-th hit that scores as the k-th does."""
-    if rows.shape[1] <= k:
-        return np.zeros(len(rows), dtype=bool)
-    tied: NDArray[np.bool_] = (rows[:, k] >= 0) & (scores[:, k] == scores[:, k - 1])
-    return tied

@@ -40,7 +40,7 @@ SINGLES = tuple(Shape(wire, 1, connections) for wire in ("json", "arrow") for co
 BATCHES = tuple(Shape("arrow", BATCH, connections) for connections in (1, 4))
 SATURATING = Shape("arrow", 1, 256)
 OVERLOAD, OVERLOAD_CONNECTIONS = 2.0, 1_024  # times the rate reached; far more than the endpoint lets in at one time
-WARM_UP_S = 0.5
+WARM_UP_S, OVERLOAD_WARM_UP_S = 0.5, 1.0  # under overload HAProxy first opens its connections to the endpoint
 
 
 @dataclass
@@ -101,7 +101,7 @@ def measure_round(
         loads.append(in_child(run_closed_loop, served.target, requests, shape.connections, seconds, WARM_UP_S))
     reached = measured.loads[SATURATING][-1].per_second
     rate, requests = max(1.0, OVERLOAD * reached), kept[SATURATING.format, SATURATING.batch]
-    overload = in_child(run_open_loop, served.target, requests, OVERLOAD_CONNECTIONS, rate, seconds, WARM_UP_S)
+    overload = in_child(run_open_loop, served.target, requests, OVERLOAD_CONNECTIONS, rate, seconds, OVERLOAD_WARM_UP_S)
     measured.overloads.append(overload)
 
 
@@ -146,7 +146,11 @@ def row_of(shape: Shape, loads: list[LoadReport], bases: list[dict[str, float]])
 
 
 def overload_of(measured: Measured) -> dict[str, float]:
-    """Medians over the rounds; the answered p99 over that of the saturating closed loop just before."""
+    """Medians over the rounds; the answered p99 over that of the saturating closed loop just before.
+
+    What the generator itself is late, and the requests for which it had no connection left, are told apart: both are
+    in the latencies.
+    """
     pairs = list(zip(measured.overloads, measured.loads[SATURATING], strict=True))
     asked = [len(load.latencies_s) + sum(load.failures.values()) + load.unanswered for load, _ in pairs]
     refused = [load.failures.get(REFUSED, 0) for load, _ in pairs]
@@ -157,6 +161,8 @@ def overload_of(measured: Measured) -> dict[str, float]:
         "p99_ratio": float(np.median([load.percentile_ms(99) / closed.percentile_ms(99) for load, closed in pairs])),
         "refused_share": sum(refused) / max(1, sum(asked)),
         "other_failures": others,
+        "generator_lag_p99_ms": float(np.median([load.lag_ms(99) for load, _ in pairs])),
+        "queued_share": sum(load.queued for load, _ in pairs) / max(1, sum(asked)),
     }
 
 
@@ -210,7 +216,8 @@ def as_markdown(report: dict[str, Any]) -> str:
             "",
             f"{OVERLOAD:g} times the rate of {SATURATING}, open loop: {overload['answered_per_second']:,.0f} a second "
             f"answered, p99 {overload['p99_ms']:.1f} ms, {overload['refused_share']:.1%} refused, "
-            f"{overload['other_failures']:,} other failures",
+            f"{overload['other_failures']:,} other failures; the generator was {overload['generator_lag_p99_ms']:.1f} "
+            f"ms late (p99), and had no connection free for {overload['queued_share']:.1%}",
             "",
             "| asked of the endpoint | bar | reached | met |",
             "|---|---:|---:|---|",

@@ -36,11 +36,11 @@ class Served:
 
 
 @contextmanager
-def served_eagleray() -> Iterator[Served]:
-    """Over an empty folder; both are gone at the end."""
+def served_eagleray(*options: str) -> Iterator[Served]:
+    """`eagleray up` with those options over an empty folder; both are gone at the end."""
     with tempfile.TemporaryDirectory(prefix="eagleray-bench-") as folder:
         port = free_ports(1)[0]
-        server = start_server(f"{folder}/data", port)
+        server = start_server(f"{folder}/data", port, *options)
         try:
             with Client(f"http://127.0.0.1:{port}", timeout_s=120.0) as client:
                 yield Served(client.target, f"{folder}/data", client)
@@ -49,8 +49,8 @@ def served_eagleray() -> Iterator[Served]:
             server.wait(timeout=60)
 
 
-def start_server(data: str, port: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "serve.cli", "up", "--data", data, "--port", str(port), "--json"]
+def start_server(data: str, port: int, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "serve.cli", "up", "--data", data, "--port", str(port), "--json", *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert server.stdout is not None
     for line in server.stdout:

@@ -28,6 +28,8 @@ class SearchParams:
     @property
     def given(self) -> dict[str, float]:
         """The raw knobs that were set, by name."""
+        if self.nprobe is None and self.ef_search is None and self.rerank is None:
+            return {}
         knobs = {"nprobe": self.nprobe, "ef_search": self.ef_search, "rerank": self.rerank}
         return {name: value for name, value in knobs.items() if value is not None}
 

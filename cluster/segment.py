@@ -202,7 +202,7 @@ class Rows:
             raise Corrupt(f"{path}: not an Arrow file: {error}") from error
         self.schema = reader.schema
         self._check_shape(path)
-        self._vector_numbers, self._batch_starts = self._numbers(mapped)
+        self._vector_numbers, self._shifts = self._numbers(mapped)
         self._first_hashes = np.array([batch.column("id_hash")[0].as_py() for batch in self._batches], dtype=np.uint64)
 
     def forget_pages(self) -> None:
@@ -215,9 +215,8 @@ class Rows:
             raise Corrupt(f"{path}: batches of {sizes[:3]}... rows do not make up {self.count} rows")
 
     def _numbers(self, mapped: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """The whole file as overlapping runs of `dimension` numbers, and which run each batch's vectors begin with.
-
-        One index into the runs gathers rows of many batches at once.
+        """The whole file as overlapping runs of `dimension` numbers, and what is added to `row * dimension` to have the
+        run that is the vector of a row of each batch. One index into the runs gathers rows of many batches at once.
         """
         starts = np.zeros(len(self._batches), dtype=np.int64)
         dtype = np.dtype(np.float32)
@@ -228,13 +227,13 @@ class Rows:
         flat = np.frombuffer(mapped, dtype=dtype, count=mapped.size // dtype.itemsize)
         runs = max(0, len(flat) - self.dimension + 1)
         shape, strides = (runs, self.dimension), (dtype.itemsize, dtype.itemsize)
-        return np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False), starts
+        shifts = starts - np.arange(len(starts)) * self._per_batch * self.dimension
+        return np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False), shifts
 
     def gather_vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Vectors of any rows, shape (*rows.shape, dimension) float32: a copy."""
-        batch, row = np.divmod(rows, self._per_batch)
-        vectors: NDArray[Any] = self._vector_numbers[self._batch_starts[batch] + row * self.dimension]
-        return vectors.astype(np.float32, copy=False)
+        vectors: NDArray[Any] = self._vector_numbers[rows * self.dimension + self._shifts[rows // self._per_batch]]
+        return vectors if vectors.dtype == np.float32 else vectors.astype(np.float32)
 
     def vectors(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop as float32, shape (stop - start, dimension). A view where possible: do not write."""

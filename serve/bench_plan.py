@@ -39,7 +39,7 @@ class Shape:
         return self.connections * self.batch
 
     def __str__(self) -> str:
-        rate = "" if self.rate is None else f", {self.rate:,g} vectors/s"
+        rate = "" if self.rate is None else f", {self.rate:,.10g} vectors/s"
         connections = f"{self.connections} connection{'s' if self.connections > 1 else ''}"
         return f"{self.format}, {self.batch} a request, {connections}{rate}"
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
-from serve.bench_plan import BenchPlan
+from serve.bench_plan import BenchPlan, Shape
 from serve.bench_run import PERCENTILES, BenchReport, Row
 from serve.explain import params_text
 from serve.load import CLOSED
 
 Json = dict[str, Any]
+Column = tuple[str, list[str]]  # its head, and a cell per row
+SHOWN = {"p50 ms": "p50_ms", "p99": "p99_ms", "p99.9": "p999_ms"}  # of the percentiles; the JSON has all
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,23 @@ def _status_text(status: int) -> str:
 
 
 def print_report(out: Console, report: BenchReport) -> None:
+    """Tables that fit 80 columns: what is the same in all rows is said above, failures in words below."""
     plan = report.plan
     for each in report.recalls:
         at = params_text(each.params) or "the collection's own target"
         out.print(f"{_at(plan, each.target)}recall@{plan.k} {each.recall:.4f} at {at}, against {each.against}")
-    out.print(_loads_table(report))
+    out.print(f"searches of {plan.collection}, k {plan.k}{_shared_text(plan.shapes)}")
+    for title, rows in _tables(report):
+        _print_table(out, title, [*_place_columns(plan, rows), *_number_columns(rows)])
+    if not any(row.refused or failed_text(row) for row in report.rows):
+        out.print("nothing was refused, nothing failed")
+    for row in report.rows:
+        if failed := failed_text(row):
+            out.print(f"failed: {_at(plan, row.target)}{_params_prefix(row)}{row.shape}: {failed}")
     if len(plan.targets) == 2:
-        out.print(_ratios_table(report))
+        out.print(f"{plan.targets[1]} over {plan.targets[0]}: ratios of medians")
+        for params in _table_params(plan):
+            _print_ratios(out, plan, [r for r in ratios_of(report) if params is None or r.base.params == params])
     times = f"{plan.rounds} x {plan.seconds:g} s, after {plan.warm_up_s:g} s unreported"
     out.print(f"each load: {times}; the load generator shares {os.cpu_count()} cores of this machine")
     for shape in plan.left_out:
@@ -114,49 +128,93 @@ def _at(plan: BenchPlan, target: str) -> str:
     return f"{target}: " if len(plan.targets) > 1 else ""
 
 
-def _heads(report: BenchReport) -> list[str]:
-    points = ["at"] if len(report.plan.points) > 1 else []
-    return [*points, "load", "format", "batch", "connections"]
+def _params_prefix(row: Row) -> str:
+    return f"{params_text(row.params)}: " if row.params else ""
 
 
-def _place_cells(report: BenchReport, row: Row) -> list[str]:
-    shape = row.shape
-    points = [params_text(row.params)] if len(report.plan.points) > 1 else []
-    load = "closed" if shape.rate is None else f"{shape.rate:,g}/s"
-    return [*points, load, shape.format, str(shape.batch), str(shape.connections)]
+def _shared_text(shapes: Sequence[Shape]) -> str:
+    """What `_place_columns` leaves out, since all loads have it."""
+    if len(shapes) == 1:
+        return f": {shapes[0]}"
+    formats, batches = {shape.format for shape in shapes}, {shape.batch for shape in shapes}
+    shared = [*formats] if len(formats) == 1 else []
+    shared += [f"{shapes[0].batch} a request"] if len(batches) == 1 else []
+    opened = [shape.connections for shape in shapes if shape.rate is not None]
+    shared += [f"open loops on at most {opened[0]} connections"] if opened else []
+    return f": {', '.join(shared)}" if shared else ""
 
 
-def _loads_table(report: BenchReport) -> Table:
+def _table_params(plan: BenchPlan) -> list[dict[str, float] | None]:
+    """Those of each table; one table has all operating points where there is one load alone."""
+    return list(plan.points) if len(plan.points) > 1 and len(plan.shapes) > 1 else [None]
+
+
+def _tables(report: BenchReport) -> Iterator[tuple[str, list[Row]]]:
     plan = report.plan
-    targets = ["target"] if len(plan.targets) > 1 else []
-    numbers = ["requests/s", "vectors/s", "p50 ms", "p90", "p99", "p99.9", "refused", "failed"]
-    table = Table(*targets, *_heads(report), title=f"searches of {plan.collection}, k {plan.k}")
-    for name in numbers:
-        table.add_column(name, justify="right")
-    for row in report.rows:
-        target = [row.target] if targets else []
-        rates = [f"{row.requests_per_s:,.0f}", f"{row.vectors_per_s:,.0f}"]
-        times = [_ms_text(row.percentile_ms(percent)) for percent in PERCENTILES.values()]
-        table.add_row(*target, *_place_cells(report, row), *rates, *times, f"{row.refused:,}", failed_text(row))
-    return table
+    for params in _table_params(plan):
+        for target in plan.targets:
+            rows = [row for row in report.rows if row.target == target and (params is None or row.params == params)]
+            titles = [*([target] if len(plan.targets) > 1 else []), *([params_text(params)] if params else [])]
+            yield ", ".join(titles), rows
 
 
-def _ratios_table(report: BenchReport) -> Table:
-    base, other = report.plan.targets
-    table = Table(*_heads(report), title=f"{other} over {base}: ratios of medians")
-    for name in ("requests/s", "p50", "p90", "p99", "p99.9"):
-        table.add_column(name, justify="right")
-    for ratio in ratios_of(report):
-        numbers = [ratio.of(name) for name in ("requests_per_s", *PERCENTILES)]
-        table.add_row(*_place_cells(report, ratio.base), *("-" if n is None else f"{n:.2f}" for n in numbers))
-    return table
+def _place_columns(plan: BenchPlan, rows: Sequence[Row]) -> list[Column]:
+    """What tells the rows of one table apart."""
+    if len(plan.shapes) == 1:
+        varied = [name for name in plan.points[0] if len({point[name] for point in plan.points}) > 1]
+        return [(name, [f"{row.params[name]:g}" for row in rows]) for name in varied]
+    shapes = [row.shape for row in rows]
+    columns = [("format", [shape.format for shape in shapes]), ("batch", [f"{shape.batch:,}" for shape in shapes])]
+    varied_columns = [(name, cells) for name, cells in columns if len(set(cells)) > 1]
+    return [*varied_columns, ("load", [_load_text(shape) for shape in shapes])]
+
+
+def _load_text(shape: Shape) -> str:
+    return f"{shape.connections} conn." if shape.rate is None else f"{shape.rate:,.10g}/s"
+
+
+def _number_columns(rows: Sequence[Row]) -> list[Column]:
+    columns = [("vectors/s", [f"{row.vectors_per_s:,.0f}" for row in rows])]
+    columns += [
+        (head, [_ms_text(row.percentile_ms(PERCENTILES[name])) for row in rows]) for head, name in SHOWN.items()
+    ]
+    counts = {"refused": [row.refused for row in rows], "failed": [_failed(row) for row in rows]}
+    return columns + [(head, [f"{count:,}" for count in each]) for head, each in counts.items() if any(each)]
+
+
+def _print_ratios(out: Console, plan: BenchPlan, ratios: Sequence[Ratio]) -> None:
+    columns = _place_columns(plan, [ratio.base for ratio in ratios])
+    for head, name in {"vectors/s": "vectors_per_s", **SHOWN}.items():
+        numbers = [ratio.of(name) for ratio in ratios]
+        columns.append((head.removesuffix(" ms"), ["-" if number is None else f"{number:.2f}" for number in numbers]))
+    _print_table(out, params_text(ratios[0].base.params) if len(_table_params(plan)) > 1 else "", columns)
+
+
+def _print_table(out: Console, title: str, columns: Sequence[Column]) -> None:
+    """As wide as its cells, even if the terminal is not: a number that is cut short is another number."""
+    if title:
+        out.print(title)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for head, _ in columns:
+        table.add_column(head, justify="right" if head != "format" else "left", no_wrap=True)
+    for cells in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*cells)
+    table.width = Measurement.get(out, out.options.update(max_width=10_000), table).maximum
+    out.print(table, no_wrap=True, overflow="ignore", crop=False)
+
+
+def _failed(row: Row) -> int:
+    return sum(row.failures.values()) + row.unanswered
 
 
 def failed_text(row: Row) -> str:
-    """Failures other than refusals: by status, and requests that were never answered."""
+    """Failures other than refusals: by status, and requests that were never answered; nothing without any."""
     failures = [f"{count:,} x {_status_text(status)}" for status, count in row.failures.items()]
-    return ", ".join([*failures, *([f"{row.unanswered:,} unanswered"] if row.unanswered else [])]) or "0"
+    return ", ".join([*failures, *([f"{row.unanswered:,} unanswered"] if row.unanswered else [])])
 
 
 def _ms_text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    """With four digits at most, or as many as it has before the point."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 99.995 else f"{value:,.1f}" if value < 999.95 else f"{value:,.0f}"

@@ -41,6 +41,8 @@ class LoadReport:
     `latencies_s` are of answers with status 200, `failures` the number of others by status. `completed` answers with
     status 200 came within `seconds`; `unanswered` requests had none when the run was given up. `cpu_s` is what the
     generator took for the `sent` requests of the whole run. `bodies` are kept on demand, by the request's number.
+    `lags_s` of an open loop are from when requests were due to when the generator saw that they were, `queued` of them
+    found no free connection then: both are part of their latencies.
     """
 
     seconds: float = 0.0
@@ -50,6 +52,8 @@ class LoadReport:
     unanswered: int = 0
     sent: int = 0
     cpu_s: float = 0.0
+    lags_s: list[float] = field(default_factory=list)
+    queued: int = 0
     bodies: dict[int, bytes] = field(default_factory=dict)
 
     @property
@@ -57,7 +61,14 @@ class LoadReport:
         return self.completed / self.seconds if self.seconds else 0.0
 
     def percentile_ms(self, percent: float) -> float:
-        return float(np.percentile(self.latencies_s, percent) * 1000.0) if self.latencies_s else float("nan")
+        return _percentile_ms(self.latencies_s, percent)
+
+    def lag_ms(self, percent: float) -> float:
+        return _percentile_ms(self.lags_s, percent)
+
+
+def _percentile_ms(seconds: list[float], percent: float) -> float:
+    return float(np.percentile(seconds, percent) * 1000.0) if seconds else float("nan")
 
 
 def encode_request(target: str, path: str, body: bytes, headers: dict[str, str]) -> bytes:
@@ -269,10 +280,14 @@ class _OpenLoop(_Load):
         for due_s in self._arrivals.due(min(now_s, self._until_s)):
             if due_s >= self._until_s:
                 break
+            measured = due_s >= self._from_s
+            if measured:
+                self.report.lags_s.append(now_s - due_s)
             if self._free:
                 self.send(self._free.pop(), due_s)
             else:
                 self._line.append(due_s)
+                self.report.queued += measured
         self._alarm.set(max(self._arrivals.next_s, now_s + TICK_S) if now_s < self._until_s else now_s + 2 * DRAIN_S)
 
     def ready(self, connection: _Connection) -> None:

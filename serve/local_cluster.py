@@ -30,6 +30,7 @@ from cluster.object_store import open_store
 APPLICATION = "eagleray"
 READY_TIMEOUT_S = 300.0
 DOWN_TIMEOUT_S = 60.0
+AGENT_PORT = 52_365  # of every Ray's agent, by which its job server runs jobs; `ray.init` takes no other
 OBJECT_STORE_BYTES = 512 * 1024 * 1024  # requests pass through it, nothing stays: Ray's default is 30% of memory
 # Serve reads these when it is imported, in every process: HAProxy straight to the endpoint process instead of
 # Serve's Python proxy, no thread hops inside it, and searches that watch for their client themselves
@@ -80,6 +81,11 @@ def up(options: UpOptions, announce: Callable[[str], None]) -> None:
     _stop_on_signals(stop)
     with _run_file(options.port), contextlib.ExitStack() as undo:
         _check_port_free(options)
+        if options.address is None and is_taken(AGENT_PORT):
+            announce(
+                f"another Ray on this machine has port {AGENT_PORT}, which Ray's job server needs: imports and "
+                "`eagleray compact` will fail here; stop the other one, then start this again"
+            )
         announce("starting Ray and Serve")
         dashboard = undo.enter_context(_ray_cluster(options))
         _stop_on_signals(stop)  # again: starting Ray puts its own handlers in place
@@ -154,6 +160,12 @@ def _check_port_free(options: UpOptions) -> None:
             raise Conflict(f"port {options.port} of {options.host} is taken: {error}; choose another --port") from None
 
 
+def is_taken(port: int) -> bool:
+    """Whether somebody listens on a port of loopback."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of loopback that are free now."""
     with contextlib.ExitStack() as held:
@@ -202,7 +214,7 @@ def serve_environment(folder: str) -> dict[str, str]:
 def _start_ray(folder: str) -> Any:
     import ray
 
-    return ray.init(
+    context = ray.init(
         address="local",
         include_dashboard=True,  # the job server lives in it
         dashboard_host="127.0.0.1",
@@ -212,6 +224,10 @@ def _start_ray(folder: str) -> Any:
         log_to_driver=False,
         _temp_dir=folder,
     )
+    # As `ray start` does. Without it Ray's job server, where more than one Ray runs on a machine, gives a job the
+    # address of any of them: an import would go to another Eagleray.
+    Path(folder, "ray_current_cluster").write_text(context.address_info["gcs_address"])
+    return context
 
 
 @contextlib.contextmanager

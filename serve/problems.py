@@ -31,14 +31,15 @@ logger = logging.getLogger(__name__)
 def problem_response(request: Request, error: Exception) -> Response:
     """The answer to any exception; one that is not of ours is logged and told without its details."""
     if isinstance(error, EaglerayError) and type(error) in STATUS:
-        return _own_problem(error)
+        return own_problem(error)
     if isinstance(error, HTTPException):
         return _problem(error.status_code, "Http", error.detail, headers=dict(error.headers or {}))
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return _problem(500, "Internal", "an unexpected error; the server's log has it")
 
 
-def _own_problem(error: EaglerayError) -> Response:
+def own_problem(error: EaglerayError) -> Response:
+    """The answer to an error of a type in `STATUS`."""
     status = STATUS[type(error)]
     headers: dict[str, str] = {}
     more: dict[str, Any] = {}

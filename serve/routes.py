@@ -26,7 +26,7 @@ from serve.declared_attributes import DeclaredAttributes
 from serve.decoding import decode
 from serve.descriptions import describe_collection, describe_unreadable
 from serve.http_messages import JSON, Handler, json_response, read_json_body, without_parameters
-from serve.ingress import SEARCH_PATH, Receive, Scope, Send, searched_collection
+from serve.ingress import ENTRANCE, SEARCH_PATH, Receive, Scope, Send, searched_collection
 from serve.openapi import openapi_json
 from serve.point_routes import PointRoutes
 from serve.problems import problem_response
@@ -75,9 +75,11 @@ def build_app(services: Services) -> EndpointApp:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         for_ever = (services.coordinator.follow(), endpoint.leave_metrics(), samples.leave_for_ever())
         tasks = [asyncio.ensure_future(work) for work in for_ever]
+        ENTRANCE.keep(search.let_in)
         try:
             yield
         finally:
+            ENTRANCE.leave(search.let_in)
             for task in tasks:
                 task.cancel()
             with contextlib.suppress(TimeoutError):  # a sample is not worth a shutdown that takes long

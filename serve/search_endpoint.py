@@ -16,16 +16,16 @@ from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect, Request
 
 from actors.shard_client import ServedCollection
-from cluster.errors import Invalid, Unavailable
+from cluster.errors import EaglerayError, Exhausted, Invalid, Unavailable
 from cluster.query import Query, SearchResult
 from serve.arrow_bodies import ARROW
 from serve.declared_attributes import DeclaredAttributes
 from serve.decoding import decode_parameters
 from serve.hit_streams import write_result
-from serve.http_messages import JSON, LARGE_BODY_BYTES, LARGE_NUMBERS, aside, body_type, receive_body
-from serve.ingress import UNWATCHED, CancelledWhenClientLeaves, Receive, Scope, Send
+from serve.http_messages import JSON, LARGE_BODY_BYTES, LARGE_NUMBERS, FirstParts, aside, body_type, receive_body
+from serve.ingress import ADMISSION, UNWATCHED, Admitted, CancelledWhenClientLeaves, Receive, Refusal, Scope, Send
 from serve.json_bodies import search_answer
-from serve.problems import problem_response
+from serve.problems import own_problem, problem_response
 from serve.search_bodies import (
     SearchBody,
     SearchOptions,
@@ -47,7 +47,7 @@ class SearchEndpoint:
     def __init__(self, services: Services, attributes: DeclaredAttributes) -> None:
         self._services = services
         self._attributes = attributes
-        self._streams = VectorStreams()
+        self._streams, self._first_parts = VectorStreams(), FirstParts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -62,6 +62,17 @@ class SearchEndpoint:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
+    def let_in(self, collection: str) -> Admitted | Refusal | None:
+        """For `ingress.Entrance`. None where it is no question of how many there are: that the search itself tells."""
+        try:
+            return self._services.coordinator.admit(collection)
+        except Exhausted as error:
+            self._services.metrics.search(collection, "refused", 0, 0.0)
+            answer = own_problem(error)
+            return Refusal(answer.status_code, [*answer.raw_headers], bytes(answer.body))
+        except EaglerayError:
+            return None
+
     async def _answer(self, scope: Scope, receive: Receive) -> tuple[bytes, bytes]:
         """(media type, body) of the answer."""
         started = time.perf_counter()
@@ -69,7 +80,7 @@ class SearchEndpoint:
         headers = _first_headers(scope)
         outcome, vectors = "error", 0
         try:
-            with services.coordinator.admit(name):  # before the body is read: what is too much costs least
+            with scope.get(ADMISSION) or services.coordinator.admit(name):  # before the body is read
                 served = services.coordinator.served(name)
                 query = await self._query(scope, headers, receive, served)
                 vectors = len(query.vectors)
@@ -79,6 +90,9 @@ class SearchEndpoint:
             outcome = "ok" if result.coverage.shards == 1.0 else "partial"
         except Unavailable:
             outcome = "unavailable"
+            raise
+        except Exhausted as error:
+            outcome = "error" if error.retry_after_s is None else "refused"
             raise
         finally:
             # An unknown name as label would make a new time series for every typo.
@@ -99,7 +113,8 @@ class SearchEndpoint:
         self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, served: ServedCollection
     ) -> Query:
         limits, parameters = self._services.limits, scope["query_string"]
-        body = await receive_body(receive, headers.get(b"content-length", b""), limits.body_bytes)
+        announced = headers.get(b"content-length", b"")
+        body = await receive_body(receive, announced, limits.body_bytes, self._first_parts)
         large = len(body) > LARGE_BODY_BYTES
         if body_type(headers.get(b"content-type", b"")) == ARROW:
             options = _search_options(parameters)

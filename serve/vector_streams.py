@@ -62,7 +62,7 @@ class VectorStreams:
             return np.concatenate(views)
         layout = _layout_of(body, batches[0].column(0), views[0])
         if layout is not None:
-            if len(self._layouts) >= LAYOUTS_MAX:
+            if len(self._layouts) >= LAYOUTS_MAX and len(body) not in self._layouts:
                 oldest = list(self._layouts)[0]  # noqa: RUF015  # in one step: large bodies are read in threads
                 self._layouts.pop(oldest, None)
             self._layouts[len(body)] = layout

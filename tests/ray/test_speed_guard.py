@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.speed_guard import import_words, losses, measure_ratios, read_recorded
+from benchmarks.speed_guard import UP_OPTIONS, import_words, losses, measure_ratios, read_recorded
 from tests.ray.server import RunningServer
 
 pytestmark = pytest.mark.ray
@@ -20,7 +20,7 @@ ROUNDS, TRIES = 5, 3
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    server = RunningServer(tmp_path_factory.mktemp("data"))
+    server = RunningServer(tmp_path_factory.mktemp("data"), *UP_OPTIONS)
     server.start()
     yield server
     server.stop()

@@ -7,6 +7,7 @@ import json
 import re
 import tomllib
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,14 @@ def assert_named(given: Any, parsed: Any, path: str = "") -> None:
 def test_settings_accept_the_args(serve_config: dict[str, Any]) -> None:
     settings = Settings.from_dict(serve_config["applications"][0]["args"])
     assert settings.data.startswith("s3://")
+
+
+def test_args_name_every_setting_with_its_default(serve_config: dict[str, Any]) -> None:
+    args = serve_config["applications"][0]["args"]
+    defaults = {
+        field.name: field.default for field in fields(Settings) if field.name not in ("data", "limits", "upkeep")
+    }
+    assert {name: value for name, value in args.items() if name not in ("data", "limits")} == defaults
 
 
 def test_coordinators_fit_the_cpu_workers(cluster: dict[str, Any], serve_config: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.admission import OVERFLOW, RETRY_S, Admission, Admissions
+from actors.admission import OVERFLOW, REFUSAL_WORK, REFUSALS_SHARE, RETRY_S, Admission, Admissions
 from cluster.config import Limits
 from cluster.errors import Exhausted
 
@@ -103,3 +103,52 @@ def test_retry_after_is_the_time_until_the_wait_is_short_enough() -> None:
     with pytest.raises(Exhausted) as caught:
         here.admit("words")
     assert caught.value.retry_after_s == 3.5
+
+
+def refuse(here: Admissions, times: int) -> None:
+    for _ in range(times):
+        with pytest.raises(Exhausted):
+            here.admit("words")
+
+
+def test_refusals_take_some_of_the_bound_and_answers_give_it_back() -> None:
+    here = admissions()
+    taken = admit_all(here, "words")  # refused once
+    refuse(here, 11)
+    assert 12 * REFUSAL_WORK == 3.0
+    taken.pop().release()
+    refuse(here, 1)  # 11 are in flight, and 3.0 were refused
+    for admission in taken[8:]:
+        admission.release()
+    for _ in range(100):  # answered
+        here.admit("words").release()
+    assert here.total == 8
+    assert len(admit_all(here, "words")) == 4
+
+
+def test_refusals_of_long_ago_do_not_count_where_nothing_is_in_flight() -> None:
+    here = admissions()
+    taken = admit_all(here, "words")
+    refuse(here, 100)
+    for admission in taken:
+        admission.release()
+    assert len(admit_all(here, "words")) == 12
+
+
+def test_refusals_take_no_more_than_their_share_of_the_bound() -> None:
+    here = admissions()
+    taken = admit_all(here, "words")
+    refuse(here, 1_000)
+    while here.total > 12 * (1.0 - REFUSALS_SHARE):
+        taken.pop().release()
+    assert here.total == 6
+    here.admit("words")  # what was answered gave some back
+
+
+def test_collection_has_its_share_of_what_refusals_left() -> None:
+    here = admissions()
+    admit_all(here, "flood")
+    for _ in range(1_000):
+        with pytest.raises(Exhausted):
+            here.admit("flood")
+    assert len(admit_all(here, "words")) == 3  # of the half that is left

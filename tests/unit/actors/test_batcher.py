@@ -354,6 +354,41 @@ def test_wider_window_lets_more_calls_fly() -> None:
     with_batcher(scenario)
 
 
+def test_window_that_becomes_wider_lets_those_that_wait_go_at_once() -> None:
+    """The calls that are out may hang: the replica that came must not wait for one of them to end."""
+
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        early = await fill_window(batcher, shard)
+        late = ask(batcher, 3)
+        await asyncio.sleep(0)
+        batcher.window = 4
+        await shard.came(3)
+        shard.answer(2)
+        assert await ids_of(late) == [[3]]
+        batcher.window = 2
+        for number in (0, 1):
+            shard.answer(number)
+        assert await ids_of(*early) == [[-1], [-2]]
+
+    with_batcher(scenario)
+
+
+def test_error_while_a_call_is_made_fails_its_searches_and_frees_its_slot() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        for min_lsn in (0, 7):
+            for _ in range(3):
+                with pytest.raises(ZeroDivisionError):
+                    await batcher.search(numbers(1), 1, TEN, min_lsn=min_lsn)
+        assert (batcher._calls, batcher._in_flight_s, batcher._ahead) == (set(), 0.0, 0)
+
+    async def run() -> None:
+        shard = Shard()
+        async with asyncio.timeout(20):
+            await scenario(Batcher(shard.send, LIMITS, lambda vectors: vectors // 0), shard)
+
+    asyncio.run(run())
+
+
 def test_searches_for_an_lsn_that_was_seen_batch_with_each_other_alone_and_ask_for_the_highest() -> None:
     """On a replica that is behind they wait; those that ask for no LSN must not."""
 
@@ -724,6 +759,27 @@ def test_call_that_fails_is_not_measured() -> None:
         early = await one_by_one(batcher, shard, -1, -2)
         late = await queued(batcher, 300)
         assert batcher.wait_s() == 0.0
+        await cancelled([*early, *late])
+
+    with_batcher(scenario)
+
+
+def test_call_that_waited_for_an_lsn_says_nothing_of_what_searches_cost() -> None:
+    """A replica that lags would otherwise have the searches that ask for no LSN refused."""
+
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        batcher.saw(7)
+        await measured(batcher, shard, 0.010)
+        for seconds in (5.0, 5.0, 5.0, 5.0, 5.0):
+            search = ask(batcher, 0, min_lsn=7)
+            await shard.came(len(shard.calls) + 1)
+            shard.clock.advance(seconds)
+            shard.answer(len(shard.calls) - 1)
+            await search
+            await asyncio.sleep(0)
+        early = await one_by_one(batcher, shard, -1, -2)
+        late = await queued(batcher, 98)
+        assert batcher.wait_s() == pytest.approx(1.0)
         await cancelled([*early, *late])
 
     with_batcher(scenario)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 
 from actors import direct_client, frames, handshake, shard_server, sockets
+from actors import replica as replica_module
 from actors import shard_messages as messages
 from actors.direct_client import DirectConnections, DirectShardClient, ShardConnection
 from actors.frames import Frame, FrameReader
@@ -191,7 +192,11 @@ def test_fetches_and_writes_do_not_wait_behind_searches() -> None:
     run(test())
 
 
-def test_replica_whose_searches_are_busy_fetches_writes_and_tells_its_status(tmp_path: Path) -> None:
+def test_replica_whose_searches_are_busy_fetches_writes_and_tells_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica_module, "AT_ONCE_S", 0.0)  # all searches wait for the thread
+
     async def test() -> None:
         store, key = MemoryStore(), ReplicaKey("words", 0, 0)
         manifest_log(store, "words").create(CollectionConfig(2, metric="l2"))
@@ -387,6 +392,34 @@ def test_connections_follow_the_endpoints_of_the_table() -> None:
     run(test())
 
 
+def test_calls_that_wait_to_connect_fail_as_soon_as_the_endpoint_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_client, "CONNECT_TIMEOUT_S", 120.0)
+
+    async def test() -> None:
+        with sockets.listen(HOST, range(0)) as silent:  # the kernel lets clients connect, nobody answers
+            connections = DirectConnections()
+            connections.update({KEY: ShardEndpoint(HOST, silent.getsockname()[1], b"secret")})
+            client = connections.client(KEY)
+            assert client is not None
+            write, search = (
+                asyncio.ensure_future(call) for call in (client.write([UPSERT]), client.search(ask_for(1)))
+            )
+            accepted, _ = await asyncio.to_thread(silent.accept)
+            connections.update({})
+            with pytest.raises(Unavailable, match="the replica has another process now, or none; nothing was applied"):
+                await write
+            with pytest.raises(Unavailable, match="the replica has another process now, or none"):
+                await search
+            with pytest.raises(Unavailable, match="the replica has another process now, or none; nothing was applied"):
+                await client.write([UPSERT])
+            silent.setblocking(False)
+            with pytest.raises(BlockingIOError):  # who still has the client connects no more
+                silent.accept()
+            accepted.close()
+
+    run(test())
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -419,7 +452,7 @@ def test_wrong_replica_is_unavailable() -> None:
     async def test() -> None:
         other = ReplicaKey("words", 2, 0)
         async with serving(EchoReplica()) as endpoint:
-            told = pytest.raises(Unavailable, match="was refused: replica words/2/0 is not here, but words/2/1")
+            told = pytest.raises(Unavailable, match="was refused: replica 'words/2/0' is not here, but words/2/1")
             with connected(endpoint, other) as client, told:
                 await client.search(ask_for(1))
 
@@ -497,6 +530,22 @@ def test_stranger_is_cut_off_with_a_log_line(data: bytes, caplog: pytest.LogCapt
         (record,) = caplog.records
         assert record.levelno == logging.WARNING
         assert "is closed" in record.getMessage()
+
+    run(test())
+
+
+def test_stranger_writes_no_lines_of_its_own_into_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    hello = msgspec.msgpack.encode(handshake.Hello("x\nERROR all is lost", handshake.new_nonce()))
+
+    async def test() -> None:
+        async with serving(EchoReplica()) as endpoint:
+            with raw_client(endpoint) as peer:
+                peer.send(frames.HELLO, 0, hello)
+                frame = await asyncio.to_thread(peer.receive)
+                assert frame is not None
+                assert frame.kind == frames.REFUSED
+        (record,) = caplog.records
+        assert "\n" not in record.getMessage()
 
     run(test())
 
@@ -619,6 +668,25 @@ def test_ports_of_a_range_are_taken_until_none_is_left() -> None:
             sockets.listen(HOST, range(port, port + 1))
     with sockets.listen(HOST, range(port, port + 1)) as again:
         assert again.getsockname()[:2] == (HOST, port)
+
+
+def test_port_whose_connections_have_just_ended_is_free() -> None:
+    """A replica that is started again finds its port, although connections to the process before linger there."""
+    with sockets.listen(HOST, range(0)) as listening:
+        port = listening.getsockname()[1]
+        with socket.create_connection((HOST, port)) as client:
+            accepted, _ = listening.accept()
+            accepted.close()  # the side that closes first keeps the port in TIME_WAIT
+            assert client.recv(1) == b""
+    with sockets.listen(HOST, range(port, port + 1)) as again:
+        assert again.getsockname()[:2] == (HOST, port)
+
+
+@pytest.mark.parametrize(("host", "told"), [("192.0.2.1", "192.0.2.1:80"), ("2001:db8::1", "[2001:db8::1]:80")])
+def test_endpoint_is_told_without_its_secret(host: str, told: str) -> None:
+    endpoint = ShardEndpoint(host, 80, b"hidden")
+    assert str(endpoint) == told
+    assert "hidden" not in repr(endpoint)
 
 
 def test_address_that_is_not_of_this_machine_is_unavailable() -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from actors.shard import Shard
-from cluster.config import CollectionConfig, IndexConfig
+from cluster.config import CollectionConfig, IndexConfig, Metric
 from cluster.memory_store import MemoryStore
 from cluster.query import Hits, SearchGroup, SearchParams, ShardSearch
 from tests.unit.actors.points import Points, commit, in_row_order
@@ -28,8 +28,9 @@ def shard_of(config: CollectionConfig, vectors: Any, folder: Path, segments: int
     return shard
 
 
-def search(shard: Shard, queries: Any, k: int) -> Hits:
-    request = ShardSearch(1, queries.astype(np.float32), (SearchGroup(0, len(queries), k, SearchParams()),))
+def search(shard: Shard, queries: Any, k: int, *, exact: bool = False) -> Hits:
+    group = SearchGroup(0, len(queries), k, SearchParams(exact=exact))
+    request = ShardSearch(1, queries.astype(np.float32), (group,))
     hits = shard.search(request)[0]
     assert isinstance(hits, Hits)
     return hits
@@ -90,3 +91,31 @@ def test_lists_too_short_for_k_and_ties_at_the_last_hit_still_give_k_hits(tmp_pa
     hits = search(shard, np.zeros((1, 4)), 10)
     assert hits.ids.to_pylist()[5:] == [5, 6, 7, 8, 9]
     assert sorted(hits.ids.to_pylist()[:5]) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_do_not_depend_on_what_else_is_in_the_batch(kind: str, metric: Metric, tmp_path: Path) -> None:
+    """A product of matrices would round differently with the shape of the batch."""
+    random = np.random.default_rng(7)
+    vectors, queries = (random.standard_normal((count, 40)).astype(np.float32) for count in (1_200, 32))
+    if metric == "cosine":
+        vectors, queries = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (vectors, queries))
+    index = IndexConfig(kind)  # type: ignore[arg-type]
+    shard = shard_of(CollectionConfig(40, metric, index=index), vectors, tmp_path)
+    for exact in (False, True):
+        together = search(shard, queries, 5, exact=exact)
+        for size in (1, 3, 9):
+            parts = [search(shard, queries[start : start + size], 5, exact=exact) for start in range(0, 32, size)]
+            assert [point for part in parts for point in part.ids.to_pylist()] == together.ids.to_pylist()
+            np.testing.assert_array_equal(np.concatenate([part.scores for part in parts]), together.scores)
+
+
+def test_flat_l2_segment_takes_differences_whatever_was_loaded_after_it(tmp_path: Path) -> None:
+    """FAISS's own bound on products of matrices is the process's: lists are found with it."""
+    random = np.random.default_rng(8)
+    vectors = 1_000.0 + 0.1 * random.standard_normal((500, 64))
+    shard = shard_of(CollectionConfig(64, "l2", index=IndexConfig("flat")), vectors, tmp_path / "flat")
+    shard_of(CollectionConfig(64, "l2", index=IndexConfig("ivf_flat")), vectors, tmp_path / "lists")
+    queries = np.tile(vectors, (5, 1))  # 160,000 floats: more than FAISS's own bound
+    assert search(shard, queries, 1).ids.to_pylist() == list(range(500)) * 5

@@ -249,7 +249,7 @@ def test_search_of_queries_that_are_not_contiguous_equals_that_of_a_copy() -> No
         np.testing.assert_array_equal(strided, copied)
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage"])
+@pytest.mark.parametrize("damage", ["empty", "truncated", "garbage"])
 @pytest.mark.parametrize("name", INDEXES)
 def test_load_of_a_damaged_file_names_the_object(name: str, damage: str, tmp_path: Path) -> None:
     # A flipped bit inside the vectors still loads: the checksum of the segment guards against that.
@@ -258,10 +258,20 @@ def test_load_of_a_damaged_file_names_the_object(name: str, damage: str, tmp_pat
     index.save(path)
     data = path.read_bytes()
     path.write_bytes({"empty": b"", "truncated": data[: len(data) // 2]}.get(damage, b"garbage" * 100))
-    if damage == "missing":
-        path.unlink()
     with pytest.raises(Corrupt, match=r"words/index\.faiss: FAISS cannot read it"):
         load_index(path, spec, DIMENSION, "l2", COUNT, "words/index.faiss")
+
+
+def test_load_of_a_missing_file_is_no_corruption(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_index(
+            tmp_path / "index",
+            spec_of(INDEXES["hnsw float32"], COUNT, DIMENSION),
+            DIMENSION,
+            "l2",
+            COUNT,
+            "words/index.faiss",
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,3 +72,21 @@ def test_threads_sleep_between_calls_unless_the_environment_says_otherwise(
         monkeypatch.delenv("OMP_WAIT_POLICY")
     let_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
+MODULES = ["actors.exact_search", "actors.replica", "actors.segment_builder", "jobs.segment_task", "serve.plan"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_threads_are_told_to_sleep_before_faiss_is_loaded_whatever_is_imported_first(module: str) -> None:
+    """OpenMP reads how to wait when FAISS loads it; it then tells how often it looks before it sleeps."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    started = subprocess.run(
+        [sys.executable, "-c", f"import {module}"],
+        env=environment | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "GOMP_SPINCOUNT = '0'" in started.stderr

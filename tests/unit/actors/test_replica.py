@@ -174,6 +174,7 @@ def test_pushes_beyond_the_bound_are_left_to_the_wal(tmp_path: Path) -> None:
         assert follower.status().lsn < lsn, "the status waits for nobody"
         stalling.go_on.set()
         assert await nearest(follower, 105, lsn) == 105
+        await asyncio.gather(*(asyncio.wrap_future(one) for one in taken if one is not None))
         assert follower.receive(record) is not None
         follower.close()
 
@@ -361,6 +362,25 @@ def test_only_a_search_that_is_known_to_be_short_is_done_where_it_is_asked_for(
         for number in (1, 2):
             await nearest(runtime.replica(ONE), number)
         assert [thread == threading.get_ident() for thread in threads] == here
+
+    with_replicas(scenario, tmp_path)
+
+
+def test_queries_are_sampled_by_one_thread_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_module, "AT_ONCE_S", 60.0)
+    offered: list[int] = []
+
+    async def scenario(runtime: LocalRuntime) -> None:
+        replica = runtime.replica(ONE)
+
+        def offer(*_: Any) -> None:
+            assert replica._observing.locked(), "RecallObserver.offer is for one thread at a time"
+            offered.append(threading.get_ident())
+
+        monkeypatch.setattr(replica._observer, "offer", offer)
+        for number in (1, 2):
+            await nearest(replica, number)
+        assert len(set(offered)) == 2
 
     with_replicas(scenario, tmp_path)
 

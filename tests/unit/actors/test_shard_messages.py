@@ -62,6 +62,13 @@ def test_vectors_that_are_not_contiguous_are_sent_in_order() -> None:
         [0, 2], [4, 6], [8, 10]]  # fmt: skip
 
 
+def test_write_of_several_batches_is_refused_rather_than_cut() -> None:
+    batch = pa.record_batch({"id": [1, 2]})
+    message = messages.encode_writes([PointWrite(pa.Table.from_batches([batch, batch]))])
+    with pytest.raises(Invalid, match="more than one record batch came"):
+        messages.decode_writes(*views(*message))
+
+
 def test_numpy_numbers_in_a_request_are_numbers() -> None:
     group = SearchGroup(np.int64(0), np.int64(2), np.int32(10), SearchParams(rerank=np.float64(1.5)))  # type: ignore[arg-type]
     request = ShardSearch(np.int64(3), SEARCH.vectors, (group,), 1.0, np.int64(4))  # type: ignore[arg-type]

@@ -335,6 +335,7 @@ DESCRIPTION = SegmentDescription(
     operating_points=(
         OperatingPoint(0.95, {"ef_search": 48}, 0.971, 0.962, 0.25, True, queries_per_s=9_500.5),
         OperatingPoint(0.99, {"ef_search": 1024}, 0.981, 0.97, 4.5, False),
+        OperatingPoint(0.9, {"ef_search": 20, "far_ef_search": 60, "far_score": 0.1 + 0.2}, 0.97, 0.96, 0.2, True),
     ),
     self_test=SelfTest((9, 10), ((9, 1), (10,)), 0.5),
     files={"rows.arrow": FileEntry(10, "xxh3_128:00"), "index.faiss": FileEntry(20, "xxh3_128:01")},

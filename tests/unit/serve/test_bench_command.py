@@ -97,8 +97,8 @@ def test_bench_tells_true_neighbours_of_another_id_type(tmp_path: Path) -> None:
         told("bench", "--collection", "words", "--data", data, *BRIEF, client=client)
 
 
-def test_bench_without_an_endpoint_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_run, "SETTLE_S", 0.0)
+def test_bench_without_an_endpoint_says_so_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_run.time, "sleep", pytest.fail)
     client = Client("http://127.0.0.1:9")
     with pytest.raises(Unavailable, match=r"http://127\.0\.0\.1:9 does not answer"):
         told("bench", "--collection", "c", "--data", query_file(tmp_path), client=client)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -74,23 +75,30 @@ def test_json_of_two_targets_has_the_ratios_of_their_medians() -> None:
     assert first["p99_ms"] is None
 
 
-def shown(told: BenchReport) -> str:
-    console = Console(width=200, markup=False, highlight=False)
+def shown(told: BenchReport, width: int = 80) -> str:
+    console = Console(width=width, markup=False, highlight=False)
     with console.capture() as capture:
         print_report(console, told)
     return capture.get()
 
 
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of each row of a table; cells hold no two spaces."""
+    return [re.split(r" {2,}", line.strip()) for line in text.splitlines() if re.search(r"\S  +\S", line)]
+
+
 def test_tables_show_loads_failures_and_what_was_left_out() -> None:
     text = shown(report())
     assert "recall@10 0.6400 at ef_search 64, against truth" in text
-    row = next(line for line in text.splitlines() if "500/s" in line)
-    cells = [cell.strip() for cell in row.strip("│").split("│")]
-    assert cells == [
-        "ef_search 16", "500/s", "json", "1", "32", "640", "640", "2.00", "2.00", "2.00", "2.00", "3",
-        "2 x connection closed, 1 x 503, 4 unanswered",
-    ]  # fmt: skip
-    assert "left out: json, 256 a request, 64 connections: 16,384 vectors at one time" in text
+    assert "searches of words, k 10: json, 1 a request, open loops on at most 32" in text
+    assert text.splitlines()[3] == "ef_search 16"  # a table for each operating point
+    heads, _, _, opened = rows_of(text)[:4]
+    assert heads == ["load", "vectors/s", "p50 ms", "p99", "p99.9", "refused", "failed"]
+    assert opened == ["500/s", "640", "2.00", "2.00", "2.00", "3", "7"]
+    told = " ".join(text.split())
+    failed = "2 x connection closed, 1 x 503, 4 unanswered"
+    assert f"failed: ef_search 16: json, 1 a request, 32 connections, 500 vectors/s: {failed}" in told
+    assert "left out: json, 256 a request, 64 connections: 16,384 vectors at one time" in told
     assert "ratios" not in text
 
 
@@ -98,7 +106,61 @@ def test_tables_of_two_targets_show_ratios() -> None:
     text = shown(report((ONE, TWO)))
     assert f"{TWO} over {ONE}: ratios of medians" in text
     assert f"{TWO}: recall@10 0.1600 at ef_search 16" in text
-    assert "2.00" in text.split("ratios of medians")[1]
+    ratios = rows_of(text.split("ratios of medians")[1])
+    assert ratios[0] == ["load", "vectors/s", "p50", "p99", "p99.9"]
+    assert ratios[3] == ["500/s", "2.00", "1.00", "1.00", "1.00"]
+
+
+def test_operating_points_of_one_load_are_rows_of_one_table() -> None:
+    heads, *rows = rows_of(shown(report(shapes=(FAST,))))
+    assert heads[:2] == ["ef_search", "vectors/s"]
+    assert [row[:2] for row in rows] == [["16", "160"], ["64", "40"]]
+
+
+def test_load_that_nothing_failed_at_has_no_columns_of_failures() -> None:
+    told = report(shapes=(SLOW, FAST))
+    for row in told.rows:
+        row.rounds[:] = [load(10, 0.001)]
+    text = shown(told)
+    assert "nothing was refused, nothing failed" in text
+    assert rows_of(text)[0] == ["load", "vectors/s", "p50 ms", "p99", "p99.9"]
+
+
+def large_report() -> BenchReport:
+    """Every column, and numbers as long as they may be on a large machine."""
+    formats = [("json", 1, 1), ("arrow", 4_096, 1_024)]
+    shapes = [Shape(*each, rate) for each in formats for rate in (None, 1_250_000.0)]
+    told = report((ONE, TWO), tuple(shapes))
+    for row in told.rows:
+        completed, failures = 1_234_567 // row.shape.batch, {429: 12_345, 500: 1_234}
+        row.rounds[:] = [LoadReport(1.0, completed, [12.3456] * 1_000, failures, 99)]
+    return told
+
+
+def test_tables_fit_80_columns() -> None:
+    text = shown(large_report())
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert ["arrow", "4,096", "1,250,000/s", "1,232,896", "12,346", "12,346", "12,346", "12,345", "1,333"] in rows_of(
+        text
+    )
+
+
+@pytest.mark.parametrize("width", [20, 60, 79])
+def test_narrow_terminal_cuts_no_number_short(width: int) -> None:
+    assert rows_of(shown(report(), width))[:8] == rows_of(shown(report(), 200))[:8]
+    assert "…" not in shown(large_report(), width)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.001234, "1.23"), (0.09999, "99.99"), (0.099999, "100.0"), (0.99999, "1,000"), (12, "12,000")],
+)
+def test_latencies_have_the_digits_that_matter(seconds: float, text: str) -> None:
+    told = report(shapes=(SLOW, FAST))
+    for row in told.rows:
+        row.rounds[:] = [load(10, seconds)]
+    assert rows_of(shown(told))[1][2] == text
 
 
 def test_picture_shows_recall_of_the_fastest_shape_and_latency_of_every_load(tmp_path: Path) -> None:

@@ -46,3 +46,38 @@ def test_answers_after_a_write_tell_its_lsn() -> None:
     for lsn in (1, 2, 1):
         table = pa.ipc.open_stream(write_result(SearchResult(hits, Coverage(1.0, 1.0), 1, {0: lsn}))).read_all()
         assert json.loads(table.schema.metadata[b"lsn"]) == {"0": lsn}
+
+
+def plainly_written(result: SearchResult) -> Any:
+    """The table that the documentation promises, made without any shortcut."""
+    hits = result.hits
+    queries = [query for query, count in enumerate(hits.counts.tolist()) for _ in range(count)]
+    columns = {"query": pa.array(queries, pa.int32()), "id": hits.ids, "score": pa.array(hits.scores, pa.float32())}
+    columns |= (
+        dict(zip(hits.columns.column_names, hits.columns.columns, strict=True)) if hits.columns is not None else {}
+    )
+    metadata = {
+        "coverage": json.dumps(result.coverage.to_dict(), separators=(",", ":")),
+        "generation": str(result.generation),
+        "lsn": json.dumps({str(shard): lsn for shard, lsn in result.lsn.items()}, separators=(",", ":")),
+    }
+    return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def test_any_answers_one_after_the_other_are_read_as_plainly_written_ones() -> None:
+    """What is kept of one answer is used for the next, which differs in anything."""
+    seed = 20_240_602
+    chance = np.random.default_rng(seed)
+    for number in range(400):
+        counts = chance.integers(0, 4, chance.integers(0, 5))
+        count = int(counts.sum())
+        ids = ids_of(("int64", "string", "sliced")[chance.integers(3)], count)
+        scores = chance.random(count * 2).astype(np.float32)[:count]
+        columns = pa.table({"rank": pa.array(range(count), pa.int8())}) if chance.random() < 0.2 else None
+        missing = tuple(range(chance.integers(0, 3)))
+        coverage = Coverage(1.0 - len(missing) / 4, 1.0 - len(missing) / 4, missing)
+        lsn = {shard: int(chance.integers(3)) for shard in range(len(missing), 4)}
+        result = SearchResult(Hits(counts.astype(np.int64), ids, scores, columns), coverage, number % 3, lsn)
+        table = pa.ipc.open_stream(write_result(result)).read_all()
+        table.validate(full=True)
+        assert table.equals(plainly_written(result), check_metadata=True), (seed, number)

@@ -102,6 +102,8 @@ def test_open_loop_counts_a_stall_in_every_request_that_was_due_in_it() -> None:
     assert all(got >= least - slack_s for got, least in zip(report.latencies_s, waited, strict=False))
     assert len(report.latencies_s) == pytest.approx(0.4 * RATE, abs=1)
     assert responder.busy_max == 1
+    assert len(report.lags_s) == pytest.approx(0.4 * RATE, abs=1)  # the generator itself does not stall
+    assert report.queued >= STALL_S * RATE - 2
 
 
 def test_closed_loop_sees_a_stall_once() -> None:

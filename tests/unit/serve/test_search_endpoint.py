@@ -14,7 +14,15 @@ from starlette.routing import Match, Route
 from cluster.config import CollectionConfig, IndexConfig, Limits
 from cluster.placement import ReplicaKey
 from serve import ingress
-from serve.ingress import SEARCH_PATH, UNWATCHED, CancelledWhenClientLeaves, UnwatchedSearches, searched_collection
+from serve.ingress import (
+    ENTRANCE,
+    SEARCH_PATH,
+    UNWATCHED,
+    CancelledWhenClientLeaves,
+    Entrance,
+    UnwatchedSearches,
+    searched_collection,
+)
 from tests.unit.actors.points import random_points
 from tests.unit.serve.endpoint import Endpoint, problem, run_with_endpoint, until
 
@@ -200,6 +208,148 @@ def test_body_that_does_not_come_is_given_up(tmp_path: Path, monkeypatch: pytest
         await endpoint.app(scope_of(SEARCH), receive, exchange.send)
         assert exchange.sent[0]["status"] == 408
         assert b"5 bytes did" in exchange.sent[1]["body"]
+        assert endpoint.coordinator._admissions.total == 0
+
+    with_words(scenario, tmp_path)
+
+
+# ---- let in or refused before Serve
+
+
+class Serve:
+    """What is between the middleware and the application."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self.searches = 0
+        self.around = UnwatchedSearches(self)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.searches += 1
+        await self._endpoint.app(scope, receive, send)
+
+    async def search(self, path: str = SEARCH) -> tuple[int, Json]:
+        """(status, body) of the answer."""
+        exchange = Exchange()
+        await self.around(scope_of(path), exchange.receive, exchange.send)
+        start, body = exchange.sent
+        assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
+        return start["status"], json.loads(body["body"])
+
+
+def test_search_is_in_flight_once_from_the_middleware_to_its_answer(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint) -> None:
+        endpoint.eagleray.runtime.hang(ReplicaKey("words", 0, 0))
+        serve = Serve(endpoint)
+        waiting = [asyncio.ensure_future(serve.search()) for _ in range(3)]
+        await until(lambda: serve.searches == 3)
+        assert endpoint.coordinator._admissions.total == 3
+        status, refusal = await serve.search()
+        assert (status, refusal["title"], refusal["type"]) == (
+            429,
+            "Too Many Requests",
+            "urn:eagleray:problem:exhausted",
+        )
+        assert serve.searches == 3  # Serve has not seen it
+        metrics = (await endpoint.http.get("/metrics")).text
+        assert 'eagleray_queries_total{collection="words",coordinator="endpoint-1",outcome="refused"} 1.0' in metrics
+        endpoint.eagleray.runtime.revive(ReplicaKey("words", 0, 0))
+        assert [status for status, _ in await asyncio.gather(*waiting)] == [200] * 3
+        assert endpoint.coordinator._admissions.total == 0
+
+    with_words(scenario, tmp_path, Limits(timeout_ms=20_000, requests_in_flight=3))
+
+
+def test_search_that_ends_before_the_application_has_it_is_in_flight_no_more(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint) -> None:
+        serving = asyncio.Event()
+
+        async def broken(scope: Any, receive: Any, send: Any) -> None:
+            serving.set()
+            await asyncio.Event().wait()
+
+        exchange = Exchange()
+        request = asyncio.ensure_future(UnwatchedSearches(broken)(scope_of(SEARCH), exchange.receive, exchange.send))
+        await serving.wait()
+        assert endpoint.coordinator._admissions.total == 1
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        assert endpoint.coordinator._admissions.total == 0
+
+    with_words(scenario, tmp_path)
+
+
+def test_what_is_no_question_of_how_many_there_are_is_told_by_the_endpoint(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint) -> None:
+        serve = Serve(endpoint)
+        assert (await serve.search(SEARCH.replace("words", "letters")))[0] == 404
+        assert serve.searches == 1
+
+    with_words(scenario, tmp_path)
+
+
+def test_nobody_is_let_in_for_another_event_loop_or_after_the_endpoint_has_ended(tmp_path: Path) -> None:
+    def refuse(collection: str) -> None:
+        raise AssertionError(collection)
+
+    entrance = Entrance()
+
+    async def keep() -> None:
+        entrance.keep(refuse)
+
+    async def ask() -> None:
+        assert entrance.ask("words") is None
+
+    asyncio.run(keep())
+    asyncio.run(ask())
+
+    async def scenario(endpoint: Endpoint) -> None:
+        admission = ENTRANCE.ask("words")
+        assert endpoint.coordinator._admissions.total == 1
+        admission.release()  # type: ignore[union-attr]
+
+    with_words(scenario, tmp_path)
+    asyncio.run(ask_after_the_end())
+
+
+async def ask_after_the_end() -> None:
+    assert ENTRANCE.ask("words") is None
+
+
+@pytest.mark.parametrize("route", ["search", "upsert"])
+def test_body_that_does_not_begin_to_come_is_given_up(
+    route: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that sends the headers alone holds a place as well."""
+    monkeypatch.setattr("serve.http_messages.BODY_TIMEOUT_S", 0.01)
+
+    async def scenario(endpoint: Endpoint) -> None:
+        exchange = Exchange()
+        exchange.received = 1
+        task = asyncio.ensure_future(
+            endpoint.app(scope_of(f"/v1/collections/words/points:{route}"), exchange.receive, exchange.send)
+        )
+        await task
+        assert exchange.sent[0]["status"] == 408
+        assert b"0 bytes did" in exchange.sent[1]["body"]
+        assert task.cancelling() == 0
+        assert endpoint.coordinator._admissions.total == 0
+        assert (await endpoint.search("words", vector=[1, 2, 3])).status_code == 200
+
+    with_words(scenario, tmp_path)
+
+
+def test_cancelled_search_whose_body_does_not_come_is_not_taken_for_a_late_one(tmp_path: Path) -> None:
+    async def scenario(endpoint: Endpoint) -> None:
+        exchange = Exchange()
+        exchange.received = 1
+        request = asyncio.ensure_future(endpoint.app(scope_of(SEARCH), exchange.receive, exchange.send))
+        await until(lambda: exchange.received == 2)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        assert exchange.sent == []
         assert endpoint.coordinator._admissions.total == 0
 
     with_words(scenario, tmp_path)

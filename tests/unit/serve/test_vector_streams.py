@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -139,3 +140,74 @@ def test_layouts_are_bounded_and_so_is_what_each_keeps() -> None:
     large = batch.replace_schema_metadata({"note": "x" * 10_000})
     assert streams.read(stream_of([large], large.schema)).tolist() == [[1.0]]
     assert streams._layouts == before
+
+
+def outcome(streams: VectorStreams, body: bytes) -> Any:
+    try:
+        vectors = streams.read(body)
+    except Invalid as error:
+        return str(error)
+    return vectors.dtype, vectors.shape, vectors.tobytes()
+
+
+def with_null_bits(null_count: int) -> bytes:
+    values = pa.array(vectors_like(2).reshape(-1))
+    bits = pa.py_buffer(b"\x03" + b"\0" * 63)
+    return column_stream(pa.Array.from_buffers(pa.list_(values.type, 5), 2, [bits], null_count, children=[values]))
+
+
+def test_layout_of_a_strange_stream_that_was_taken_holds_for_all_numbers() -> None:
+    """Streams damaged or forged that Arrow still takes: where a layout was kept, no numbers make it wrong."""
+    chance, layouts = random.Random(SEED), 0
+    bases = [arrow_stream(vectors_like(1)), arrow_stream(vectors_like(1, np.float16)), with_null_bits(0)]
+    bases += [bases[0] + b"trailing", with_null_bits(1)]
+    for number in range(1_500):
+        forged = bytearray(chance.choice(bases))
+        for _ in range(chance.choice((1, 1, 2, 3))):
+            forged[chance.randrange(len(forged))] = chance.choice((0, 1, 2, 8, 16, 24, 40, 64, chance.randrange(256)))
+        warm = VectorStreams()
+        outcome(warm, bytes(forged))
+        for layout in warm._layouts.values():
+            layouts += 1
+            size = len(forged) - len(layout.head) - len(layout.tail)
+            for numbers in (b"\0" * size, b"\xff" * size, chance.randbytes(size)):
+                body = layout.head + numbers + layout.tail
+                assert outcome(warm, body) == outcome(VectorStreams(), body), (SEED, number)
+    assert layouts > 100
+
+
+def test_stream_of_the_other_byte_order_is_read_right_each_time() -> None:
+    native = pa.schema([pa.field("vector", pa.list_(pa.float32(), 2))]).serialize().to_pybytes()
+    stream = arrow_stream(np.array([[1.0, 2.0]], np.float32))
+    assert stream.startswith(native)
+    streams = VectorStreams()
+    for position in range(len(native)):  # the schema's field `endianness` is among them
+        for _ in range(2):
+            forged = bytearray(stream)
+            forged[position] ^= 1
+            assert outcome(streams, bytes(forged)) == outcome(VectorStreams(), bytes(forged)), position
+
+
+def test_layouts_are_kept_while_threads_read() -> None:
+    """Large bodies are read in threads."""
+    streams = VectorStreams()
+    bodies = [
+        (arrow_stream(vectors), vectors) for vectors in (vectors_like(n, np.float32, (n, 2)) for n in range(1, 300))
+    ]
+
+    def read_all(turn: int) -> bool:
+        return all((streams.read(body) == vectors).all() for body, vectors in bodies[turn:] + bodies[:turn])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read_all, range(0, 300, 25)))
+    assert len(streams._layouts) <= LAYOUTS_MAX + 4
+
+
+def test_new_layout_of_a_known_length_puts_no_other_out() -> None:
+    streams = VectorStreams()
+    for rows in range(1, LAYOUTS_MAX + 1):
+        streams.read(arrow_stream(vectors_like(rows, np.float32, (8 * rows, 2))))
+    lengths = set(streams._layouts)
+    streams.read(arrow_stream(vectors_like(1, np.float32, (4, 4))))
+    assert set(streams._layouts) == lengths
+    assert streams._layouts[len(arrow_stream(vectors_like(1, np.float32, (8, 2))))].shape == (4, 4)

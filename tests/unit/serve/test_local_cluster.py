@@ -1,0 +1,44 @@
+"""What `eagleray up` does around the start of Ray, without one."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serve import local_cluster
+from serve.local_cluster import free_ports, is_taken
+
+
+def test_port_is_taken_while_somebody_listens_on_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert is_taken(port)
+    assert not is_taken(port)
+
+
+def test_started_ray_leaves_its_address_where_its_job_server_looks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an import may go to another Ray of this machine."""
+    given: dict[str, Any] = {}
+
+    def init(**options: Any) -> Any:
+        given.update(options)
+        return SimpleNamespace(address_info={"gcs_address": "127.0.0.1:7"}, dashboard_url="127.0.0.1:8")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    context = local_cluster._start_ray(str(tmp_path))
+    assert context.dashboard_url == "127.0.0.1:8"
+    assert given["_temp_dir"] == str(tmp_path)
+    assert (tmp_path / "ray_current_cluster").read_text() == "127.0.0.1:7"
+
+
+def test_free_ports_are_different_ones() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    assert not any(is_taken(port) for port in ports)
