@@ -149,8 +149,11 @@ class _Load:
         try:
             async with asyncio.TaskGroup() as group:
                 opened = [group.create_task(self._connect()) for _ in range(connections)]
-        except* OSError as errors:
-            raise ConnectionError(f"{host}:{port} can't be reached: {errors.exceptions[0]}") from None
+        except ExceptionGroup as errors:
+            first = errors.exceptions[0]
+            if not isinstance(first, OSError):
+                raise
+            raise ConnectionError(f"{host}:{port} can't be reached: {first}") from None
         started_s, cpu_s = time.perf_counter(), time.process_time()
         if times_s is not None:
             self._from_s = started_s + times_s[0]
