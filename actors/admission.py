@@ -9,7 +9,7 @@ from cluster.config import Limits
 from cluster.errors import Exhausted
 
 RETRY_S = 1.0
-REFUSAL_WORK = 0.25  # of an answer's, in the endpoint process: 100 us of uvicorn and the kernel, 400 for an answer
+REFUSAL_WORK = 0.25  # of an answer's, in the endpoint process: some 100 us of uvicorn and the kernel to some 400
 REFUSALS_SHARE = 0.5  # of the bound at most: clients that ask again at once would otherwise keep it down
 OVERFLOW = 2  # times `requests_in_flight` are never exceeded, however many collections claim their shares
 
