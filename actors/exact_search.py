@@ -16,6 +16,9 @@ from cluster.row_selection import RowSelection
 import faiss  # after `faiss_index`, which says how its threads wait before it is loaded
 
 PRODUCT_ROWS_MIN = 512  # fewer are compared one by one in less time than a product and its hits' distances take
+# Query numbers x rows of a block from which on several threads compare. For less they wait for each other longer than
+# that saves, ten times as long where another process wants the cores: a tail has many blocks.
+THREADS_FLOATS_MIN = 1 << 24
 CHUNK_FLOATS = 1 << 17  # of gathered vectors: 512 KiB; of 1 MiB malloc gives back every page: up to 3 times as long
 
 
@@ -32,10 +35,15 @@ def exact_search(
     """
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     best: tuple[Rows, Vectors] | None = None
-    for first, vectors in blocks:
-        part = _knn(queries, vectors, min(k, len(vectors)), metric, _selector(selection, first, len(vectors)))
-        found = np.where(part[0] < 0, -1, part[0] + first) if first else part[0], part[1]
-        best = found if best is None else _best_of(best, found, k, metric)
+    threads = threads_in_use()
+    try:
+        for first, vectors in blocks:
+            use_threads(threads if queries.size * len(vectors) >= THREADS_FLOATS_MIN else 1)
+            part = _knn(queries, vectors, min(k, len(vectors)), metric, _selector(selection, first, len(vectors)))
+            found = np.where(part[0] < 0, -1, part[0] + first) if first else part[0], part[1]
+            best = found if best is None else _best_of(best, found, k, metric)
+    finally:
+        use_threads(threads)
     rows, distances = _filled_up(best, len(queries), k, metric)
     return rows, to_scores(distances, metric)
 
