@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from actors.frames import Part, padding
+from cluster.arrow_rows import stream_of
 from cluster.errors import (
     Conflict,
     Corrupt,
@@ -297,10 +298,7 @@ def _put_ids(body: list[Part], ids: Any) -> int | None:
 
 def _put_stream(body: list[Part], rows: Any) -> int:
     """Append a table or record batch as an Arrow stream; its bytes."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, rows.schema) as writer:
-        writer.write(rows)
-    stream = memoryview(sink.getvalue())
+    stream = memoryview(stream_of(rows))
     body.append(stream)
     body.append(bytes(padding(len(stream))))
     return len(stream)

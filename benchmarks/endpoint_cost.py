@@ -24,12 +24,12 @@ import pyarrow as pa
 
 from actors.admission import Admission, Admissions
 from actors.shard_client import ServedCollection
-from cluster.arrow_rows import vectors_array
 from cluster.config import CollectionConfig, Limits
 from cluster.query import Coverage, Hits, Query, SearchResult
 from cluster.routing import Routing
 from cluster.vectors import vector_problem
 from serve.arrow_bodies import ARROW
+from serve.bench_queries import arrow_body
 from serve.declared_attributes import DeclaredAttributes
 from serve.hit_streams import write_result
 from serve.ingress import UNWATCHED
@@ -81,11 +81,7 @@ class Requests:
         )  # fmt: skip
         self.endpoint = SearchEndpoint(services, DeclaredAttributes(services.log))
         self.vector = np.random.default_rng(1).standard_normal((1, dimension)).astype(np.float32)
-        batch = pa.record_batch([vectors_array(self.vector)], names=["vector"])
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        self.arrow = bytes(sink.getvalue())
+        self.arrow = arrow_body(self.vector)
         self.json = json.dumps({"vector": self.vector[0].tolist(), "k": k}).encode()
 
     def call(self, body: bytes, media_type: str, parameters: bytes = b"") -> Work:

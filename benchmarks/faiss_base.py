@@ -13,10 +13,11 @@ import numpy as np
 
 from actors.faiss_index import use_threads
 from actors.shard import Shard
-from benchmarks.vector_sets import EF_SEARCH, K, VectorSet, as_compared, faiss_metric, recall
+from benchmarks.vector_sets import EF_SEARCH, K, VectorSet, faiss_metric, recall
 from cluster.object_store import open_store
 from cluster.query import SearchGroup, SearchParams, ShardSearch
 from cluster.topk import merge_hits
+from cluster.vectors import as_searched
 
 BATCH = 256
 SINGLES = 300
@@ -48,7 +49,7 @@ def measure_served_files(
         shard.load()
     use_threads(threads or sum(entry["replicas"][0]["threads"] for entry in described["shards"]))
     metric = described["config"]["metric"]
-    queries = as_compared(queries, metric)
+    queries = as_searched(queries, metric)
 
     def search(part: Any) -> Any:
         request = ShardSearch(described["generation"], part, (SearchGroup(0, len(part), K, SearchParams(**params)),))

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.arrow_rows import vectors_array, vectors_view
+from cluster.topk import recall_at_k
+from cluster.vectors import as_searched
 
 K = 10
 EF_SEARCH = (8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 400)  # tried for a recall, cheapest first
@@ -33,7 +35,7 @@ class VectorSet:
         """The indexed vectors (n, d) as they are compared, and their ids."""
         table = pq.read_table(self.parquet, columns=["id", "vector"])
         vectors = vectors_view(table["vector"].combine_chunks()).astype(np.float32)
-        return as_compared(vectors, self.metric), table["id"].to_numpy()
+        return as_searched(vectors, self.metric), table["id"].to_numpy()
 
 
 def read_vectors(data: Path, queries: Path, metric: str) -> VectorSet:
@@ -42,7 +44,7 @@ def read_vectors(data: Path, queries: Path, metric: str) -> VectorSet:
     vectors = table["vector"].combine_chunks()
     asked = vectors.flatten().to_numpy().astype(np.float32).reshape(len(vectors), -1)
     truth = np.array([line[:K] for line in table["exact_ids"].to_pylist()])
-    return VectorSet(data, as_compared(asked, metric), truth, metric, data.stem)
+    return VectorSet(data, as_searched(asked, metric), truth, metric, data.stem)
 
 
 def make_images(folder: Path, count: int = 60_000, asked: int = 2_000) -> VectorSet:
@@ -66,7 +68,7 @@ def make_clusters(folder: Path, count: int = 60_000, asked: int = 2_000) -> Vect
     which = random.integers(0, len(centres), count + asked)
     vectors = (centres[which] + 0.7 * random.standard_normal((count + asked, dimension))).astype(np.float32)
     return _written(
-        folder, as_compared(vectors, "cosine"), asked, "cosine", f"clusters {count:,} x {dimension}, cosine"
+        folder, as_searched(vectors, "cosine"), asked, "cosine", f"clusters {count:,} x {dimension}, cosine"
     )
 
 
@@ -81,13 +83,9 @@ def _written(folder: Path, vectors: Any, asked: int, metric: str, name: str) -> 
     return VectorSet(folder / "points.parquet", queries, truth, metric, name)
 
 
-def as_compared(vectors: Any, metric: str) -> Any:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if metric == "cosine" else vectors
-
-
 def faiss_metric(metric: str) -> int:
     return int(faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)
 
 
 def recall(found: Any, truth: Any) -> float:
-    return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found.tolist(), truth.tolist(), strict=True)]))
+    return float(recall_at_k(found, truth).mean())

@@ -33,7 +33,7 @@ import typer
 from actors.primary import Primary
 from actors.shard import Shard
 from benchmarks.served import machine, start_server
-from cluster.arrow_rows import vectors_array
+from cluster.arrow_rows import stream_of, vectors_array
 from cluster.config import CollectionConfig, Limits, Upkeep
 from cluster.manifest import ManifestLog
 from cluster.object_store import ObjectStore, open_store
@@ -278,10 +278,7 @@ def upsert_body(vectors: Any, batch: int, first_id: int) -> bytes:
         return json.dumps({"points": [{"id": first_id, "vector": vectors[first_id % len(vectors)].tolist()}]}).encode()
     ids = pa.array(np.arange(first_id, first_id + batch))
     rows = pa.record_batch([ids, vectors_array(vectors[:batch])], names=["id", "vector"])
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, rows.schema) as stream:
-        stream.write_batch(rows)
-    return bytes(sink.getvalue())
+    return bytes(stream_of(rows))
 
 
 def send(target: str, requests: list[bytes], writers: int) -> Any:

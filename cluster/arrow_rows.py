@@ -26,6 +26,14 @@ def vectors_array(vectors: NDArray[Any]) -> Any:
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors).reshape(-1)), vectors.shape[1])
 
 
+def stream_of(rows: Any) -> Any:
+    """A buffer that holds a record batch or table as an Arrow IPC stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write(rows)
+    return sink.getvalue()
+
+
 def gather(batches: Sequence[Any], which: NDArray[np.int64], rows: NDArray[np.int64], columns: Sequence[str]) -> Any:
     """One record batch of the given columns: row i is row `rows[i]` of `batches[which[i]]`.
 

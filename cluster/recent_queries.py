@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cluster import paths
-from cluster.arrow_rows import vectors_array, vectors_view
+from cluster.arrow_rows import stream_of, vectors_array, vectors_view
 from cluster.config import CollectionConfig, Metric
 from cluster.errors import Corrupt, EaglerayError
 from cluster.object_store import ObjectInfo, ObjectStore
@@ -172,10 +172,7 @@ def encode_queries(sample: QuerySample) -> bytes:
     """An Arrow stream of one batch with the column `vector`; metric and checksum are in the schema's metadata."""
     metadata = {"format": FORMAT, "metric": sample.metric, "checksum": checksum_bytes(sample.vectors.tobytes())}
     batch = pa.record_batch([vectors_array(sample.vectors)], names=["vector"]).replace_schema_metadata(metadata)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return bytes(sink.getvalue())
+    return bytes(stream_of(batch))
 
 
 def decode_queries(data: bytes, key: str) -> QuerySample:

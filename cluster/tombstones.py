@@ -9,6 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cluster import paths
+from cluster.arrow_rows import stream_of
 from cluster.errors import Corrupt
 from cluster.object_store import ObjectStore
 from cluster.segment import checksum_bytes
@@ -53,10 +54,7 @@ def read_tombstones(store: ObjectStore, collection: str, shard: int, ref: Tombst
 def encode_tombstones(rows: RowNumbers) -> bytes:
     """An Arrow stream of one batch with the column `row`; `rows` (n,) are sorted."""
     batch = pa.record_batch([pa.array(rows, pa.int64())], names=["row"]).replace_schema_metadata({"format": FORMAT})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return bytes(sink.getvalue())
+    return bytes(stream_of(batch))
 
 
 def decode_tombstones(data: bytes, key: str) -> RowNumbers:

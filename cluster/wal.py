@@ -19,6 +19,7 @@ import pyarrow as pa
 import xxhash
 
 from cluster import paths
+from cluster.arrow_rows import stream_of
 from cluster.errors import Corrupt, Fenced, NotFound, Unavailable
 from cluster.object_store import ObjectStore
 
@@ -59,10 +60,10 @@ class WalRecord:
     deletes: Any = None
 
     def encode(self, shard: int, collection: str = "") -> bytes:
-        upserts = _stream(self.upserts) if self.upserts is not None and len(self.upserts) else b""
+        upserts = stream_of(self.upserts) if self.upserts is not None and len(self.upserts) else b""
         deletes = b""
         if self.deletes is not None and len(self.deletes):
-            deletes = _stream(pa.record_batch([self.deletes], names=["id"]))
+            deletes = stream_of(pa.record_batch([self.deletes], names=["id"]))
         nonce = bytes.fromhex(self.nonce)
         if len(nonce) != 16:
             raise ValueError(f"a nonce has 32 hex digits, not {self.nonce!r}")
@@ -92,14 +93,6 @@ def lsn_of(data: bytes) -> int:
 def _tag(collection: str) -> int:
     """What a record says of its collection: 1 to 2**32 - 1, or 0 without one."""
     return max(1, xxhash.xxh32_intdigest(collection.encode())) if collection else 0
-
-
-def _stream(batch: Any) -> Any:
-    """A buffer that holds an Arrow IPC stream of one record batch."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return sink.getvalue()
 
 
 def _checksum(*parts: Any) -> bytes:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cluster.arrow_rows import vectors_array
+from cluster.arrow_rows import stream_of, vectors_array
 from cluster.errors import Invalid
 from serve.arrow_bodies import ARROW
 from serve.load import encode_request
@@ -105,11 +105,7 @@ def _json_body(vectors: NDArray[np.float32], options: Mapping[str, Any], params:
 
 
 def arrow_body(vectors: NDArray[np.float32]) -> bytes:
-    batch = pa.record_batch({"vector": vectors_array(vectors.astype(np.float32, copy=False))})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return bytes(sink.getvalue())
+    return bytes(stream_of(pa.record_batch({"vector": vectors_array(vectors.astype(np.float32, copy=False))})))
 
 
 def hits_of(body: bytes, queries: int) -> list[Ids]:

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from cluster.arrow_rows import stream_of
 from cluster.query import Coverage, Hits, SearchResult
 from serve.json_bodies import lsn_answer
 
@@ -41,10 +42,7 @@ def _write_with_attributes(hits: Hits, schema: Any) -> bytes:
     for field in hits.columns.schema:
         schema = schema.append(field)
     table = pa.table([*_columns(hits), *hits.columns.columns], schema=schema)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
+    return bytes(stream_of(table))
 
 
 def _columns(hits: Hits) -> list[Any]:
