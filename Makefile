@@ -12,7 +12,8 @@ env: $(VENV)/.done ## Make the environment in .venv
 
 $(VENV)/.done: requirements-dev.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements-dev.lock
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib # by all cores, where pip takes one
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
@@ -22,10 +23,11 @@ check: env ## Format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What starts no cluster and measures nothing runs in as many processes as there are cores.
-SPREAD := tests/model tests/unit tests/contract tests/faults tests/test_layout.py
+# What starts no cluster and measures no time runs in as many processes as there are cores, with one thread of BLAS and
+# OpenMP each: more would wait for each other.
+SPREAD := tests/recall tests/model tests/unit tests/contract tests/faults tests/test_layout.py
 test: env ## All tests: unit, contract, recall, Ray
-	$(BIN)/python -m pytest --numprocesses $$(nproc) --dist worksteal $(SPREAD)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $$(nproc) --dist worksteal $(SPREAD)
 	$(BIN)/python -m pytest $(SPREAD:%=--ignore=%)
 
 soak: env ## The model test with ever new seeds until Ctrl-C, or for SECONDS=n

@@ -1,12 +1,14 @@
-"""The data plane: fans a query out to the shards it needs, merges top-k, reports coverage; splits writes over the
-primaries. Runs without Ray."""
+"""The data plane: fans a query out to the shards it needs, merges top-k, reports coverage. Runs without Ray.
+
+Writes go through `write_router`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -18,22 +20,24 @@ from numpy.typing import NDArray
 
 from actors.admission import Admission, Admissions
 from actors.batcher import Batcher
+from actors.generation_switch import GenerationSwitch
 from actors.replica_set import ReplicaSet
 from actors.search_queue import GroupKey
 from actors.shard_client import Directory, ServedCollection, ServingTable, ShardClient
-from actors.write_batcher import MadeFor, WriteBatcher, check_write_bytes
-from actors.write_parts import joined_result, places_of, split_write
+from actors.write_batcher import MadeFor, WriteBatcher
+from actors.write_parts import places_of
+from actors.write_router import WriteRouter
 from cluster.attributes import complete_columns
 from cluster.config import Limits
-from cluster.errors import Conflict, EaglerayError, NotFound, Unavailable
+from cluster.errors import EaglerayError, NotFound, Unavailable
 from cluster.placement import ReplicaKey
 from cluster.query import FULL_COVERAGE, Fetched, Hits, Query, SearchResult, coverage_of
 from cluster.recent_queries import RecentQueries
+from cluster.routing import Routing
 from cluster.topk import merge_hits
-from cluster.write import PointWrite, WriteOutcome, WriteResult
+from cluster.write import PointWrite, WriteResult
 
 FOLLOW_RETRY_S = 0.5
-LARGE_WRITE_BYTES = 1024 * 1024
 logger = logging.getLogger(__name__)
 
 
@@ -82,6 +86,8 @@ class Coordinator:
         self._lanes_of: dict[str, list[_ShardLane]] = {}
         self._admissions = Admissions(limits, self._wait_s)
         self._next_table = asyncio.Event()
+        self._switch = GenerationSwitch(self.served, lambda: self._next_table)
+        self._router = WriteRouter(self.served, self._writes_of, lambda: self._next_table, limits)
         self.table: ServingTable | None = None
         self.recent = RecentQueries(limits.recent_queries, clock)
 
@@ -105,7 +111,8 @@ class Coordinator:
             lanes[place].replicas.update(keys)
             lanes[place].ahead.update(keys)
             lanes[place].batcher.window = self._limits.calls_in_flight_per_replica * max(1, len(keys))
-        moved = [place for place in wanted if _primary_in(self.table, *place) != _primary_in(table, *place)]
+        places = self._lanes | lanes
+        moved = [place for place in places if _led_by(self.table, *place) != _led_by(table, *place)]
         self._lanes = lanes
         self._lanes_of = {name: [] for name in table.collections}
         for (name, _), lane in lanes.items():
@@ -114,7 +121,8 @@ class Coordinator:
         self._next_table.set()
         self._next_table = asyncio.Event()
         for place in moved:
-            lanes[place].writes.primary_changed()
+            places[place].writes.primary_changed()
+        self._switch.table_changed()
         self.recent.keep_only({name: served.config for name, served in table.collections.items()}, table.unready)
 
     def _new_lane(self, collection: str, shard: int) -> _ShardLane:
@@ -136,12 +144,15 @@ class Coordinator:
     def _primary(self, collection: str, shard: int, made_for: MadeFor) -> ShardClient:
         """The primary that the table names; Unavailable while there is none."""
         served = self.served(collection)
-        if MadeFor.of(served) != made_for:
-            raise Conflict(f"collection {collection!r} was replaced meanwhile; nothing was applied there")
+        made_for.check(collection, MadeFor.of(served))
         key = served.primaries.get(shard)
         if key is None:
             raise Unavailable("the shard has no primary")
         return self._directory.client(key)
+
+    def _writes_of(self, collection: str, shard: int) -> WriteBatcher | None:
+        lane = self._lanes.get((collection, shard))
+        return lane.writes if lane is not None else None
 
     def served(self, collection: str) -> ServedCollection:
         """The collection as served now; NotFound, or Unavailable while it is not ready."""
@@ -169,9 +180,17 @@ class Coordinator:
 
     async def search(self, collection: str, query: Query) -> SearchResult:
         """Search. Unavailable when coverage stays under `query.min_coverage`."""
-        served = self.served(collection)
+
+        def once(served: ServedCollection, timeout_s: float) -> Coroutine[Any, Any, SearchResult]:
+            return self._search_generation(collection, served, query, timeout_s)
+
+        return await self._switch.ask(collection, once, query.timeout_ms / 1000.0, query.min_lsn)
+
+    async def _search_generation(
+        self, collection: str, served: ServedCollection, query: Query, timeout_s: float
+    ) -> SearchResult:
         columns = (*query.with_attributes, "vector") if query.with_vectors else query.with_attributes
-        answers, failures = await self._search_shards(collection, served, query, columns)
+        answers, failures = await self._search_shards(collection, served, query, columns, timeout_s)
         coverage = FULL_COVERAGE
         if failures:
             coverage = coverage_of({shard: served.shard_points[shard] for shard in (*answers, *failures)}, answers)
@@ -188,10 +207,10 @@ class Coordinator:
         return SearchResult(_complete(hits, columns, served), coverage, served.generation, lsn)
 
     async def _search_shards(
-        self, collection: str, served: ServedCollection, query: Query, columns: tuple[str, ...]
+        self, collection: str, served: ServedCollection, query: Query, columns: tuple[str, ...], timeout_s: float
     ) -> tuple[dict[int, Hits], dict[int, Unavailable]]:
         """Answers and failures, by shard in ascending order; other errors than Unavailable are raised."""
-        key, timeout_s = GroupKey(query.k, query.params, columns), query.timeout_ms / 1000.0
+        key = GroupKey(query.k, query.params, columns)
         asked: dict[int, asyncio.Future[Hits]] = {}
         answers: dict[int, Hits] = {}
         failures: dict[int, Unavailable] = {}
@@ -218,10 +237,12 @@ class Coordinator:
 
     def _behind(self, collection: str, shard: int, min_lsn: Mapping[int, int]) -> str:
         """For messages: what of its log a shard was asked to have, where it may not have that."""
-        lane, asked = self._lanes.get((collection, shard)), min_lsn.get(shard, 0)
-        if lane is None or asked <= lane.batcher.seen_lsn:
-            return ""
-        return f" (asked for LSN {asked}, the last one known is {lane.batcher.seen_lsn})"
+        seen, asked = self._seen_lsn(collection, shard), min_lsn.get(shard, 0)
+        return f" (asked for LSN {asked}, the last one known is {seen})" if asked > seen else ""
+
+    def _seen_lsn(self, collection: str, shard: int) -> int:
+        lane = self._lanes.get((collection, shard))
+        return lane.batcher.seen_lsn if lane is not None else 0
 
     def _remember(self, collection: str, served: ServedCollection, query: Query) -> None:
         """Offer an answered query to the sample, unless the collection was deleted or replaced meanwhile."""
@@ -238,8 +259,25 @@ class Coordinator:
         min_lsn: Mapping[int, int] = MappingProxyType({}),
     ) -> FetchResult:
         """Points by an Arrow array of ids, with `min_lsn` (by shard) applied; Unavailable unless all shards answer."""
-        served = self.served(collection)
+
+        def once(served: ServedCollection, left_s: float) -> Coroutine[Any, Any, FetchResult]:
+            return self._fetch_generation(collection, served, ids, columns, left_s, min_lsn)
+
+        return await self._switch.ask(collection, once, timeout_s, min_lsn)
+
+    async def _fetch_generation(
+        self,
+        collection: str,
+        served: ServedCollection,
+        ids: Any,
+        columns: Sequence[str],
+        timeout_s: float,
+        min_lsn: Mapping[int, int],
+    ) -> FetchResult:
         places = places_of(served.routing, ids)
+        for shard in min_lsn.keys() & served.shard_points.keys() - places.keys():
+            if min_lsn[shard] > self._seen_lsn(collection, shard):  # it may be of logs that this routing does not have
+                places[shard] = np.empty(0, np.int64)
         calls = {
             shard: asyncio.ensure_future(
                 self._fetch_shard(
@@ -287,42 +325,12 @@ class Coordinator:
         return answer
 
     async def write(self, collection: str, write: PointWrite, timeout_s: float) -> WriteResult:
-        """Have a write acknowledged by every shard it falls to.
-
-        Raises what kept a shard from it where nothing was applied anywhere, or that is not known (Unavailable). Where
-        some shards did and others did not, Unavailable names both: sending the same again is safe.
-        """
-        served = self.served(collection)
-        made_for = MadeFor.of(served)
-        parts = await self._parts(served, write)
-        writes = [self._write_shard(collection, shard, part, made_for, timeout_s) for shard, part in parts.items()]
-        outcomes = await asyncio.gather(*writes, return_exceptions=True)
-        return joined_result(dict(zip(parts, outcomes, strict=True)))
+        """Have a write acknowledged by every shard it falls to (`WriteRouter.write`)."""
+        return await self._router.write(collection, write, timeout_s)
 
     async def check_size(self, collection: str, write: PointWrite) -> None:
         """Exhausted where `write` would refuse it for its size, whatever else waits."""
-        served = self.served(collection)
-        if write.size_bytes > self._limits.queued_write_bytes_per_shard:
-            await self._parts(served, write)
-
-    async def _parts(self, served: ServedCollection, write: PointWrite) -> dict[int, PointWrite]:
-        """What falls to each shard. Exhausted where one can never take its part: then none is sent any."""
-        if served.routing.shards > 1 and write.size_bytes > LARGE_WRITE_BYTES:  # beside the event loop
-            parts = await asyncio.to_thread(split_write, write, served.routing)
-        else:
-            parts = split_write(write, served.routing)
-        for part in parts.values():
-            check_write_bytes(part.size_bytes, self._limits.queued_write_bytes_per_shard)
-        return parts
-
-    async def _write_shard(
-        self, collection: str, shard: int, write: PointWrite, made_for: MadeFor, timeout_s: float
-    ) -> WriteOutcome:
-        lane = self._lanes.get((collection, shard))
-        if lane is None:
-            self.served(collection)  # it may be gone
-            raise Unavailable("the shard is not served; nothing was applied there")
-        return await lane.writes.write(write, made_for, timeout_s)
+        await self._router.check_size(collection, write)
 
 
 async def _answers_within(calls: Mapping[int, asyncio.Future[Any]], timeout_s: float) -> dict[int, Any]:
@@ -359,9 +367,10 @@ def _reason(call: asyncio.Future[Any], timeout_ms: float) -> str:
     return str(error) if isinstance(error, EaglerayError) else f"no answer within {timeout_ms:g} ms"
 
 
-def _primary_in(table: ServingTable | None, collection: str, shard: int) -> ReplicaKey | None:
+def _led_by(table: ServingTable | None, collection: str, shard: int) -> tuple[ReplicaKey | None, Routing] | None:
+    """The primary of a shard, and what its log holds; None where there is no such collection."""
     served = table.collections.get(collection) if table else None
-    return served.primaries.get(shard) if served else None
+    return (served.primaries.get(shard), served.routing) if served else None
 
 
 def _complete(hits: Hits, columns: Sequence[str], served: ServedCollection) -> Hits:

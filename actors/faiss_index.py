@@ -34,6 +34,7 @@ FACTORY_SIZE_MAX, FACTORY_BITS_MAX = 1_048_576, 12
 BLAS_THRESHOLD = int(faiss.cvar.distance_compute_blas_threshold)  # floats of queries; FAISS's own
 ParamsKey = tuple[tuple[str, float], ...]
 PARAMETERS_KEPT = 256  # objects of FAISS for the parameters of searches; operating points, as widened, are few
+ROOM_ABOVE = 1.1  # of the links above the lowest level of a graph, whose number is random
 COARSE_EF_MIN = 64  # candidates kept by a graph over the centroids: at least, and at least twice the lists asked for
 
 
@@ -51,6 +52,10 @@ class SearchableIndex(Protocol):
     @property
     def lists(self) -> int:
         """Inverted lists; 0 where it has none."""
+        ...
+
+    def reserve(self, count: int) -> None:
+        """Take the memory of `count` points beforehand: growing by blocks would take up to three times as much."""
         ...
 
     def add(self, vectors: Vectors) -> None: ...
@@ -194,6 +199,22 @@ class FaissIndex:
             *(("rerank",) if spec.rerank_store != "none" or isinstance(levels[0], faiss.IndexRefine) else ()),
         )
 
+    def reserve(self, count: int) -> None:
+        """For an empty index that is about to get `count` points.
+
+        FAISS's arrays double when they are full, and are copied then. Made long and short again they keep their room.
+        Inverted lists are left as they are: each is small.
+        """
+        for level in _levels(self._index):
+            graph = isinstance(level, faiss.IndexHNSW)
+            codes = faiss.downcast_index(level.storage if graph else getattr(level, "refine_index", level))
+            if isinstance(codes, faiss.IndexFlatCodes):
+                _keep_room(codes.codes, count * codes.code_size)
+            if graph:
+                links = level.hnsw.nb_neighbors(1)  # of each point on a level above, which one of M points reaches
+                above = links / (links - 1) * ROOM_ABOVE
+                _keep_room(level.hnsw.neighbors, int(count * (level.hnsw.nb_neighbors(0) + above)))
+
     def add(self, vectors: Vectors) -> None:
         """Append vectors, shape (n, dimension); their labels follow those already there."""
         self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
@@ -253,6 +274,12 @@ class FaissIndex:
 
     def save(self, path: Path) -> None:
         faiss.write_index(self._index, str(path))
+
+
+def _keep_room(numbers: Any, size: int) -> None:
+    """Give an empty array of FAISS room for so many."""
+    numbers.resize(size)
+    numbers.resize(0)
 
 
 def _search_parameters(index: Any, params: dict[str, float], selector: Any) -> Any:

@@ -6,6 +6,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable
 
+from cluster.entry_log import start_after
 from cluster.errors import Corrupt, NotFound
 from cluster.manifest import Manifest, ManifestLog, collection_names
 from cluster.object_store import ObjectStore
@@ -54,6 +55,17 @@ class KnownManifests:
         except (Corrupt, NotFound):
             return None
 
+    async def in_use(self, newest: Manifest) -> Manifest | None:
+        """The last version of the earlier generation whose logs are written to, because they have not ended yet.
+
+        None where those of the newest version are, or it cannot be read.
+        """
+        try:
+            manifest = await asyncio.to_thread(_in_use, self._store, self._log(newest.collection), newest)
+        except (Corrupt, NotFound):
+            return None
+        return manifest if manifest.generation < newest.generation else None
+
     def _keep(self, name: str, manifest: Manifest | None) -> None:
         self.unreadable.pop(name, None)
         if manifest is None or manifest.state == "deleted":
@@ -65,11 +77,17 @@ class KnownManifests:
         return ManifestLog(self._store, name, self._new_nonce)
 
 
-def _earlier(log: ManifestLog, newest: Manifest, version: int) -> Manifest | None:
-    """Every version on the way is read: after a deletion the name stands for another collection."""
+def _in_use(store: ObjectStore, log: ManifestLog, newest: Manifest) -> Manifest:
     manifest = newest
-    while manifest.version > version:
-        manifest = log.read(manifest.version - 1)
-        if manifest.state == "deleted":
-            return None
+    while manifest.behind and start_after(store, manifest.collection, manifest.behind) is None:
+        manifest = log.last_of_generation(None, manifest)
     return manifest
+
+
+def _earlier(log: ManifestLog, newest: Manifest, version: int) -> Manifest | None:
+    """None where the collection was deleted since: the name stands for another one now."""
+    if version == newest.version:
+        return newest
+    if any(manifest.state == "deleted" for manifest in log.generations(newest, after=version - 1)):
+        return None
+    return log.read(version)

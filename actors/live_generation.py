@@ -47,6 +47,8 @@ class LiveGeneration:
         epoch: int,
     ) -> None:
         self.applied_lsn = applied_lsn  # of the manifest: what segments and tombstone files hold
+        self.log_set = manifest.log_set
+        self.routing = manifest.routing
         self.epoch = epoch  # of the last record
         self.versions: tuple[int, ...] = (manifest.version,)
         self.records = 0  # in the tail
@@ -63,6 +65,12 @@ class LiveGeneration:
             declared,
         )
 
+    def declare(self, version: int, attributes: Mapping[str, str]) -> None:
+        """Be a later version that names the same files, and more attributes: name -> Arrow type as text."""
+        declared = {name: pa.type_for_alias(text) for name, text in attributes.items()}
+        self.view = replace(self.view, version=version, declared=declared)
+        self.stand_for((version,))
+
     def stand_for(self, versions: tuple[int, ...]) -> None:
         """Stand for these manifest versions, too."""
         self.versions = tuple(sorted({*self.versions, *versions})[-VERSIONS_KEPT:])
@@ -75,7 +83,7 @@ class LiveGeneration:
     def _taken(self) -> tuple[Any, ...]:
         """What tells which record is the next one, and of which form its points are."""
         config = self.view.config
-        return self.view.lsn, config.dimension, config.metric, config.id_type, config.vector_dtype
+        return self.log_set, self.view.lsn, config.dimension, config.metric, config.id_type, config.vector_dtype
 
     def apply(self, record: WalRecord) -> Existed:
         """Apply the next record. A record that the manifest's files hold already changes nothing."""
@@ -83,13 +91,26 @@ class LiveGeneration:
             return NOTHING
         if record.lsn != self.view.lsn + 1:
             raise RuntimeError(f"record {record.lsn} does not follow record {self.view.lsn}")
+        self.epoch = record.epoch
+        return self._take(record, record.lsn)
+
+    def cross(self, record: WalRecord) -> None:
+        """Apply a record of an earlier log set, whose LSNs are those of several logs. None may come twice."""
+        self._take(record, self.view.lsn)
+
+    def arrive(self, start: int, epoch: int) -> None:
+        """Everything of the earlier log sets was applied: the own log begins at this LSN, after records of `epoch`."""
+        self.epoch = epoch
+        self.view = replace(self.view, lsn=start)
+
+    def _take(self, record: WalRecord, lsn: int) -> Existed:
+        """Apply a record, and stand at `lsn` after it."""
         ids = _ids_of(record)
         selections, existed = dict(self.view.selections), NOTHING
         if ids is not None:
             self.records += 1
             existed = self._write(record, ids, selections)
-        self.epoch = record.epoch
-        self.view = replace(self.view, lsn=record.lsn, selections=selections, tail=self._tail.view())
+        self.view = replace(self.view, lsn=lsn, selections=selections, tail=self._tail.view())
         return existed
 
     def check(self) -> None:

@@ -56,6 +56,7 @@ class Primary:
         self._changed = threading.Condition()
         self._stopped = threading.Event()
         self._durable: queue.Queue[tuple[WalRecord, list[_Waiting]] | None] = queue.Queue(WAITING_RECORDS)
+        self._wal = shard.wal  # the shard goes on to another one when this has ended
         self._next_lsn = shard.applied_lsn + 1
         self.epoch = epoch
         self.lost = ""
@@ -70,10 +71,11 @@ class Primary:
     def claim(
         cls, shard: Shard, limits: Limits, upkeep: Upkeep, push: Callable[[bytes], None] = lambda _: None
     ) -> Primary:
-        """Become the primary: claim the end of the WAL for the next epoch, apply it, load the newest manifest.
+        """Become the primary: claim the end of the WAL for the next epoch, apply it, load the newest manifest of it.
 
         Whoever led before finds the claim where its next record would go, so that the log does not grow while it is
-        applied. Unavailable where others' records keep coming; NotFound where the collection was deleted.
+        applied. Fenced where the log has ended; Unavailable where others' records keep coming; NotFound where the
+        collection was deleted.
         """
         for _ in range(CLAIM_ATTEMPTS):
             if shard.newest() is None:
@@ -82,7 +84,7 @@ class Primary:
             shard.catch_up(claim.lsn)
             if shard.lead(claim):
                 try:
-                    shard.load()
+                    shard.renew()
                 except BaseException:
                     shard.follow(claim.epoch)
                     raise
@@ -97,6 +99,12 @@ class Primary:
         Unavailable: nobody knows, unless it says that nothing was applied.
         """
         size = write.size_bytes
+        newest = self._shard.newest()
+        if newest is not None and write.shards not in (0, newest.routing.shards):
+            raise Fenced(
+                f"the write was split over {write.shards} shards, shard {self._shard.number} is one of "
+                f"{newest.routing.shards}: nothing was applied"
+            )
         with self._changed:
             if self.lost:
                 raise Fenced(self.lost)
@@ -191,7 +199,7 @@ class Primary:
     def _made_durable(self, record: WalRecord, group: list[_Waiting]) -> bytes:
         while True:
             try:
-                return self._shard.wal.append(record)
+                return self._wal.append(record)
             except Unavailable as error:  # those who wait are told; the record is put until it is known to be there
                 logger.warning("record %d of shard %d: %s", record.lsn, self._shard.number, error)
                 _fail(group, _in_doubt(error))
@@ -202,10 +210,12 @@ class Primary:
     def _look_for_another(self) -> None:
         """An idle primary that was taken over, such as one that was paused, must not go on answering as if it led."""
         try:
-            other = self._shard.wal.read(self._next_lsn)
+            other = self._wal.read(self._next_lsn)
         except Unavailable as error:
             logger.warning("shard %d: looking for another primary: %s", self._shard.number, error)
             return
+        if other is not None and other.kind == "end":
+            raise Fenced(f"the log of shard {self._shard.number} ended at LSN {other.lsn}")
         if other is not None:
             raise Fenced(f"epoch {other.epoch} took over from epoch {self.epoch} at LSN {other.lsn}")
 

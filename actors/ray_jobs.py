@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -21,6 +22,7 @@ TASK_RETRIES = 3  # of a task whose process or node died; errors of ours are not
 WAIT_TOLD_S = 60.0  # without any task running: say what is waited for, and again each time
 WAIT_MAX_S = 15 * 60.0  # without any task running: give up
 STARTED = "started"  # what every task yields first
+TASK_NICENESS = 10  # as a replica's own upkeep has it
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -94,7 +96,11 @@ def run_tasks(
 
 
 def _announced(function: Callable[[T], Iterator[Any]], item: T) -> Iterator[Any]:
-    """What the function yields, after a word that it runs at all."""
+    """What the function yields, after a word that it runs at all; of a low priority: searches come first.
+
+    The process stays so: Ray gives it to other tasks of the same job only.
+    """
+    os.setpriority(os.PRIO_PROCESS, 0, max(TASK_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
     yield STARTED
     yield from function(item)
 

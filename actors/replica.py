@@ -18,7 +18,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol
 
+from actors.crossing import CrossingThread
 from actors.faiss_index import use_threads
+from actors.node_memory import WatchedMemory
 from actors.primary import Primary
 from actors.recall_observer import RecallObserver
 from actors.search_thread import SearchThread
@@ -87,6 +89,8 @@ class Replica:
         self._pushed = threading.Semaphore(PUSHED_MAX)
         self._catching_up: Future[None] | None = None
         self._closed = threading.Event()
+        self._crosser = CrossingThread(str(key), self._closed)
+        self._memory = WatchedMemory()
         self._error = ""  # of the last load
         self._behind = ""  # why the WAL could not be followed
         try:
@@ -99,7 +103,7 @@ class Replica:
 
     async def search(self, request: ShardSearch) -> Outcomes:
         """One outcome per group. Unavailable where the generation is not held, or `min_lsn` not reached in time."""
-        await self._reach(request.min_lsn, request.timeout_s)
+        await self._reach(request.generation, request.min_lsn, request.timeout_s)
         if self._closed.is_set() or self._times.predicted_s(request) > AT_ONCE_S:
             return await self._searcher.run(self._search, request)
         use_threads(self._threads)  # of whichever thread this is: 0.2 us
@@ -123,20 +127,23 @@ class Replica:
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> Fetched:
         """Points by an Arrow array of ids (`Shard.fetch`). Unavailable where `min_lsn` is not reached in time."""
-        await self._reach(min_lsn, timeout_s)
+        await self._reach(generation, min_lsn, timeout_s)
         view = self._opened().view(generation)
         return Fetched(*await asyncio.to_thread(view.fetch, ids, columns), view.lsn)
 
-    async def _reach(self, min_lsn: int, timeout_s: float) -> None:
-        """Wait until this LSN is applied, reading the WAL; Unavailable where it is not in time."""
+    async def _reach(self, generation: int, min_lsn: int, timeout_s: float) -> None:
+        """Wait until this LSN is in the generation, reading the WAL; Unavailable where it is not in time.
+
+        A generation of an earlier log set gets no LSN of a later one.
+        """
         shard = self._opened()
-        if shard.applied_lsn >= min_lsn:
+        if min_lsn == 0 or shard.view(generation).lsn >= min_lsn:
             return
         deadline, pause_s = time.monotonic() + timeout_s, WAIT_FIRST_S
         waiter = _Waiter()
         self._waiters.add(waiter)
         try:
-            while (applied := shard.applied_lsn) < min_lsn:
+            while (applied := shard.view(generation).lsn) < min_lsn:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0.0:
                     why = f" ({self._behind})" if self._behind else ""
@@ -186,7 +193,13 @@ class Replica:
         if shard.newest() is None:
             raise Unavailable(f"replica {self._key} has loaded nothing: {self.status().error}")
         self._primary = None
-        primary = Primary.claim(shard, self._settings.limits, self._settings.upkeep, self._push)
+        try:
+            primary = Primary.claim(shard, self._settings.limits, self._settings.upkeep, self._push)
+        except Fenced:
+            shard.catch_up()
+            if shard.log_ended:  # its status says so: it is asked to lead again once it follows the next one
+                return
+            raise
         if self._closed.is_set():
             primary.stop()
         else:
@@ -257,12 +270,30 @@ class Replica:
     def _load(self, version: int | None) -> None:
         try:
             if self._shard is None:
-                self._shard = self._open_shard()
+                shard = self._open_shard()
+                shard.before_arrival = self._give_up_lead
+                self._shard = shard
             self._shard.load(version)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
             raise
+        finally:
+            self._see_to_crossing()
         self._error = ""
+
+    def _see_to_crossing(self) -> None:
+        """While a generation of another log set is on its way, a thread has it read on."""
+        shard = self._shard
+        if shard is not None:
+            self._crosser.see_to(
+                lambda: shard.crossing is not None, shard.advance, lambda: self._loader.submit(shard.arrive).result()
+            )
+
+    def _give_up_lead(self) -> None:
+        """The log that this one may lead has ended; what waits is answered before the shard goes on with another."""
+        if self._primary is not None:
+            self._primary.stop()
+            self._primary = None
 
     async def load(self, version: int | None) -> None:
         await asyncio.wrap_future(self.begin_load(version))
@@ -275,7 +306,12 @@ class Replica:
         await asyncio.get_running_loop().run_in_executor(self._loader, self._retire, generation)
 
     def _retire(self, generation: int) -> None:
-        self._opened().retire(generation)
+        """Who is left with nothing leads no more: it could apply no write."""
+        shard = self._opened()
+        newest = shard.newest()
+        if newest is not None and newest.view.generation < generation:
+            self._give_up_lead()
+        shard.retire(generation)
         self._observer.retire(generation)
 
     def status(self) -> ReplicaStatus:
@@ -286,7 +322,8 @@ class Replica:
             threads=self._threads,
             pid=os.getpid(),
             node=socket.gethostname(),
-            error=self._error or status.error or self._behind,
+            node_memory=self._memory.told(),
+            error=self._error or self._crosser.failure or status.error or self._behind,
             observed=tuple(told for one in status.generations if (told := self._observer.observed(one))),
             epoch=primary.epoch if primary is not None and not primary.lost else 0,
             upkeep=self._upkeep.told() if self._upkeep is not None else "",

@@ -69,11 +69,14 @@ class ReplicaUpkeep:
         }
 
     def look(self, shard: Shard) -> None:
-        """Begin what the shard needs, unless that is under way, or failed a moment ago."""
-        held = shard.newest()
-        facts = self._facts(shard.number, held) if held is not None else None
-        if facts is None:
+        """Begin what the shard needs, unless that is under way, or failed a moment ago.
+
+        Nothing while a generation of another log set is on its way: it would be done to that one, which is the newest.
+        """
+        held = shard.newest() if shard.crossing is None else None
+        if held is None:
             return
+        facts = self._facts(shard.number, held)
         now = self._clock()
         waiting = {each for each, kind in self._kinds.items() if kind.busy or now < kind.not_before}
         for each in self._kinds.keys() - waiting:
@@ -84,14 +87,11 @@ class ReplicaUpkeep:
             kind.running = kind.thread.submit(self._do, kind, work)
             waiting.add(type(work))
 
-    def _facts(self, shard: int, held: LiveGeneration) -> ShardFacts | None:
-        """None for a shard that the newest generation no longer has."""
+    def _facts(self, shard: int, held: LiveGeneration) -> ShardFacts:
         view = held.view
         if self._known is None or self._known[0] != view.version:
-            entries = self._read(view.version).shards
-            if shard >= len(entries):
-                return None
-            self._known = view.version, entries[shard], largest_build(view.config)
+            entry = self._read(view.version).shards[shard]
+            self._known = view.version, entry, largest_build(view.config)
         _, entry, points_max = self._known
         tombstones = {name: rows.count - rows.kept for name, rows in view.selections.items()}
         tail_bytes = view.tail.size_bytes if view.tail is not None else 0

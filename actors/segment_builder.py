@@ -28,6 +28,7 @@ from actors.tuner import (
 )
 from cluster import index_costs, paths
 from cluster.config import Codes, CollectionConfig, Metric
+from cluster.free_memory import give_back_memory
 from cluster.index_costs import REFERENCE, Rates
 from cluster.index_policy import IndexPlan, like, plan_index, stronger, with_codes, with_store
 from cluster.index_spec import IndexSpec
@@ -75,6 +76,7 @@ def build_segment(
     plan = options.plan or plan_index(count, config, options.rates)
     spec = _spec(rows, config, plan, options.plan is not None)
     built = _build_best(rows, spec, config, options, folder / paths.INDEX)
+    give_back_memory()  # this process may build another one
     files = {name: checksum_file(folder / name) for name in (paths.ROWS, paths.INDEX)}
     description = SegmentDescription(
         segment_id=segment_id,
@@ -170,6 +172,7 @@ def _build_tuned(rows: Rows, spec: IndexSpec, config: CollectionConfig, options:
     sample = rows.vectors(0, spec.training_points(rows.count))
     index = build_index(spec, config.dimension, config.metric, sample, options.seed)
     knobs = Knobs(spec.tuned_knobs if spec.kind != "factory" else index.knobs, rows.count, index.lists)
+    index.reserve(rows.count)
     known = rows.count if spec.is_exact else rows.count - held_out_count(rows.count)
     for first, vectors in blocks_until(rows.blocks(), known):
         index.add(vectors)

@@ -147,13 +147,13 @@ def load_segment(
     store: ObjectStore, collection: str, ref: SegmentRef, metric: Metric, cache_dir: Path
 ) -> LoadedSegment:
     """Load and verify; Corrupt, naming the object, unless every byte and the self-test are as at build time."""
-    description = read_description(store, collection, ref)
-    name = paths.segment_file(collection, ref.segment_id, paths.INDEX)
+    description, home = read_description(store, collection, ref), ref.home(collection)
+    name = paths.segment_file(home, ref.segment_id, paths.INDEX)
 
     def mapped() -> LoadedSegment:
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             rows_path, index_path = pool.map(
-                lambda file: verified_file(store, collection, description, file, cache_dir), (paths.ROWS, paths.INDEX)
+                lambda file: verified_file(store, home, description, file, cache_dir), (paths.ROWS, paths.INDEX)
             )
         spec = IndexSpec.from_dict(description.spec)
         rows = Rows(rows_path, description.count, description.dimension, description.rows_per_batch)
@@ -177,18 +177,19 @@ def opened(open_files: Callable[[], T], name: str) -> T:
 
 def read_description(store: ObjectStore, collection: str, ref: SegmentRef) -> SegmentDescription:
     """What `segment.json` says; Corrupt where it is not the one that the manifest names."""
-    key = paths.segment_file(collection, ref.segment_id, paths.DESCRIPTION)
+    key = paths.segment_file(ref.home(collection), ref.segment_id, paths.DESCRIPTION)
     data = store.get(key)
     if checksum_bytes(data) != ref.checksum:
         raise Corrupt(f"{key}: the checksum is not the one in the manifest")
     return SegmentDescription.decode(data, key)
 
 
-def verified_file(
-    store: ObjectStore, collection: str, description: SegmentDescription, name: str, cache_dir: Path
-) -> Path:
-    """A local path of the file: the store's own where it has one, else a copy in the cache named by checksum."""
-    key = paths.segment_file(collection, description.segment_id, name)
+def verified_file(store: ObjectStore, home: str, description: SegmentDescription, name: str, cache_dir: Path) -> Path:
+    """A local path of the file: the store's own where it has one, else a copy in the cache named by checksum.
+
+    `home` is the collection that holds it (`SegmentRef.home`).
+    """
+    key = paths.segment_file(home, description.segment_id, name)
     expected = description.files[name]
     local = store.local_path(key)
     if local is not None:

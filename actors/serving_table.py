@@ -28,6 +28,7 @@ def served_collection(manifest: Manifest, statuses: Statuses, before: ServedColl
         _attributes(manifest, statuses, before),
         {shard: tuple(replicas) for shard, replicas in holding.items()},
         _primaries(manifest, statuses),
+        _log_start(manifest, statuses, before),
     )
 
 
@@ -51,17 +52,27 @@ def _attributes(manifest: Manifest, statuses: Statuses, before: ServedCollection
 
 
 def _primaries(manifest: Manifest, statuses: Statuses) -> dict[int, ReplicaKey]:
-    """The primary of each shard that has one. It need not hold what is served: it appends to the WAL of all."""
+    """The primary of each shard that has one. It need not hold what is served: it appends to the WAL of all.
+
+    Not one that leads the log of a later set already: it takes what is split by another routing.
+    """
     primaries = {}
     for entry in manifest.shards:
         candidates = {
-            key: Candidate(status.state, status.lsn, status.epoch)
+            key: Candidate(status.state, status.lsn, status.epoch, log_set=status.log_set)
             for key, status in statuses.items()
-            if key.shard == entry.shard
+            if key.shard == entry.shard and status.log_set == manifest.log_set and not status.log_ended
         }
         if (primary := leader(candidates)) is not None:
             primaries[entry.shard] = primary
     return primaries
+
+
+def _log_start(manifest: Manifest, statuses: Statuses, before: ServedCollection | None) -> int:
+    """Where the logs of the manifest's set begin; as known before where no replica tells."""
+    known = before.log_start if before is not None and before.generation == manifest.generation else 0
+    told = (status.log_start for status in statuses.values() if status.log_set == manifest.log_set)
+    return max(known, *told, 0)
 
 
 def known_endpoints(statuses: Statuses, before: Mapping[ReplicaKey, ShardEndpoint]) -> dict[ReplicaKey, ShardEndpoint]:

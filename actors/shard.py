@@ -1,8 +1,10 @@
 """One replica's work: hold generations of one shard, follow its WAL, search and fetch. Runs without Ray.
 
-Every generation is a `LiveGeneration`, and all are at one LSN. `load` brings one to that LSN beside what is served,
-`apply` moves all of them on by a record. A lock guards the list of generations and the order of records; searches
-never take it, and it is not held while storage is read.
+Every generation is a `LiveGeneration`, and all of one log set are at one LSN. `load` brings one to that LSN beside
+what is served, `apply` moves all of them on by a record. One of a later log set is a `Crossing` until it has read the
+earlier logs to their ends; when it arrives, the shard goes on with its log, and the generations of earlier sets stay as
+they are, for queries that began there. A lock guards the list of generations and the order of records; searches never
+take it, and it is not held while storage is read.
 """
 
 from __future__ import annotations
@@ -11,62 +13,37 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.crossing import Crossing
+from actors.generation_files import GenerationFiles
 from actors.live_generation import NOTHING, Existed, LiveGeneration
-from actors.segment_loader import LoadedSegment, cached_path, load_segment
-from actors.shard_client import ShardEndpoint
+from actors.replica_status import ReplicaStatus, status_of
 from actors.shard_view import ShardView
-from cluster.errors import EaglerayError, Unavailable
-from cluster.manifest import Manifest, ManifestLog, ShardEntry
+from cluster.entry_log import start_after
+from cluster.errors import EaglerayError, NotFound, Unavailable
+from cluster.manifest import Manifest, ManifestLog
 from cluster.object_store import ObjectStore
-from cluster.placement import ReplicaState
 from cluster.query import Hits, ShardSearch
-from cluster.row_selection import RowSelection
-from cluster.tombstones import read_tombstones
 from cluster.wal import Wal, WalRecord, lsn_of
+
+__all__ = ["ReplicaStatus", "Shard", "ShardView"]
 
 APPLY_WAIT_S = 30.0  # for a record that is durable and waits to be applied by this process
 APPLIED_AT_PUBLISH = 16  # records that a generation may lack when it is published; writes wait while it applies them
 
 
-@dataclass(frozen=True)
-class ReplicaStatus:
-    """What a replica says of itself. `error` is why it serves nothing, where that is so.
-
-    `points` (live ones), `segments`, `tail_points` and `tombstones` are those of its newest generation; `attributes`
-    are Arrow types, as text, by generation and name. `lsn` is the last record applied; `epoch` is that of the replica
-    as primary, 0 where it is none. `upkeep` tells what is being sealed or merged, or why that failed. `observed` has
-    the recall of live queries (`RecallObserver.observed`), for each generation of which some were evaluated.
-    `endpoint` is where it takes direct connections, None where it does not.
-    """
-
-    state: ReplicaState
-    versions: tuple[int, ...] = ()
-    generations: tuple[int, ...] = ()
-    points: int = 0
-    threads: int = 0
-    pid: int = 0
-    node: str = ""
-    error: str = ""
-    segments: tuple[dict[str, Any], ...] = field(default=())
-    attributes: dict[int, dict[str, str]] = field(default_factory=dict)
-    observed: tuple[dict[str, Any], ...] = ()
-    lsn: int = 0
-    epoch: int = 0
-    tail_points: int = 0
-    tombstones: int = 0
-    upkeep: str = ""
-    endpoint: ShardEndpoint | None = None
-
-
 class Shard:
-    """The generations of one shard. `load` adds one or renews it, `retire` drops old ones."""
+    """The generations of one shard. `load` adds one or renews it, `retire` drops old ones.
+
+    `before_arrival` is called when the log of a later set is about to take the place of the one that is followed: who
+    leads that one has to give up.
+    """
 
     def __init__(
         self,
@@ -78,15 +55,21 @@ class Shard:
     ) -> None:
         self.collection = collection
         self.number = shard
-        self.wal = Wal(store, collection, shard)
+        self._name = f"shard {shard} of {collection!r}"
+        self.wal = Wal(store, collection, shard, 0)
         self.new_nonce = new_nonce
+        self.before_arrival: Callable[[], None] = lambda: None
+        self.crossing: Crossing | None = None
         self._store = store
-        self._cache_dir = cache_dir
+        self._files = GenerationFiles(store, collection, shard, cache_dir)
         self._log = ManifestLog(store, collection, new_nonce)
         self._lock = threading.Lock()
         self._moved = threading.Condition(self._lock)  # on to another LSN
         self._generations: dict[int, LiveGeneration] = {}  # by generation; replaced, never changed in place
         self._joining: list[list[WalRecord]] = []  # records for generations that are being loaded
+        self._log_set = 0  # of the log that is followed
+        self._log_start = 0
+        self._log_ended = False
         self._lsn = 0
         self._epoch = 0  # of the last record
         self._led_as = 0  # the epoch in which this replica is the primary
@@ -101,54 +84,127 @@ class Shard:
         """Of the last applied record."""
         return self._epoch
 
+    @property
+    def log_ended(self) -> bool:
+        """Whether the end of the log was applied: nothing more can be written to it."""
+        return self._log_ended
+
+    # --- loads --------------------------------------------------------------------------------------------------
+
     def load(self, version: int | None = None) -> ShardView:
         """Load a manifest version (the newest without one) beside what is served; its segments are self-tested.
 
-        The view is at the LSN of the others. An older version of a generation that is held changes nothing.
+        The view is at the LSN of the others. An older version of a generation that is held changes nothing. One of a
+        later log set is a `crossing` for as long as the earlier logs are written to: then it is held only once
+        `advance` and `arrive` have brought it to its own log. NotFound for a version without this shard.
         """
-        manifest = self._log.newest_live() if version is None else self._log.read(version)
+        return self._load(self._log.newest_live() if version is None else self._log.read(version))
+
+    def renew(self) -> None:
+        """Load the newest version, if its log is the one that is followed here. NotFound without a collection."""
+        manifest = self._log.newest_live()
+        if self.number < len(manifest.shards) and manifest.log_set == self._log_set:
+            self._load(manifest)
+
+    def _load(self, manifest: Manifest) -> ShardView:
+        if self.number >= len(manifest.shards):
+            raise NotFound(f"version {manifest.version} of {self.collection!r} has no shard {self.number}")
         held = self._generations.get(manifest.generation)
         if held is not None and held.view.version >= manifest.version:
             held.stand_for((manifest.version,))
             return held.view
-        fresh = self._from_files(manifest)
-        if not self._generations:
-            self._begin(fresh)
-        before = self._cached_files()
-        view = self._join(fresh)
+        before = self._files.cached(self._views())
+        if self.crossing is not None and self.crossing.number < manifest.generation:
+            self.crossing = None
+        later = bool(self._generations) and manifest.log_set > self._log_set
+        if later or (not self._generations and not self._may_begin(manifest)):
+            view = self._cross(manifest)
+        elif self._generations and manifest.log_set < self._log_set:
+            view = self._keep_past(manifest)
+        else:
+            fresh = self._files.at_own_log(manifest, self._views())
+            if not self._generations:
+                self._begin(fresh)
+            view = self._join(fresh)
         self._delete_unused(before)
         return view
 
-    def _from_files(self, manifest: Manifest) -> LiveGeneration:
-        """The generation as its manifest's files have it, at their applied LSN."""
-        loaded = {s.description.segment_id: s for view in self._views() for s in view.segments}
-        entry = _entry(manifest, self.number)
-        metric = manifest.config.metric
-        segments = tuple(
-            loaded.get(ref.segment_id) or load_segment(self._store, self.collection, ref, metric, self._cache_dir)
-            for ref in entry.segments
-        )
-        return LiveGeneration(manifest, segments, self._selections(entry, segments), entry.applied_lsn, entry.epoch)
+    def _may_begin(self, manifest: Manifest) -> bool:
+        """Whether nobody writes any more to the logs that the shard's entry is behind."""
+        behind = manifest.shards[self.number].behind
+        return not behind or start_after(self._store, self.collection, behind) is not None
 
-    def _selections(self, entry: ShardEntry, segments: Sequence[LoadedSegment]) -> dict[str, RowSelection]:
-        counts = {segment.description.segment_id: segment.description.count for segment in segments}
-        selections = {}
-        for ref in entry.tombstones:
-            count = counts[ref.segment_id]
-            rows = read_tombstones(self._store, self.collection, self.number, ref, count)
-            selections[ref.segment_id] = RowSelection.everything(count).without(rows)
-        return selections
+    def _wal_of(self, log_set: int) -> Wal:
+        return self.wal if log_set == self._log_set else Wal(self._store, self.collection, self.number, log_set)
 
     def _begin(self, fresh: LiveGeneration) -> None:
-        """The first generation: go on where its files end, to where the WAL ends now."""
-        last, _ = self.wal.end(fresh.view.lsn, fresh.epoch)
-        for record in self.wal.read_after(fresh.view.lsn, last):
+        """Go on with the log of this generation, from where its files end to where the log ends now.
+
+        For the first generation, and for one whose log takes the place of another: then what is held stays as it is.
+        """
+        wal = self._wal_of(fresh.log_set)
+        last, _ = wal.end(fresh.view.lsn, fresh.epoch)
+        for record in wal.read_after(fresh.view.lsn, last):
             fresh.apply(record)
         fresh.check()
+        at_end = wal.read(fresh.view.lsn) if fresh.view.lsn else None
+        start = self._files.log_start(fresh)
         with self._lock:
-            if not self._generations:
-                self._lsn, self._epoch, self._failure = fresh.view.lsn, fresh.epoch, ""
-                self._generations = {fresh.view.generation: fresh}
+            if self._generations and self._log_set >= fresh.log_set:
+                return
+            self.wal, self._log_set, self._log_start = wal, fresh.log_set, start
+            self._log_ended = at_end is not None and at_end.kind == "end"
+            self._lsn, self._epoch, self._led_as, self._failure = fresh.view.lsn, fresh.epoch, 0, ""
+            self._generations = {**self._generations, fresh.view.generation: fresh}
+            self._moved.notify_all()
+
+    # --- another log set ----------------------------------------------------------------------------------------
+
+    def _cross(self, manifest: Manifest) -> ShardView:
+        """Begin to read the earlier logs, or go on, and arrive if that can be. While they grow it is not held."""
+        if self.crossing is None or not self.crossing.stands_for(manifest):
+            self.crossing = self._files.crossing(manifest, self._views())
+            if not self._may_begin(manifest):
+                return self.crossing.generation.view
+        generation = self.crossing.generation
+        if self.advance():
+            self.arrive()
+        return generation.view
+
+    def advance(self) -> bool:
+        """Have the crossing read on; returns whether it can arrive. A broken one is dropped, to be loaded anew."""
+        crossing = self.crossing
+        try:
+            return crossing is not None and crossing.advance()
+        finally:
+            if crossing is not None and crossing.broken and self.crossing is crossing:
+                self.crossing = None
+
+    def arrive(self) -> None:
+        """Go on with the log of the crossing, if it has read all that is before; by the thread that loads and leads."""
+        crossing = self.crossing
+        if crossing is None or not crossing.crossed:
+            return
+        self.before_arrival()
+        with self._lock:
+            self._led_as = 0
+            self._moved.notify_all()
+        self.catch_up()  # for queries that go on in the generations of this log
+        self.crossing = None
+        try:
+            self._begin(crossing.arrived())
+        except Unavailable:  # the log could not be read on; after anything else a record may be applied by half
+            self.crossing = crossing
+            raise
+
+    def _keep_past(self, manifest: Manifest) -> ShardView:
+        """A generation of an earlier log set, whose logs have ended: for queries that go on there."""
+        fresh = self._files.past(manifest, self._views())
+        with self._lock:
+            self._generations = {**self._generations, manifest.generation: fresh}
+        return fresh.view
+
+    # --- the same log -------------------------------------------------------------------------------------------
 
     def _join(self, fresh: LiveGeneration) -> ShardView:
         """Bring a generation to the LSN of the others while records go on coming, then publish it."""
@@ -211,13 +267,10 @@ class Shard:
                 held.stand_for(fresh.versions)
                 return
             fresh.stand_for(held.versions)
-        kept = {g: other for g, other in self._generations.items() if other.takes_records_of(fresh)}
+        held_on = self._generations.items()
+        kept = {g: other for g, other in held_on if other.log_set < fresh.log_set or other.takes_records_of(fresh)}
         self._generations = {**kept, generation: fresh}
         self._lsn, self._epoch = fresh.view.lsn, fresh.epoch
-
-    @property
-    def _name(self) -> str:
-        return f"shard {self.number} of {self.collection!r}"
 
     # --- writes -------------------------------------------------------------------------------------------------
 
@@ -226,7 +279,7 @@ class Shard:
 
         Nothing while this one leads.
         """
-        if self._generations and not self._led_as:
+        if self._generations and not self._led_as and not self._log_ended:
             for record in self.wal.read_after(self._lsn, until):
                 self._apply(record, own=False)
         return self._lsn
@@ -234,8 +287,8 @@ class Shard:
     def receive(self, data: bytes) -> None:
         """A record that the primary has written: applied if it is the next; after a gap the WAL is read."""
         lsn = lsn_of(data)
-        if lsn <= self._lsn or self._led_as or not self._generations:
-            return
+        if lsn <= self._lsn or self._led_as or self._log_ended or not self._generations:
+            return  # what comes after the end is of another log
         if lsn > self._lsn + 1:
             self.catch_up()
             return
@@ -253,20 +306,21 @@ class Shard:
         return existed
 
     def _apply(self, record: WalRecord, *, own: bool) -> Existed | None:
-        """Apply the next record to every generation. Others' records are ignored while this replica leads."""
+        """Apply the next record to all generations of its log. Others' records are ignored while this replica leads."""
         with self._lock:
-            if not self._generations or record.lsn != self._lsn + 1 or (self._led_as and not own):
+            if not self._generations or record.lsn != self._lsn + 1 or (self._led_as and not own) or self._log_ended:
                 return None
             existed = NOTHING
             try:
                 for _, generation in sorted(self._generations.items()):
-                    existed = generation.apply(record)
+                    if generation.log_set == self._log_set:
+                        existed = generation.apply(record)
             except Exception as error:
                 self._generations = {}  # half applied: nothing is served before it was loaded anew
                 self._led_as = 0
                 self._failure = f"record {record.lsn}: {type(error).__name__}: {error}"
                 raise
-            self._lsn, self._epoch = record.lsn, record.epoch
+            self._lsn, self._epoch, self._log_ended = record.lsn, record.epoch, record.kind == "end"
             self._moved.notify_all()
             for waiting in self._joining:
                 waiting.append(record)
@@ -313,65 +367,34 @@ class Shard:
 
     def retire(self, generation: int) -> None:
         """Drop every generation older than this one, and their cached files that no later one uses."""
-        before = self._cached_files()
+        before = self._files.cached(self._views())
         with self._lock:
             self._generations = {g: held for g, held in self._generations.items() if g >= generation}
+            if self.crossing is not None and self.crossing.number < generation:
+                self.crossing = None
         self._delete_unused(before)
 
     def _delete_unused(self, before: set[Path]) -> None:
         """Delete cached files that were in use before and are not now; who has mapped one keeps it."""
-        for path in before - self._cached_files():
+        for path in before - self._files.cached(self._views()):
             path.unlink(missing_ok=True)
 
     def _views(self) -> list[ShardView]:
-        return [held.view for _, held in sorted(self._generations.items())]
-
-    def _cached_files(self) -> set[Path]:
-        """Where the files of all views lie if they are cached; equal files are one."""
-        segments = (segment for view in self._views() for segment in view.segments)
-        return {cached_path(self._cache_dir, entry) for s in segments for entry in s.description.files.values()}
+        """Of all whose files are in use."""
+        crossing = self.crossing
+        views = [held.view for _, held in sorted(self._generations.items())]
+        return [*views, crossing.generation.view] if crossing is not None else views
 
     def status(self) -> ReplicaStatus:
         held = [one for _, one in sorted(self._generations.items())]
+        status = status_of(held, self.crossing, self._failure or "nothing is loaded")
         if not held:
-            return ReplicaStatus("failed", error=self._failure or "nothing is loaded")
-        views = [one.view for one in held]
-        newest = views[-1]
-        return ReplicaStatus(
-            "ready",
-            tuple(sorted({version for one in held for version in one.versions})),
-            tuple(view.generation for view in views),
-            newest.points,
-            segments=tuple(_segment_facts(segment, newest) for segment in newest.segments),
-            attributes={v.generation: {name: str(dtype) for name, dtype in v.attributes.items()} for v in views},
+            return status
+        return replace(
+            status,
             lsn=self._lsn,
             epoch=self._led_as,
-            tail_points=newest.tail_points,
-            tombstones=newest.tombstones,
+            log_set=self._log_set,
+            log_start=self._log_start,
+            log_ended=self._log_ended,
         )
-
-
-def _entry(manifest: Manifest, shard: int) -> ShardEntry:
-    """The shard's entry in a manifest; an empty one where that generation has fewer shards."""
-    return manifest.shards[shard] if shard < len(manifest.shards) else ShardEntry(shard)
-
-
-def _segment_facts(segment: LoadedSegment, view: ShardView) -> dict[str, Any]:
-    description, selection = segment.description, view.selection(segment)
-    return {
-        "segment_id": description.segment_id,
-        "count": description.count,
-        "tombstones": 0 if selection is None else selection.count - selection.kept,
-        "index_kind": segment.spec.kind,
-        "index_params": segment.spec.params,
-        "codes": segment.spec.codes,
-        "rerank_store": segment.spec.rerank_store,
-        "index_bytes": description.files["index.faiss"].size_bytes,
-        "rows_bytes": description.files["rows.arrow"].size_bytes,
-        "predicted_bytes": segment.spec.predicted_bytes,
-        "reason": segment.spec.reason,
-        "considered": list(description.considered),
-        "operating_points": [vars(point) for point in description.operating_points],
-        "attributes": description.attributes,
-        "built": description.built,
-    }

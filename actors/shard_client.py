@@ -66,7 +66,10 @@ class ShardEndpoint:
 
 @dataclass(frozen=True)
 class ServedCollection:
-    """What coordinators serve of one collection: one generation, and the ready replicas that hold it."""
+    """What coordinators serve of one collection: one generation, and the ready replicas that hold it.
+
+    Its logs begin behind LSN `log_start`: what has that LSN or a lower one, in whatever log, is in the generation.
+    """
 
     config: CollectionConfig
     routing: Routing
@@ -76,6 +79,7 @@ class ServedCollection:
     attributes: Mapping[str, str]  # name -> Arrow type, as text
     replicas: dict[int, tuple[ReplicaKey, ...]]
     primaries: dict[int, ReplicaKey] = field(default_factory=dict)  # of the shards that have one
+    log_start: int = 0
 
 
 @dataclass(frozen=True)

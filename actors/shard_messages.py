@@ -62,6 +62,7 @@ class _Fetch(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 class _Write(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     deletes: bool
     size: int
+    shards: int
 
 
 class _Fetched(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -173,7 +174,7 @@ def encode_writes(writes: Sequence[PointWrite]) -> Message:
     for write in writes:
         deletes = write.upserts is None
         batch = pa.record_batch([write.deletes], ["id"]) if deletes else write.upserts
-        heads.append(_Write(deletes, _put_stream(body, batch)))
+        heads.append(_Write(deletes, _put_stream(body, batch), write.shards))
     return _encode(heads), body
 
 
@@ -182,7 +183,8 @@ def decode_writes(head: memoryview, body: memoryview) -> list[PointWrite]:
     writes, sections = [], _Sections(body)
     for told in _writes(head):
         batch = sections.batch(told.size)
-        writes.append(PointWrite(deletes=batch.column(0)) if told.deletes else PointWrite(batch))
+        deletes = batch.column(0) if told.deletes else None
+        writes.append(PointWrite(None if told.deletes else batch, deletes, told.shards))
     sections.end()
     return writes
 

@@ -17,15 +17,19 @@ from dataclasses import replace
 from typing import Any
 
 from actors.known_manifests import KnownManifests
+from actors.log_ends import LogEnds
 from actors.serving_table import known_endpoints, served_collection, why_unready
 from actors.shard import ReplicaStatus
 from actors.shard_client import ServedCollection, ServingTable, ShardEndpoint
+from actors.upkeep_facts import upkeep_facts
+from actors.wanted_replicas import wanted_replicas
 from actors.watched_replicas import Runtime, WatchedReplicas, log_failure
 from cluster.config import Settings
 from cluster.errors import Corrupt, EaglerayError, NotFound, Unavailable
 from cluster.manifest import Manifest
 from cluster.object_store import ObjectStore
 from cluster.placement import (
+    Candidate,
     Load,
     ObservedReplica,
     ReplicaKey,
@@ -35,11 +39,11 @@ from cluster.placement import (
     choose_lead,
     held_by_every_shard,
     leader,
+    may_end_logs,
     plan,
     publishable,
-    replica_resources,
-    replicas_of,
 )
+from cluster.switch_order import Drop, Lead, in_switch_order
 
 TABLE_WAIT_S = 10.0  # how long `next_table` waits for a change
 STORE_POLL_S = 5.0  # how often manifests are looked for without being told
@@ -65,6 +69,7 @@ class Supervisor:
         self._wake = asyncio.Event()
         self._known = KnownManifests(store, new_nonce)
         self._replicas = WatchedReplicas(runtime, settings, clock, self._wake)
+        self._log_ends = LogEnds(store, self._known, new_nonce, self._wake)
         self._served: dict[str, Manifest] = {}  # the version in the table; the newest one once that can be switched to
         self._served_since: dict[str, float] = {}  # of the generation in the table
         self._led_last: dict[tuple[str, int], ReplicaKey] = {}  # by collection and shard
@@ -129,11 +134,15 @@ class Supervisor:
                 await asyncio.sleep(self._settings.reconcile_period_s)
 
     async def _find_served(self) -> None:
-        """For collections whose newest version cannot be switched to yet: what an earlier supervisor served."""
+        """For collections whose newest version cannot be switched to yet: what an earlier supervisor served.
+
+        That is what every shard holds. Where some restarted, too, it is at least what the logs are written for, until
+        those have ended.
+        """
         for name, newest in list(self._known.newest.items()):
             if name in self._served or self._publishable(newest):
                 continue
-            found = await self._newest_held(newest)
+            found = await self._newest_held(newest) or await self._known.in_use(newest)
             if found is not None and self._known.newest.get(name) == newest:
                 self._served.setdefault(name, found)
 
@@ -159,9 +168,12 @@ class Supervisor:
         self._look_for_newer()
         self._choose_served()
         self._retire()
+        self._end_logs()
         self._choose_leads()
-        for action in plan(self._wanted(), self._observed()):
-            self._perform(action)
+        wanted, observed = self._wanted(), self._observed()
+        for action in in_switch_order(plan(wanted, observed), wanted, observed):
+            if not (isinstance(action, Stop) and self._may_be_asked(action.key)):
+                self._perform(action)
         self._publish()
 
     async def refresh(self, collection: str) -> None:
@@ -172,6 +184,7 @@ class Supervisor:
     def close(self) -> None:
         """Stop watching; the replicas go on."""
         self._replicas.close()
+        self._log_ends.close()
         for reading in self._reading.values():
             reading.cancel()
 
@@ -205,6 +218,7 @@ class Supervisor:
             "manifest": manifest,
             "serving_generation": served.generation if served else None,
             "statuses": {key: replace(one, endpoint=None) for key, one in self._statuses_of(manifest).items()},
+            **upkeep_facts(manifest, self._statuses_of(manifest), self._settings.upkeep),
         }
 
     def _wanted(self) -> dict[ReplicaKey, WantedReplica]:
@@ -213,18 +227,14 @@ class Supervisor:
         }
 
     def _wanted_of(self, newest: Manifest) -> dict[ReplicaKey, WantedReplica]:
-        """Replicas of the newest version's shards, and of those that only the served version has."""
-        served = self._served.get(newest.collection)
-        shards = max(len(newest.shards), len(served.shards) if served else 0)
-        resources = replica_resources(newest.config, self._settings)
-        wanted = WantedReplica(newest.version, newest.generation, len(newest.shards), *resources)
-        if served is not None:
-            wanted = replace(wanted, served=served.version, served_generation=served.generation)
-        return dict.fromkeys(replicas_of(newest.collection, newest.config, shards), wanted)
+        return wanted_replicas(newest, self._served.get(newest.collection), self._settings)
+
+    def _wanted_by(self, newest: Manifest) -> dict[ReplicaKey, WantedReplica]:
+        """Those of the newest version's own shards."""
+        return {key: one for key, one in self._wanted_of(newest).items() if key.shard < len(newest.shards)}
 
     def _publishable(self, newest: Manifest) -> bool:
-        wanted = {key: one for key, one in self._wanted_of(newest).items() if key.shard < len(newest.shards)}
-        return publishable(wanted, self._observed(), newest.generation)
+        return publishable(self._wanted_by(newest), self._observed(), newest.generation)
 
     def _observed(self) -> dict[ReplicaKey, ObservedReplica]:
         """Without replicas of which nobody knows whether they are wanted, because no manifest could be read."""
@@ -234,24 +244,62 @@ class Supervisor:
     def _statuses_of(self, newest: Manifest) -> dict[ReplicaKey, ReplicaStatus]:
         return {key: self._replicas.status(key) for key in self._wanted_of(newest)}
 
-    def _perform(self, action: Start | Stop | Load) -> None:
+    def _perform(self, action: Start | Stop | Load | Drop | Lead) -> None:
         """What fails is logged and planned again by the next round; it does not keep the round from publishing."""
         try:
             if isinstance(action, Start):
                 self._replicas.start(action.key, action.wanted)
             elif isinstance(action, Stop):
                 self._replicas.stop(action.key)
-            else:
+            elif isinstance(action, Load):
                 self._replicas.load(action.key, action.version)
+            elif isinstance(action, Drop):
+                self._replicas.retire(action.key, action.generation)
+            else:
+                self._replicas.lead(action.key)
         except Exception as error:  # noqa: BLE001  # a start or stop that failed, of whatever kind
             log_failure(f"{action.key}: {type(action).__name__.lower()}", error)
 
     def _retire(self) -> None:
-        """Have replicas drop generations that were replaced long enough ago for the queries that began under them."""
+        """Have replicas drop generations that were replaced long enough ago for the queries that began under them.
+
+        One that lacks what is served, for it was away, loads that first: it may share segments with what it holds.
+        Where it has no room for both it drops the old one first, unless it leads: it could apply no write then.
+        """
         for name, served in (self._table.collections if self._table else {}).items():
             if self._clock() - self._served_since[name] >= RETIRE_AFTER_S:
+                by_turns = name in self._served and self._served[name].switch == "one_at_a_time"
                 for key in self._replicas.holding_before(name, served.generation):
-                    self._replicas.retire(key, served.generation)
+                    holds = served.generation in self._replicas.status(key).generations
+                    if holds or (by_turns and key != served.primaries.get(key.shard)):
+                        self._replicas.retire(key, served.generation)
+
+    def _may_be_asked(self, key: ReplicaKey) -> bool:
+        """Whether queries may go on at a replica of a shard that only an earlier generation has."""
+        newest = self._known.newest.get(key.collection)
+        if newest is None or key.shard < len(newest.shards):
+            return False
+        served = self._table.collections.get(key.collection) if self._table else None
+        if served is None or served.generation != newest.generation:
+            return True
+        return self._clock() - self._served_since[key.collection] < RETIRE_AFTER_S
+
+    def _end_logs(self) -> None:
+        """Have the logs end that the newest generation leaves behind, as soon as it is near everywhere.
+
+        Writes wait from then on, so all replicas are told at once to go on to their own logs.
+        """
+        for newest in self._known.newest.values():
+            if not newest.behind:
+                continue
+            wanted = self._wanted_by(newest)
+            if not self._log_ends.ended(newest):
+                if may_end_logs(wanted, self._observed(), newest.generation):
+                    self._log_ends.begin(newest)
+                continue
+            for key in wanted:
+                if newest.generation in self._replicas.status(key).crossing:
+                    self._replicas.load(key, newest.version)
 
     def _choose_served(self) -> None:
         """The newest version as soon as all can switch to its generation; until then what was served goes on."""
@@ -266,12 +314,22 @@ class Supervisor:
         shards = {(key.collection, key.shard) for key in self._wanted()}
         self._led_last = {shard: key for shard, key in self._led_last.items() if shard in shards}
         for shard in sorted(shards):
-            replicas = self._replicas.candidates(*shard)
+            replicas = self._able_to_lead(*shard)
             if (primary := leader(replicas)) is not None:
                 self._led_last[shard] = primary
             chosen = choose_lead(replicas, self._led_last.get(shard), self._settings.replica_timeout_s)
             if chosen is not None:
                 self._replicas.lead(chosen)
+
+    def _able_to_lead(self, collection: str, shard: int) -> dict[ReplicaKey, Candidate]:
+        """The replicas of a shard. Nobody leads a log that was ended here, whether its replica has seen that or not."""
+        replicas, newest = self._replicas.candidates(collection, shard), self._known.newest[collection]
+        if not self._log_ends.ended(newest):
+            return replicas
+        return {
+            key: replica if replica.log_set == newest.log_set else replace(replica, log_set=None)
+            for key, replica in replicas.items()
+        }
 
     def _look_for_newer(self) -> None:
         """Read the collections of which a replica holds a version that is not known: others should load it soon."""

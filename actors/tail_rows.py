@@ -1,9 +1,9 @@
-"""The final effect of a run of WAL records: which ids they wrote, and the rows that are live after the last one."""
+"""The final effect of a run of log records: which ids they wrote, and the rows that are live after the last one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,24 @@ from numpy.typing import NDArray
 from actors.row_order import conformed, order_of_rows
 from cluster.arrow_rows import gather
 from cluster.config import CollectionConfig
+from cluster.entry_log import EntryLog
 from cluster.ids import ID_ARROW_TYPE, hash_ids
-from cluster.manifest import ShardEntry
 from cluster.segment import ROW_COLUMNS
-from cluster.wal import Wal, WalRecord
+from cluster.wal import WalRecord
 
 SPILLED = "records.arrow"
 
 
 @dataclass(frozen=True, eq=False)
 class TailRows:
-    """What the records up to `lsn` (of `epoch`) wrote. `ids` and `hashes` (n,) are all ids that they name, each once.
+    """What some records wrote; `whole` where there were no more. `ids` and `hashes` (n,) are all ids, each once.
 
     `batches` are the records' upserts, memory-mapped; `which` and `rows` (m,) are the batch and the row there of the
     points that are live, `live` (m,) their positions in `ids`. Both are ordered by (hash of id, id).
     """
 
-    lsn: int
-    epoch: int
+    records: int
+    whole: bool
     ids: Any
     hashes: NDArray[np.uint64]
     batches: tuple[Any, ...]
@@ -53,6 +53,11 @@ class TailRows:
             if field.name not in ROW_COLUMNS
         }
 
+    def parts(self, points_max: int) -> list[TailRows]:
+        """The live rows as runs of about equal size, each of less than twice `points_max`; none without any."""
+        runs = np.array_split(np.arange(self.count), max(1, self.count // points_max)) if self.count else []
+        return [replace(self, which=self.which[run], rows=self.rows[run], live=self.live[run]) for run in runs]
+
     def blocks(self, schema: Any, step: int) -> Iterator[Any]:
         """Record batches of `step` live rows, the last one of fewer."""
         stored = pa.schema([field for field in schema if field.name != "id_hash"])
@@ -71,23 +76,23 @@ def _plain(dtype: Any) -> Any:
 
 
 def read_tail(
-    wal: Wal, entry: ShardEntry, config: CollectionConfig, folder: Path, points_max: int, bytes_max: int
+    log: EntryLog, config: CollectionConfig, folder: Path, points_max: int, bytes_max: int
 ) -> TailRows | None:
-    """The records after an entry's LSN, up to the first that makes them `points_max` ids or `bytes_max` bytes.
+    """What an entry lacks, up to the record that makes it `points_max` ids or `bytes_max` bytes.
 
-    None where none of them writes anything. Upserts are put aside in `folder` as they come: in memory are the ids with
-    about 40 bytes for each, and the records that `Wal.read_after` reads ahead.
+    None where no record writes anything; the log has been read on all the same. Upserts are put aside in `folder` as
+    they come: in memory are the ids with about 40 bytes for each, and the records that `Wal.read_after` reads ahead.
     """
     spill = _Spill(folder / SPILLED, config)
-    lsn, epoch, points, size_bytes = entry.applied_lsn, entry.epoch, 0, 0
+    points, size_bytes, whole = 0, 0, True
     with spill:
-        for record in wal.read_after(entry.applied_lsn):
-            lsn, epoch = record.lsn, record.epoch
+        for record in log.records():
             points += spill.add(record)
             size_bytes += record.upserts.nbytes if record.upserts is not None else 0
             if points >= points_max or size_bytes >= bytes_max:
+                whole = False
                 break
-    return spill.rows(lsn, epoch) if points else None
+    return spill.tail(whole) if points else None
 
 
 class _Spill:
@@ -100,6 +105,7 @@ class _Spill:
         self._rows: list[NDArray[np.int64]] = []  # of each id in its batch; -1: it was deleted
         self._batch_of: list[int] = []
         self._ends: list[int] = []  # of the streams in the file
+        self._records = 0
 
     def __enter__(self) -> _Spill:
         self._sink = pa.OSFile(str(self._path), "wb")
@@ -111,6 +117,7 @@ class _Spill:
     def add(self, record: WalRecord) -> int:
         """Returns the number of ids."""
         added = 0
+        self._records += 1
         if record.upserts is not None:
             with pa.ipc.new_stream(self._sink, record.upserts.schema) as writer:
                 writer.write_batch(record.upserts)
@@ -127,7 +134,7 @@ class _Spill:
         self._batch_of.append(len(self._ends) - 1)
         return len(ids)
 
-    def rows(self, lsn: int, epoch: int) -> TailRows:
+    def tail(self, whole: bool) -> TailRows:
         ids = pa.concat_arrays(self._ids)
         rows = np.concatenate(self._rows)
         which = np.repeat(np.array(self._batch_of, dtype=np.int64), [len(part) for part in self._rows])
@@ -136,9 +143,8 @@ class _Spill:
         last = order[~np.append(same, False)]  # of each id: positions of one id are in the order of the log
         live = np.flatnonzero(rows[last] >= 0)
         kept = last[live]
-        return TailRows(
-            lsn, epoch, ids.take(pa.array(last)), hashes[last], self._batches(), which[kept], rows[kept], live
-        )
+        named = ids.take(pa.array(last))
+        return TailRows(self._records, whole, named, hashes[last], self._batches(), which[kept], rows[kept], live)
 
     def _batches(self) -> tuple[Any, ...]:
         if not self._ends:

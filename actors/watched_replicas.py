@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from actors.shard import ReplicaStatus
 from cluster.config import Settings
 from cluster.errors import EaglerayError, NotFound, Unavailable
-from cluster.placement import Candidate, ObservedReplica, ReplicaKey, WantedReplica
+from cluster.placement import NEAR_RECORDS, Candidate, ObservedReplica, ReplicaKey, WantedReplica
 
 CALL_RETRY_S = 5.0  # after a call to a replica that failed
 LEAD_TIMEOUT_S = 60.0  # applying the rest of the WAL and loading the newest version
@@ -84,8 +84,8 @@ class WatchedReplicas:
     def observed(self) -> dict[ReplicaKey, ObservedReplica]:
         statuses = {key: self.status(key) for key in self._keys}
         return {
-            key: ObservedReplica(status.state, max(status.versions, default=0), status.generations)
-            for key, status in statuses.items()
+            key: ObservedReplica(s.state, max(s.versions, default=0), s.generations, s.crossing, s.epoch)
+            for key, s in statuses.items()
         }
 
     def candidates(self, collection: str, shard: int) -> dict[ReplicaKey, Candidate]:
@@ -97,7 +97,8 @@ class WatchedReplicas:
         status, now = self.status(key), self._clock()
         silent_s = now - self._silent_since[key] if key in self._silent_since else None
         refused = now < self._call_after.get((key, LEADING), 0.0)
-        return Candidate(status.state, status.lsn, status.epoch, silent_s, key in self._told_to_lead, refused)
+        log_set = status.log_set if status.generations and not status.log_ended else None
+        return Candidate(status.state, status.lsn, status.epoch, silent_s, key in self._told_to_lead, refused, log_set)
 
     def versions(self, collection: str) -> list[int]:
         """The versions of a collection that ready replicas hold, newest first."""
@@ -243,7 +244,9 @@ class WatchedReplicas:
 def _decisive(status: ReplicaStatus) -> tuple[object, ...]:
     """What a round must look at without delay. The rest, such as the LSN, changes each second under writes."""
     s = status
-    return s.state, s.error, s.versions, s.generations, s.epoch, s.attributes, s.endpoint
+    near = tuple(generation for generation, lag in s.crossing.items() if lag <= NEAR_RECORDS)
+    logs = s.log_set, s.log_ended, near
+    return s.state, s.error, s.versions, s.generations, s.epoch, s.attributes, s.endpoint, logs
 
 
 def log_failure(what: str, error: Exception) -> None:

@@ -1,7 +1,8 @@
 """Continuous batching of the writes for one shard: while calls to its primary are in flight, writes gather.
 
 The next free slot of the window takes all of them in one call, where they share WAL records; each is acknowledged by
-itself. Sent again is only what was certainly not applied: what a replica refused that is not the primary any more.
+itself. Sent again is only what was certainly not applied: what a replica refused that is not the primary any more. What
+was split by a routing that is no more is given back, to be split again (`write_router`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.shard_client import ServedCollection, ShardClient
 from cluster.config import IdType, Limits, Metric, VectorDtype
-from cluster.errors import EaglerayError, Exhausted, Fenced, Unavailable
+from cluster.errors import Conflict, EaglerayError, Exhausted, Fenced, Unavailable
 from cluster.routing import Routing
 from cluster.write import PointWrite, WriteOutcome
 
@@ -28,7 +29,10 @@ Outcomes = Sequence[WriteOutcome | EaglerayError]
 
 @dataclass(frozen=True)
 class MadeFor:
-    """What a write was checked and split by: it fits no collection in which any of this is different."""
+    """What a request was checked by, and a write split by: it fits no collection in which any of this is different.
+
+    Where only the routing is, the collection is the same, and a write is split again.
+    """
 
     routing: Routing
     dimension: int
@@ -40,6 +44,21 @@ class MadeFor:
     def of(cls, served: ServedCollection) -> MadeFor:
         config = served.config
         return cls(served.routing, config.dimension, config.metric, config.id_type, config.vector_dtype)
+
+    def same_collection(self, other: MadeFor) -> bool:
+        """Whether no more than the routing differs."""
+        return replace(self, routing=other.routing) == other
+
+    def check(self, collection: str, now: MadeFor) -> None:
+        """Conflict where the write does not fit the collection any more, Rerouted where it has to be split again."""
+        if not self.same_collection(now):
+            raise Conflict(f"collection {collection!r} was replaced meanwhile; nothing was applied there")
+        if self != now:
+            raise Rerouted(f"collection {collection!r} has {now.routing.shards} shards now; nothing was applied there")
+
+
+class Rerouted(Conflict):
+    """The points of a collection are routed in another way than a write was split by; nothing was applied."""
 
 
 Connect = Callable[[MadeFor], ShardClient]
@@ -69,7 +88,7 @@ class WriteBatcher:
     """Gathers the writes for one shard.
 
     `connect` gives a client of the primary: Unavailable or Fenced where none is known yet, any other error where the
-    collection is gone, or is not what the writes were made for any more. `next_table` gives the
+    collection is gone, or is not what the writes were made for any more (`MadeFor.check`). `next_table` gives the
     event that is set when another serving table comes; `acknowledged` is told the LSN of every write.
     """
 
@@ -90,7 +109,7 @@ class WriteBatcher:
         self._window: set[asyncio.Task[None]] = set()  # those that take a slot
 
     async def write(self, write: PointWrite, made_for: MadeFor, timeout_s: float) -> WriteOutcome:
-        """Acknowledged when it returns. Exhausted and Conflict: not applied; Unavailable says whether it may be.
+        """Acknowledged when it returns. Exhausted, Conflict, Rerouted: not applied; Unavailable says whether it may be.
 
         Cancel it to give up; what was sent already may be applied.
         """
@@ -162,7 +181,7 @@ class WriteBatcher:
                 next_table = self._next_table()
                 batch = await self._attempt(batch)
                 if batch:
-                    await _set_within(next_table, SAME_PRIMARY_PAUSE_S)
+                    await set_within(next_table, SAME_PRIMARY_PAUSE_S)
         except asyncio.CancelledError:
             for item in batch:
                 item.outcome.cancel()
@@ -215,13 +234,15 @@ def _settle(item: _Waiting, outcome: Any) -> None:
         item.outcome.set_result(outcome)
 
 
-async def _set_within(event: asyncio.Event, timeout_s: float) -> None:
+async def set_within(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait for an event; False where it is not set in time."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
-            await event.wait()
+            return await event.wait()
+    return event.is_set()
 
 
 def _too_late(item: _Waiting, timeout_s: float) -> Unavailable:
     if item.sent:
-        return Unavailable(f"no answer within {timeout_s:g} s: {MAYBE}")
-    return Unavailable(f"nothing was applied within {timeout_s:g} s: {item.refusal}")
+        return Unavailable(f"no answer within {round(timeout_s, 3):g} s: {MAYBE}")
+    return Unavailable(f"nothing was applied within {round(timeout_s, 3):g} s: {item.refusal}")

@@ -42,12 +42,31 @@ def gather(batches: Sequence[Any], which: NDArray[np.int64], rows: NDArray[np.in
     order = np.argsort(which, kind="stable")
     sources, starts = np.unique(which[order], return_index=True)
     stops = np.append(starts[1:], len(order))
-    pieces = [
-        batches[source].select(columns).take(pa.array(rows[order[start:stop]]))
-        for source, start, stop in zip(sources, starts, stops, strict=True)
-    ]
-    if len(pieces) == 1 and (np.diff(order) == 1).all():
-        return pieces[0]
+    if len(sources) == 1 and (np.diff(order) == 1).all():
+        return batches[sources[0]].select(columns).take(pa.array(rows))
+    ends = [*zip(sources.tolist(), starts.tolist(), stops.tolist(), strict=True)]
+    schema = batches[sources[0]].select(columns).schema
+    narrow = [field.name for field in schema if field.nullable or not pa.types.is_fixed_size_list(field.type)]
+    pieces = [batches[source].select(narrow).take(pa.array(rows[order[a:b]])) for source, a, b in ends]
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
-    return pa.concat_batches(pieces).take(pa.array(back))
+    gathered = pa.concat_batches(pieces).take(pa.array(back)) if narrow else None
+    arrays = [
+        _gathered_lists([batches[source].column(field.name) for source, _, _ in ends], ends, order, rows)
+        if gathered is None or field.name not in narrow
+        else gathered.column(field.name)
+        for field in schema
+    ]
+    return pa.record_batch(arrays, schema=schema)
+
+
+def _gathered_lists(
+    columns: Sequence[Any], ends: Sequence[tuple[int, int, int]], order: NDArray[np.int64], rows: NDArray[np.int64]
+) -> Any:
+    """FixedSizeList columns without nulls, each row copied once to its place: vectors are what takes memory."""
+    first = vectors_view(columns[0])
+    found = np.empty((len(rows), first.shape[1]), first.dtype)
+    for column, (_, start, stop) in zip(columns, ends, strict=True):
+        places = order[start:stop]
+        found[places] = vectors_view(column)[rows[places]]
+    return vectors_array(found)

@@ -230,11 +230,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Upkeep:
-    """When a shard seals its tail into a segment, and when it merges segments.
+    """When a shard seals its tail into a segment, when it merges segments, and when a rebuild is advised.
 
     The tail is sealed when it has `seal_points` points, `seal_bytes` of them or `seal_records` WAL records; at
     `tail_bytes_max` writes are refused until a seal is done. Segments are merged when there are more than
     `segments_max`; one is rebuilt when the share `tombstone_ratio` of its rows is deleted.
+
+    What these do not repair is for a rebuild (`cluster.advice`). It is advised when a shard has more than
+    `rebuild_growth` times the points that its largest index was trained on, when more than `rebuild_loose_share` of its
+    rows are deleted, unsealed or in small segments, when the recall of live queries is below the target by more than
+    `rebuild_recall_margin`, and when the policy would choose another kind of index now.
     """
 
     seal_points: int = 50_000
@@ -243,12 +248,21 @@ class Upkeep:
     tail_bytes_max: int = 512 * 1024 * 1024
     segments_max: int = 8
     tombstone_ratio: float = 0.2
+    rebuild_growth: float = 10.0
+    rebuild_loose_share: float = 0.5
+    rebuild_recall_margin: float = 0.01
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name == "tombstone_ratio":
+            if name in ("tombstone_ratio", "rebuild_loose_share"):
                 if not (_is_number(value) and 0.0 < value <= 1.0):
                     raise Invalid.at(f"upkeep.{name}", f"must be a number over 0 and at most 1, not {value!r}")
+            elif name == "rebuild_growth":
+                if not (_is_number(value) and 1.0 <= value < float("inf")):
+                    raise Invalid.at(f"upkeep.{name}", f"must be a number from 1 on, not {value!r}")
+            elif name == "rebuild_recall_margin":
+                if not (_is_number(value) and 0.0 <= value < 1.0):
+                    raise Invalid.at(f"upkeep.{name}", f"must be a number from 0 to below 1, not {value!r}")
             elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise Invalid.at(f"upkeep.{name}", f"must be an integer from 1 on, not {value!r}")
         if self.tail_bytes_max < self.seal_bytes:

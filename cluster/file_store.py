@@ -17,7 +17,7 @@ from cluster.object_store import ObjectInfo, Seen, check_key, unseen
 
 ASIDE = ".aside"  # files being written; a crash leaves only garbage here
 ASIDE_ABANDONED_S = 24 * 3600.0
-COPY_CHUNK_BYTES = 8 * 1024 * 1024
+COPY_CHUNK_BYTES = 1024 * 1024  # two of them are in memory
 DOWNLOAD_CHUNK_BYTES = 1024 * 1024  # stays in a core's cache while it is hashed
 NAME_ATTEMPTS = 20  # to name a file in a folder that concurrent deletes keep removing
 

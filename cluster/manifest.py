@@ -8,116 +8,30 @@ What a shard holds is its entry here, which describes it as of one LSN, and the 
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import xxhash
 
-from cluster import paths
+from cluster import entry_log, paths
 from cluster.attributes import arrow_type, types_after_import
 from cluster.config import CollectionConfig
-from cluster.errors import Conflict, Corrupt, EaglerayError, Invalid, NotFound, Unavailable
+from cluster.errors import Conflict, Corrupt, Invalid, NotFound, Unavailable
+from cluster.manifest_format import FORMAT, Manifest, Switch, broken_invariants
 from cluster.object_store import ObjectStore
 from cluster.routing import Routing
 from cluster.segment import checksum_bytes
-from cluster.shard_entry import SegmentRef, ShardEntry, TombstonesRef, lsns_that_go_back, wrong_tombstones
+from cluster.shard_entry import LogPosition, LogSet, SegmentRef, ShardEntry, TombstonesRef, behind_logs
 from cluster.wal import Wal
 
 __all__ = ["Manifest", "ManifestLog", "SegmentRef", "ShardEntry", "TombstonesRef", "broken_invariants"]
 
-FORMAT = 2  # 1 had no LSNs, epochs, tombstones and attributes
 COMMIT_TRIES = 100  # against seals and declarations, each of which is somebody's progress
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """One committed version. `state="deleted"` ends a collection; the same name may be created again after it.
-
-    `attributes` are those that writes declared or an import brought: name -> Arrow type as text, which
-    `pa.type_for_alias` reads.
-    """
-
-    collection: str
-    version: int
-    config: CollectionConfig
-    routing: Routing
-    generation: int
-    shards: tuple[ShardEntry, ...]
-    created_at: str
-    writer: str
-    state: Literal["live", "deleted"] = "live"
-    format: int = FORMAT
-    attributes: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def points(self) -> int:
-        return sum(shard.points for shard in self.shards)
-
-    @property
-    def segments(self) -> dict[str, SegmentRef]:
-        return {ref.segment_id: ref for shard in self.shards for ref in shard.segments}
-
-    def encode(self) -> bytes:
-        """JSON of the newest format, with a checksum over everything else."""
-        body = asdict(self) | {"config": self.config.to_dict(), "routing": self.routing.to_dict(), "format": FORMAT}
-        return json.dumps(body | {"checksum": checksum_bytes(_canonical(body))}, sort_keys=True).encode()
-
-    @classmethod
-    def decode(cls, data: bytes, key: str) -> Manifest:
-        """Parse; Corrupt, naming the object, where the bytes are not what was written."""
-        try:
-            body = json.loads(data)
-            if body["format"] not in range(1, FORMAT + 1):
-                raise Corrupt(f"format {body['format']}, this version reads 1 to {FORMAT}")
-            checksum = body.pop("checksum")
-            if checksum != checksum_bytes(_canonical(body)):
-                raise Corrupt("the checksum does not match the content")
-            body["config"] = CollectionConfig.from_dict(body["config"])
-            body["routing"] = Routing.from_dict(body["routing"])
-            body["shards"] = tuple(ShardEntry.from_dict(entry, body["format"]) for entry in body["shards"])
-            if body["format"] == 1 and "attributes" in body:
-                raise Corrupt("a manifest of format 1 with attributes")
-            if body["format"] > 1 and not all(isinstance(text, str) for text in body["attributes"].values()):
-                raise Corrupt("the type of an attribute is not text")
-            manifest = cls(**body)
-            if broken := broken_invariants(manifest):
-                raise Corrupt("; ".join(broken))
-        except Corrupt as error:
-            raise Corrupt(f"{key}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, EaglerayError) as error:
-            raise Corrupt(f"{key}: not a manifest: {error!r}") from error
-        return manifest
-
-
-def _canonical(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
-
-
-def broken_invariants(manifest: Manifest, parent: Manifest | None = None) -> list[str]:
-    """What is wrong with a manifest, on its own and after its parent; empty when nothing is."""
-    broken = []
-    names = [ref.segment_id for shard in manifest.shards for ref in shard.segments]
-    if len(names) != len(set(names)):
-        broken.append("a segment belongs to more than one shard")
-    if [entry.shard for entry in manifest.shards] != list(range(manifest.routing.shards)):
-        broken.append(f"shards are not 0 to {manifest.routing.shards - 1}")
-    if any(ref.count < 1 for ref in manifest.segments.values()):
-        broken.append("a segment holds no rows")
-    if manifest.version != (parent.version + 1 if parent else max(1, manifest.version)):
-        broken.append(f"version {manifest.version} does not follow {parent.version if parent else 0}")
-    if parent and parent.state == "live" and manifest.generation < parent.generation:
-        broken.append(f"generation {manifest.generation} goes back from {parent.generation}")
-    for entry in manifest.shards:
-        broken += [f"shard {entry.shard}: {wrong}" for wrong in wrong_tombstones(entry)]
-    if parent and parent.generation == manifest.generation and len(parent.shards) == len(manifest.shards):
-        broken += lsns_that_go_back(parent.shards, manifest.shards)
-    return broken
 
 
 class ManifestLog:
@@ -137,7 +51,7 @@ class ManifestLog:
 
     def newest(self) -> Manifest | None:
         """The newest manifest, a deleted one too; None if the collection never existed."""
-        versions = self._versions()
+        versions = self.versions()
         return self.read(max(versions)) if versions else None
 
     def newest_live(self) -> Manifest:
@@ -154,10 +68,53 @@ class ManifestLog:
             raise Corrupt(f"{key}: holds version {manifest.version} of {manifest.collection!r}")
         return manifest
 
+    def last_of_generation(self, generation: int | None, before: Manifest) -> Manifest:
+        """The last version of an earlier generation than that of `before`; None: of the one before it.
+
+        NotFound where there is none: it was collected, or is of a collection that was deleted since.
+        """
+        what = "an earlier generation" if generation is None else f"generation {generation}"
+        for manifest in self.generations(before):
+            if manifest.state == "deleted" or (generation is not None and manifest.generation < generation):
+                break
+            if generation in (None, manifest.generation):
+                return manifest
+        raise NotFound(f"collection {self._collection!r}: no version of {what} before {before.generation} is kept")
+
+    def generations(self, before: Manifest, after: int = 0) -> Iterator[Manifest]:
+        """Of versions over `after`: the last one of each generation before that of `before`, the newest first.
+
+        One that deleted a collection is the last of its generation. Found by bisection, since generations never go back
+        and thousands of versions may be of one; those that were collected are passed over.
+        """
+        versions = sorted(number for number in self.versions() if after < number < before.version)
+        found = self._last_before(versions, before.generation)
+        while found is not None:
+            yield found
+            found = self._last_before(versions, found.generation)
+
+    def _last_before(self, versions: list[int], generation: int) -> Manifest | None:
+        """The last of these versions that is of an earlier generation; what is not there any more leaves the list."""
+        low, high = 0, len(versions)  # of versions[low:high] some may be of an earlier one
+        found: Manifest | None = None
+        while low < high:
+            middle = (low + high) // 2
+            try:
+                manifest = self.read(versions[middle])
+            except NotFound:
+                del versions[middle]
+                high -= 1
+                continue
+            if manifest.generation < generation:
+                found, low = manifest, middle + 1
+            else:
+                high = middle
+        return found
+
     def segments_until(self, version: int) -> set[str]:
         """Every segment that a manifest up to `version` names; one that cannot be read is logged and left out."""
         named: set[str] = set()
-        for number in self._versions():
+        for number in self.versions():
             if number <= version:
                 try:
                     named |= self.read(number).segments.keys()
@@ -167,9 +124,10 @@ class ManifestLog:
 
     def named_segments(self) -> set[str]:
         """Every segment that any manifest names; Corrupt where one cannot be read, for it may name more."""
-        return {segment_id for number in self._versions() for segment_id in self.read(number).segments}
+        return {segment_id for number in self.versions() for segment_id in self.read(number).segments}
 
-    def _versions(self) -> list[int]:
+    def versions(self) -> list[int]:
+        """The numbers of all manifests there are, in no order."""
         keys = (info.key for info in self._store.objects(paths.manifest_prefix(self._collection)))
         return [version for key in keys if (version := paths.manifest_version(key)) is not None]
 
@@ -198,25 +156,28 @@ class ManifestLog:
             raise Conflict(f"collection {self._collection!r} exists with another config")
         return True
 
-    def wal_ends(self, base: Manifest | None, shards: int) -> tuple[ShardEntry, ...]:
-        """Empty entries at the end of each shard's WAL, at which a new generation after `base` can start.
+    def ends_of_logs(self, base: Manifest) -> tuple[LogPosition, ...]:
+        """Where the logs end that a live collection's writes go to now (`entry_log.ends_of_logs`)."""
+        return entry_log.ends_of_logs(self._store, base)
 
-        Writes acknowledged before this was called are at or before it. Where the shard is none of a live collection
-        its WAL is of an earlier one of that name, and is claimed: what a writer of that one still puts there must not
-        be replayed into the new one. Shards without records stay at LSN 0. Raises Unavailable or Corrupt.
+    def wal_ends(self, base: Manifest | None, shards: int) -> tuple[ShardEntry, ...]:
+        """Empty entries at the ends of the logs, at which a new generation after `base` can start.
+
+        Writes acknowledged before this was called are at or before it. With another number of shards than a live
+        collection has they are behind its logs. A collection that was deleted has had its logs claimed, and they are
+        claimed again: what a writer of it still puts there must not be replayed into the new one. Shards without
+        records stay at LSN 0. Raises Conflict (`ends_of_logs`), Unavailable or Corrupt.
         """
-        if base is None:  # a WAL begins after the first manifest
+        if base is None:  # a log begins after the first manifest
             return tuple(ShardEntry(shard) for shard in range(shards))
-        known = {entry.shard: entry for entry in base.shards}
-        ends = []
-        for shard in range(shards):
-            if base.state == "live" and shard in known:
-                at = known[shard]
-                end = Wal(self._store, self._collection, shard).end(at.applied_lsn, at.epoch)
-                ends.append(ShardEntry(shard, (), *end))
-            else:
-                ends.append(self._fenced(known.get(shard), shard))
-        return tuple(ends)
+        if base.state == "live":
+            ends = self.ends_of_logs(base)
+            if shards == len(ends):
+                return tuple(ShardEntry(end.shard, (), end.lsn, end.epoch) for end in ends)
+            logs = LogSet(base.log_set, len(ends), ends)
+            return tuple(behind_logs(ShardEntry(shard), logs) for shard in range(shards))
+        known = {entry.shard: (entry.applied_lsn, entry.epoch) for entry in base.shards}
+        return tuple(self._fenced(shard, base.log_set, known.get(shard)) for shard in range(shards))
 
     def _new_claim_nonce(self) -> str:
         """32 hex digits, whatever the nonces of manifests look like."""
@@ -228,10 +189,13 @@ class ManifestLog:
         config: CollectionConfig,
         shards: tuple[ShardEntry, ...],
         attributes: Mapping[str, Any] = MappingProxyType({}),
+        switch: Switch = "beside",
+        log_set: int | None = None,
     ) -> Manifest:
-        """Commit a new generation whose points are those of `shards` and of the WAL after their LSNs.
+        """Commit a new generation whose points are those of `shards` and of the logs after their LSNs.
 
-        `attributes` are the Arrow types of those of its points: now the collection's (`types_after_import`).
+        `attributes` are the Arrow types of those of its points: now the collection's (`types_after_import`). `log_set`
+        is by default that of `base`, and a new one where the entries are behind that.
 
         It follows the newest manifest, which must be `base` (None: there is none), or differ from it only by what
         shards sealed and writes declared since; else Conflict.
@@ -239,7 +203,9 @@ class ManifestLog:
 
         def generation_after(newest: Manifest | None) -> Manifest:
             declared = types_after_import(newest.attributes if newest else {}, attributes)  # a deletion has none
-            return self._next(newest, config, shards, _next_generation(newest), attributes=declared)
+            logs = _log_set_after(newest, shards) if log_set is None else log_set
+            changed = self._next(newest, config, shards, _next_generation(newest))
+            return replace(changed, attributes=declared, log_set=logs, switch=switch)
 
         return self._commit_after(base, generation_after)
 
@@ -283,16 +249,19 @@ class ManifestLog:
 
         def deletion_after(newest: Manifest | None) -> Manifest:
             assert newest is not None
-            shards = tuple(self._fenced(entry, entry.shard) for entry in newest.shards)
-            return replace(self._same(newest), shards=shards, state="deleted", attributes={})
+            known = {entry.shard: (entry.applied_lsn, entry.epoch) for entry in newest.shards}
+            if newest.crossing:
+                start = entry_log.end_logs(self._store, self._collection, newest.behind, self._new_claim_nonce)
+                known |= {entry.shard: start for entry in newest.shards if entry.behind}
+            shards = tuple(self._fenced(shard, newest.log_set, at) for shard, at in known.items())
+            return replace(self._same(newest), shards=shards, state="deleted", attributes={}, switch="beside")
 
         return self._commit_after(self.newest_live(), deletion_after)
 
-    def _fenced(self, entry: ShardEntry | None, shard: int) -> ShardEntry:
-        """An empty entry at a claim which ends the shard's WAL, or at LSN 0 where it has no record."""
-        wal = Wal(self._store, self._collection, shard)
-        at = (entry.applied_lsn, entry.epoch) if entry else (max(0, wal.last_listed() - 1), 0)
-        return ShardEntry(shard, (), *wal.fence(*at, self._new_claim_nonce))
+    def _fenced(self, shard: int, log_set: int, at: tuple[int, int] | None) -> ShardEntry:
+        """An empty entry at a claim which ends the shard's log, or at LSN 0 where it has no record."""
+        wal = Wal(self._store, self._collection, shard, log_set)
+        return ShardEntry(shard, (), *wal.fence(*(at or (max(0, wal.last_listed() - 1), 0)), self._new_claim_nonce))
 
     def _commit_after(self, base: Manifest | None, change: Callable[[Manifest | None], Manifest]) -> Manifest:
         """Commit `change` of the newest manifest; Conflict unless that is as `base`.
@@ -319,7 +288,6 @@ class ManifestLog:
         config: CollectionConfig,
         shards: tuple[ShardEntry, ...],
         generation: int,
-        attributes: dict[str, str] | None = None,
     ) -> Manifest:
         return Manifest(
             collection=self._collection,
@@ -330,7 +298,7 @@ class ManifestLog:
             shards=shards,
             created_at=self._now().isoformat(),
             writer=self._new_nonce(),
-            attributes=attributes or {},
+            log_set=parent.log_set if parent else 0,
         )
 
     def _same(self, parent: Manifest) -> Manifest:
@@ -377,9 +345,11 @@ class ManifestLog:
 def _named_objects(manifest: Manifest) -> dict[str, str]:
     """Key -> checksum of every description and tombstone file."""
     name = manifest.collection
-    named = {paths.segment_file(name, ref.segment_id, paths.DESCRIPTION): ref for ref in manifest.segments.values()}
+    named = {
+        paths.segment_file(ref.home(name), ref.segment_id, paths.DESCRIPTION): ref for ref in manifest.segments.values()
+    }
     return {key: ref.checksum for key, ref in named.items()} | {
-        paths.tombstones(name, entry.shard, ref.segment_id, ref.lsn): ref.checksum
+        paths.tombstones(name, entry.shard, ref.segment_id, ref.lsn, ref.variant): ref.checksum
         for entry in manifest.shards
         for ref in entry.tombstones
     }
@@ -388,6 +358,10 @@ def _named_objects(manifest: Manifest) -> dict[str, str]:
 def _incarnation(manifest: Manifest | None) -> tuple[int, str, CollectionConfig] | None:
     """What seals and declarations leave as it is, and every other commit changes."""
     return (manifest.generation, manifest.state, manifest.config) if manifest else None
+
+
+def _log_set_after(parent: Manifest | None, shards: tuple[ShardEntry, ...]) -> int:
+    return (parent.log_set if parent else 0) + any(entry.behind for entry in shards)
 
 
 def _next_generation(parent: Manifest | None) -> int:

@@ -6,7 +6,9 @@ import re
 
 MANIFEST_NAME = re.compile(r"(\d{20})\.json")
 WAL_NAME = re.compile(r"([0-9]{20})\.arrow")
-TOMBSTONES_NAME = re.compile(r".+-([0-9]{20})\.arrow")
+TOMBSTONES_NAME = re.compile(r".+-([0-9]{20})(?:-[0-9a-f]{16})?\.arrow")
+SNAPSHOT_FILE = re.compile(r"([a-z0-9][a-z0-9_-]{0,62})\.json")
+JOB_STATUS = re.compile(r"jobs/([^/]+)/status\.json")
 
 ROWS, INDEX, DESCRIPTION = "rows.arrow", "index.faiss", "segment.json"
 SEGMENT_FILES = (ROWS, INDEX, DESCRIPTION)
@@ -34,16 +36,26 @@ def segments_prefix(collection: str) -> str:
     return f"collections/{collection}/segments/"
 
 
+def segment_prefix(collection: str, segment_id: str) -> str:
+    return f"collections/{collection}/segments/{segment_id}/"
+
+
 def segment_file(collection: str, segment_id: str, name: str) -> str:
     return f"collections/{collection}/segments/{segment_id}/{name}"
 
 
-def wal_prefix(collection: str, shard: int) -> str:
-    return f"collections/{collection}/shards/{shard:04d}/wal/"
+def shards_prefix(collection: str) -> str:
+    return f"collections/{collection}/shards/"
 
 
-def wal_record(collection: str, shard: int, lsn: int) -> str:
-    return f"{wal_prefix(collection, shard)}{lsn:020d}.arrow"
+def wal_prefix(collection: str, shard: int, log_set: int = 0) -> str:
+    """The log of a shard in a log set (`Manifest.log_set`)."""
+    folder = f"wal-{log_set:06d}" if log_set else "wal"
+    return f"{shards_prefix(collection)}{shard:04d}/{folder}/"
+
+
+def wal_record(collection: str, shard: int, lsn: int, log_set: int = 0) -> str:
+    return f"{wal_prefix(collection, shard, log_set)}{lsn:020d}.arrow"
 
 
 def wal_lsn(key: str) -> int | None:
@@ -56,9 +68,11 @@ def tombstones_prefix(collection: str, shard: int) -> str:
     return f"collections/{collection}/shards/{shard:04d}/tombstones/"
 
 
-def tombstones(collection: str, shard: int, segment_id: str, lsn: int) -> str:
-    """The deleted rows of a segment, as of an LSN of its shard."""
-    return f"{tombstones_prefix(collection, shard)}{segment_id}-{lsn:020d}.arrow"
+def tombstones(collection: str, shard: int, segment_id: str, lsn: int, variant: str = "") -> str:
+    """The deleted rows of a segment, as of an LSN of its shard; `variant` (16 hex digits) tells those of two
+    generations apart, "" is what older versions wrote."""
+    name = f"{segment_id}-{lsn:020d}-{variant}" if variant else f"{segment_id}-{lsn:020d}"
+    return f"{tombstones_prefix(collection, shard)}{name}.arrow"
 
 
 def tombstones_lsn(key: str) -> int | None:
@@ -86,5 +100,29 @@ def recent_queries(collection: str, coordinator: str) -> str:
     return f"{queries_prefix(collection)}{coordinator}.arrow"
 
 
+def snapshots_prefix(collection: str) -> str:
+    return f"collections/{collection}/snapshots/"
+
+
+def snapshot(collection: str, name: str) -> str:
+    return f"{snapshots_prefix(collection)}{name}.json"
+
+
+def snapshot_name(key: str) -> str | None:
+    """The name that a snapshot's key has, or None for any other key."""
+    match = SNAPSHOT_FILE.fullmatch(key.rsplit("/", 1)[-1])
+    return match.group(1) if match else None
+
+
+def jobs_prefix() -> str:
+    return "jobs/"
+
+
 def job_status(job_id: str) -> str:
-    return f"jobs/{job_id}/status.json"
+    return f"{jobs_prefix()}{job_id}/status.json"
+
+
+def job_of_status(key: str) -> str | None:
+    """The id of the job whose status has this key, or None for any other key."""
+    match = JOB_STATUS.fullmatch(key)
+    return match.group(1) if match else None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.config import CollectionConfig, Settings
 from cluster.errors import Invalid
+from cluster.manifest_format import Switch
 
+NEAR_RECORDS = 64  # of earlier logs that a generation lacks when these may end; writes wait while they are applied
 ReplicaState = Literal["starting", "ready", "failed", "unreachable"]
 
 
@@ -34,7 +36,7 @@ class WantedReplica:
     """The manifest version a replica should hold, its generation, how many shards there are, and its resources.
 
     `served` is the version, and `served_generation` its generation, that is served until `version` can be: the replica
-    should hold that generation too.
+    should hold that generation too. None where that has no such shard. `switch` says whether it has room for both.
     """
 
     version: int
@@ -44,6 +46,7 @@ class WantedReplica:
     num_gpus: float = 0.0
     served: int | None = None
     served_generation: int | None = None
+    switch: Switch = "beside"
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,16 @@ class ObservedReplica:
     """What a replica last said of itself: the newest manifest version it holds, and the generations, newest last.
 
     That version is of the newest of its generations. All versions of one generation answer alike, for a replica
-    follows the WAL; what a newer one brings is that less of it is in the tail.
+    follows the WAL; what a newer one brings is that less of it is in the tail. `crossing` are generations that are held
+    once the logs of earlier sets have ended, and how many of their records each lacks. `epoch` is that of the replica
+    as primary, 0 where it is none.
     """
 
     state: ReplicaState
     version: int = 0
     generations: tuple[int, ...] = ()
+    crossing: Mapping[int, int] = field(default_factory=dict)
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ class Candidate:
     """What matters of a replica for who leads its shard.
 
     `epoch` is that of the replica as primary, 0 where it is none; `silent_s` for how long it has not answered, None
-    where it does. `asked`: it is being told to lead. `refused`: that failed a moment ago.
+    where it does. `asked`: it is being told to lead. `refused`: that failed a moment ago. `log_set` is that of the log
+    that it follows; None where there is none that can be led, because it has ended or nothing is held.
     """
 
     state: ReplicaState
@@ -73,6 +81,7 @@ class Candidate:
     silent_s: float | None = None
     asked: bool = False
     refused: bool = False
+    log_set: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -148,17 +157,41 @@ def publishable(
 ) -> bool:
     """True when a collection may switch to `generation`: every replica that can answer holds it, each shard has one.
 
-    `wanted` are the replicas of one collection.
+    Of those that go over to it one at a time, one of each shard is enough. `wanted` are the replicas of one collection.
     """
     holding: dict[int, bool] = {key.shard: False for key in wanted}
     for key in wanted:
         replica = observed.get(key)
         if replica is None or replica.state != "ready":
             continue
-        if generation not in replica.generations:
+        if generation in replica.generations:
+            holding[key.shard] = True
+        elif wanted[key].switch == "beside":
             return False
-        holding[key.shard] = True
     return all(holding.values())
+
+
+def may_end_logs(
+    wanted: Mapping[ReplicaKey, WantedReplica], observed: Mapping[ReplicaKey, ObservedReplica], generation: int
+) -> bool:
+    """True when the logs that `generation` leaves behind may end: it is held, or near, wherever a replica can answer.
+
+    Each shard has such a replica; one is enough where they go over to it one at a time. False where all hold it: the
+    logs have ended. `wanted` are those of its shards.
+    """
+    near: dict[int, bool] = {key.shard: False for key in wanted}
+    crossing = False
+    for key in wanted:
+        replica = observed.get(key)
+        if replica is None or replica.state != "ready":
+            continue
+        held = generation in replica.generations
+        if held or replica.crossing.get(generation, NEAR_RECORDS + 1) <= NEAR_RECORDS:
+            crossing = crossing or not held
+            near[key.shard] = True
+        elif wanted[key].switch == "beside":
+            return False
+    return crossing and all(near.values())
 
 
 def held_by_every_shard(
@@ -177,9 +210,23 @@ def held_by_every_shard(
 
 
 def leader(replicas: Mapping[ReplicaKey, Candidate]) -> ReplicaKey | None:
-    """The primary of a shard: of the ready replicas that say they lead the one of the highest epoch."""
-    leading = [key for key, replica in replicas.items() if replica.state == "ready" and replica.epoch > 0]
+    """The primary of a shard: of the ready replicas that say they lead the one of the highest epoch.
+
+    Who leads the log of an earlier set, while others follow that of a later one, has not seen yet that it has ended.
+    """
+    newest = _newest_log_set(replicas)
+    leading = [
+        key
+        for key, replica in replicas.items()
+        if replica.state == "ready" and replica.epoch > 0 and newest is not None and replica.log_set == newest
+    ]
     return max(leading, key=lambda key: replicas[key].epoch, default=None)
+
+
+def _newest_log_set(replicas: Mapping[ReplicaKey, Candidate]) -> int | None:
+    """Of those that a ready replica can lead."""
+    ready = (replica.log_set for replica in replicas.values() if replica.state == "ready")
+    return max((log_set for log_set in ready if log_set is not None), default=None)
 
 
 def choose_lead(
@@ -192,11 +239,13 @@ def choose_lead(
     """
     if leader(replicas) is not None:
         return None
-    leads_again = led_last is not None and led_last in replicas and replicas[led_last].state == "ready"
+    newest = _newest_log_set(replicas)
+    able = [key for key, replica in replicas.items() if replica.state == "ready" and replica.log_set == newest]
+    leads_again = led_last in able
     for key, replica in replicas.items():
         silent_s = replica.silent_s or 0.0
         may_lead = replica.silent_s is not None and not leads_again and led_last in (key, None)
         if (replica.asked or may_lead) and silent_s < patience_s:
             return None
-    ready = [key for key, replica in replicas.items() if replica.state == "ready" and not replica.refused]
+    ready = [key for key in able if newest is not None and not replicas[key].refused]
     return min(ready, key=lambda key: (key != led_last, -replicas[key].lsn, key), default=None)

@@ -23,6 +23,7 @@ from cluster import paths
 from cluster.arrow_rows import gather, vector_type, vectors_view
 from cluster.config import CollectionConfig
 from cluster.errors import Corrupt
+from cluster.free_memory import give_back_memory
 from cluster.ids import ID_ARROW_TYPE, hash_ids
 from cluster.object_store import ObjectStore
 
@@ -174,10 +175,15 @@ def rows_schema(config: CollectionConfig, attributes: dict[str, pa.DataType]) ->
 
 
 def write_rows(path: Path, schema: pa.Schema, batches: Iterator[Any]) -> None:
-    """Write `rows.arrow`: uncompressed, so that it can be memory-mapped. All batches but the last of equal size."""
+    """Write `rows.arrow`: uncompressed, so that it can be memory-mapped. All batches but the last of equal size.
+
+    Memory that would be kept for the next batches is given back: an index is built next.
+    """
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
+            del batch  # else it would be there while the next one is made
+    give_back_memory()
 
 
 def _mapping(path: Path) -> mmap.mmap:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from numpy.typing import NDArray
 
 from cluster import paths
@@ -25,23 +26,25 @@ def write_tombstones(
 ) -> TombstonesRef:
     """Write the deleted rows (n,), n >= 1, in any order, no row twice.
 
-    The deleted rows of a segment at an LSN are what they are, whoever works them out. So a file that is there already
+    The file is named by its rows as well: in generations that share a segment other rows of it may be deleted as of
+    the same LSN (a restore does not delete what the generation before had deleted). So a file that is there already
     stays, as a manifest may name it, and is returned; Corrupt where it says something else.
     """
     if not len(rows):
         raise ValueError(f"segment {segment_id!r} has no deleted rows to write")
-    key, rows = paths.tombstones(collection, shard, segment_id, lsn), np.sort(rows)
-    data = encode_tombstones(rows)
+    rows = np.sort(rows)
+    variant = f"{xxhash.xxh3_64_intdigest(rows.astype('<i8').tobytes()):016x}"
+    key, data = paths.tombstones(collection, shard, segment_id, lsn, variant), encode_tombstones(rows)
     if not store.put_if_absent(key, data):
         data = store.get(key)
         if not np.array_equal(decode_tombstones(data, key), rows):
             raise Corrupt(f"{key}: holds other rows than the {len(rows)} that are deleted")
-    return TombstonesRef(segment_id, lsn, len(rows), checksum_bytes(data))
+    return TombstonesRef(segment_id, lsn, len(rows), checksum_bytes(data), variant)
 
 
 def read_tombstones(store: ObjectStore, collection: str, shard: int, ref: TombstonesRef, count: int) -> RowNumbers:
     """The deleted rows, sorted, of a segment of `count` rows. Corrupt, naming the object, unless it is that file."""
-    key = paths.tombstones(collection, shard, ref.segment_id, ref.lsn)
+    key = paths.tombstones(collection, shard, ref.segment_id, ref.lsn, ref.variant)
     data = store.get(key)
     if checksum_bytes(data) != ref.checksum:
         raise Corrupt(f"{key}: the checksum does not match the content")

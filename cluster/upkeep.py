@@ -8,12 +8,13 @@ are paid for by the deletions), and a huge segment is not rebuilt for the sake o
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from cluster.config import CollectionConfig, Upkeep
 from cluster.errors import Invalid
 from cluster.index_policy import MEMORY_MARGIN, plan_index
+from cluster.index_spec import clamped_nlist
 from cluster.shard_entry import ShardEntry
 
 MERGE_BYTES_MAX = 4 * 1024**3  # for building one segment, where nothing else is said: what an import takes
@@ -181,7 +182,13 @@ def largest_build(config: CollectionConfig, memory_bytes: int = MERGE_BYTES_MAX)
 
 
 def build_bytes(config: CollectionConfig, count: int) -> float:
-    """Memory of building an index of `count` points, its training sample with it; infinite where no index fits."""
+    """Memory of building an index of `count` points, its training sample with it; infinite where no index fits.
+
+    Of so few that the config's lists cannot be trained it is that of as many lists as they allow.
+    """
+    lists = config.index.nlist
+    if lists is not None and clamped_nlist(lists, count) < lists:
+        config = replace(config, index=replace(config.index, nlist=None))
     try:
         spec = plan_index(count, config).spec
     except Invalid:

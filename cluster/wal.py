@@ -1,4 +1,7 @@
-"""The write-ahead log of one shard: numbered records in object storage, each put if absent, dense from LSN 1.
+"""The write-ahead log of one shard: numbered records in object storage, each put if absent, dense from its first LSN.
+
+A log is one of a log set (`shard_entry.LogSet`), and begins behind all LSNs of the set before. A record of kind "end"
+is the last one for ever: what was written since is in the logs of the next set.
 
 A record is a fixed header and two Arrow IPC streams, the upserts and the deleted ids. They are two streams because one
 with a column that tells them apart would carry a whole vector of nulls for every deleted id. The checksum covers every
@@ -25,8 +28,8 @@ from cluster.object_store import ObjectStore
 
 MAGIC = b"EAGLEWAL"
 FORMAT = 1
-RecordKind = Literal["write", "claim"]
-KINDS: dict[int, RecordKind] = {1: "write", 2: "claim"}
+RecordKind = Literal["write", "claim", "end"]
+KINDS: dict[int, RecordKind] = {1: "write", 2: "claim", 3: "end"}
 KIND_NUMBERS = {kind: number for number, kind in KINDS.items()}
 # magic, format, kind, shard, collection, LSN, epoch, nonce, bytes of the upserts, bytes of the deletes; then the
 # checksum. The collection is 32 bits of its name's hash, 0 where the record does not tell. The streams are aligned to
@@ -35,7 +38,7 @@ HEADER = struct.Struct("<8sIIIIQQ16sQQ")
 LSN_FIELD = 5  # of the header
 CHECKSUM_BYTES = 16
 BODY_AT = HEADER.size + CHECKSUM_BYTES
-CLAIM_BYTES = BODY_AT  # a write has a body
+CLAIM_BYTES = BODY_AT  # of an end, too; a write has a body
 READ_WINDOW = 16  # records that are read at one time
 READ_TRIES = 3  # without a pause: a remote store has waited already; thousands must succeed for one recovery
 APPEND_TRIES = 3
@@ -46,7 +49,7 @@ BUSY_CLAIM_TRIES = 1_000
 
 @dataclass(frozen=True, eq=False)
 class WalRecord:
-    """One group commit ("write"), or a new primary's first mark ("claim").
+    """One group commit ("write"), a new primary's first mark ("claim"), or the mark that ends the log ("end").
 
     `nonce` is 32 hex digits, of this record alone. `upserts` is an Arrow record batch: id, vector, attributes; None
     where there are none. `deletes` is an Arrow array of ids, None where there are none. No id is in both, or twice.
@@ -145,11 +148,17 @@ class Wal:
     """The log of one shard. Records are never changed; of many writers of one LSN exactly one succeeds."""
 
     def __init__(
-        self, store: ObjectStore, collection: str, shard: int, pause: Callable[[float], None] = time.sleep
+        self,
+        store: ObjectStore,
+        collection: str,
+        shard: int,
+        log_set: int,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._store = store
         self._collection = collection
         self._shard = shard
+        self._log_set = log_set
         self._pause = pause
 
     def read(self, lsn: int) -> WalRecord | None:
@@ -167,6 +176,7 @@ class Wal:
     def read_after(self, lsn: int, until: int | None = None) -> Iterator[WalRecord]:
         """The records of lsn + 1, lsn + 2, ... up to the first LSN that does not exist, or up to `until`.
 
+        An end record is the last one that is read, whatever may be put behind it by mistake.
         Reads ahead, the further the more records there were: the usual one or two cost as many reads and no thread.
         Raises Corrupt or Unavailable where the log cannot be read on.
         """
@@ -189,6 +199,8 @@ class Wal:
                     return
                 found += 1
                 yield record
+                if record.kind == "end":
+                    return
         finally:  # also where the caller stops early: the threads end with the reads they are at
             if pool is not None:
                 pool.shutdown(wait=False)
@@ -246,10 +258,11 @@ class Wal:
     def take_over(self, after: int, epoch: int, new_nonce: Callable[[], str]) -> WalRecord:
         """Claim the end of the log, wherever that is by now; its end was at (after, epoch) or behind that.
 
-        Unavailable where others' records keep coming first.
+        Fenced where the log has ended. Unavailable where others' records keep coming first.
         """
         for _ in range(CLAIM_TRIES):
             after, epoch = self.end(after, epoch)
+            self._refuse_ended(after)
             try:
                 return self.claim(after, epoch, new_nonce())
             except Fenced:
@@ -261,14 +274,60 @@ class Wal:
 
         The next LSN of a writer that never rests is on its way to the store before anybody can know that it is the
         next. But it works between two puts, and this does not. The epochs of others' claims are found afterwards.
+        Where one of the records that were passed over ended the log, nobody ever reads the claim.
         """
         for lsn in range(after + 1, after + 1 + BUSY_CLAIM_TRIES):
             claim = WalRecord(lsn, epoch + 1, "claim", new_nonce())
             if not self._put(claim):
                 continue
             before = self.read(lsn - 1) if lsn - 1 > after else None
+            self._refuse_ended(lsn - 1)
             return claim if before is None or before.epoch <= epoch else self.take_over(lsn, before.epoch, new_nonce)
         raise Unavailable(f"{self._key(lsn)}: others wrote to the log {BUSY_CLAIM_TRIES} times before it was claimed")
+
+    def _refuse_ended(self, last: int) -> None:
+        record = self.end_record(last)
+        if record is not None:
+            raise self._ended(record)
+
+    def end_record(self, last: int) -> WalRecord | None:
+        """The record that ended the log whose last one is at `last`; None where it has not ended.
+
+        Claims may be behind it, of who took over a busy log and passed the end over (`_take_over_busy`).
+        """
+        while last and (record := self.read(last)) is not None and record.kind != "write":
+            if record.kind == "end":
+                return record
+            last -= 1
+        return None
+
+    def _ended(self, record: WalRecord) -> Fenced:
+        return Fenced(
+            f"shard {self._shard} of {self._collection!r}: the log of set {self._log_set} ended at LSN {record.lsn}; "
+            "writes go to the logs of a later generation"
+        )
+
+    def finish(self, after: int, epoch: int, new_nonce: Callable[[], str]) -> WalRecord:
+        """End the log for ever, wherever its end is by now: the end record, also where it has ended before.
+
+        The log is claimed first, so that its writer is Fenced and the end of it stands still. Unavailable where others
+        claim it at the same time: do it again.
+        """
+        for _ in range(CLAIM_TRIES):
+            lsn, epoch = self.end(after, epoch)
+            ended = self.end_record(lsn)
+            if ended is not None:
+                return ended
+            last = self.read(lsn) if lsn else None
+            try:
+                claim = last if last is not None and last.kind == "claim" else None
+                claim = claim or self.take_over(lsn, epoch, new_nonce)
+                record = WalRecord(claim.lsn + 1, claim.epoch, "end", new_nonce())
+                self.append(record)
+                return record
+            except Fenced:
+                continue
+        raise Unavailable(f"shard {self._shard} of {self._collection!r}: others keep writing to the log that is to end")
 
     def _put(self, record: WalRecord) -> bool:
         """As `append`, but False instead of Fenced, and without a read where the store answers."""
@@ -284,22 +343,22 @@ class Wal:
     def fence(self, after: int, epoch: int, new_nonce: Callable[[], str]) -> tuple[int, int]:
         """Claim the end of the log, so that whoever wrote to it is Fenced: the claim's LSN and epoch.
 
-        (0, 0) for a log without records, which stays so.
+        (0, 0) for a log without records, which stays so. An ended log is fenced already.
         """
         after, epoch = self.end(after, epoch)
-        if not after:
-            return 0, 0
+        if not after or self.end_record(after) is not None:
+            return after, epoch
         claim = self.take_over(after, epoch, new_nonce)
         return claim.lsn, claim.epoch
 
     def last_listed(self) -> int:
         """The highest LSN, by listing: for a log whose beginning may be deleted. 0 where there is no record."""
-        keys = (info.key for info in self._store.objects(paths.wal_prefix(self._collection, self._shard)))
+        keys = (info.key for info in self._store.objects(self._prefix))
         return max((lsn for key in keys if (lsn := paths.wal_lsn(key)) is not None), default=0)
 
     def delete_before(self, lsn: int) -> None:
-        """Delete the writes before that record. Claims stay: each is where a writer that was taken over finds that."""
-        for info in list(self._store.objects(paths.wal_prefix(self._collection, self._shard))):
+        """Delete the writes before that record. Claims and ends stay: there a writer that was taken over finds that."""
+        for info in list(self._store.objects(self._prefix)):
             number = paths.wal_lsn(info.key)
             if number is not None and number < lsn and info.size_bytes != CLAIM_BYTES:
                 self._store.delete(info.key)
@@ -315,7 +374,11 @@ class Wal:
         return WalRecord.decode(data, self._key(lsn), self._shard, lsn, self._collection)
 
     def _key(self, lsn: int) -> str:
-        return paths.wal_record(self._collection, self._shard, lsn)
+        return paths.wal_record(self._collection, self._shard, lsn, self._log_set)
+
+    @property
+    def _prefix(self) -> str:
+        return paths.wal_prefix(self._collection, self._shard, self._log_set)
 
     def _fenced(self, other: WalRecord) -> Fenced:
         return Fenced(

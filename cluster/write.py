@@ -13,11 +13,13 @@ class PointWrite:
 
     `upserts` is an Arrow record batch: `id`, `vector` (FixedSizeList of the collection's stored dtype; of length one
     under cosine), then one column per attribute, without `id_hash`; no id twice. `deletes` is an Arrow array of ids, no
-    id twice. Both are checked: a shard trusts them.
+    id twice. Both are checked: a shard trusts them. `shards` is the number of shards of the routing that it was split
+    by, 0 where it was not: the primary of a log of another routing must refuse it, for its ids may belong elsewhere.
     """
 
     upserts: Any = None
     deletes: Any = None
+    shards: int = 0
 
     @property
     def points(self) -> int:

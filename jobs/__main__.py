@@ -1,36 +1,37 @@
-"""`python -m jobs import ...` and `compact ...`: what `ray job submit` runs."""
+"""`python -m jobs import ...`, `compact ...` and the others: what `ray job submit` runs."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
 import os
 import sys
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from actors import ray_jobs, ray_runtime
+from actors import ray_runtime
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Invalid
-from cluster.manifest import Manifest, ManifestLog
-from cluster.object_store import ObjectStore, open_store
-from jobs.build_plan import Workers
-from jobs.compact import CompactOptions, Compactor
+from cluster.garbage import GRACE_S
+from jobs.collect_garbage import CollectGarbageOptions
+from jobs.compact import CompactOptions
+from jobs.export import ExportOptions
 from jobs.import_source import Columns
-from jobs.importer import DEFAULT_MEMORY_BYTES, Importer, ImportOptions
-from jobs.progress_bar import progress_bar, rate_note
-from jobs.report import JobReporter, JobStatus, new_job_id
+from jobs.importer import DEFAULT_MEMORY_BYTES, ImportOptions
+from jobs.rebuild import RebuildOptions
+from jobs.report import JobStatus, new_job_id
+from jobs.rollback import RollbackOptions
+from jobs.run import run_compact, run_import, run_rebuild
+from jobs.run_care import run_collect_garbage, run_scrub
+from jobs.run_snapshots import run_branch, run_export, run_restore, run_rollback, run_snapshot
+from jobs.scrub import ScrubOptions
+from jobs.snapshots import BranchOptions, RestoreOptions, SnapshotOptions
 
-SERVED_TIMEOUT_S = 600.0
-REFRESH_TIMEOUT_S = 10.0
 MEMORY_HELP = "Most bytes that the indexes being built at one time take on one node."
-logger = logging.getLogger(__name__)
+Data = Annotated[str | None, typer.Option(help="Storage URL; taken from the running Eagleray if absent.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join.")]
+Namespace = Annotated[str, typer.Option(help="Ray namespace of the Eagleray.")]
+JobId = Annotated[str | None, typer.Option(help="Name of this run; made up if absent.")]
 app = typer.Typer(help="Eagleray's jobs.", no_args_is_help=True, add_completion=False)
 
 
@@ -77,6 +78,134 @@ def compact_command(
     run_compact(settings, options, _first_status("compact", job_id, collection))
 
 
+@app.command("rebuild")
+def rebuild_command(
+    collection: Annotated[str, typer.Option(help="The collection to rebuild.")],
+    index: Annotated[str, typer.Option(help="Another index kind, or a JSON object of index fields.")] = "{}",
+    target_recall: Annotated[float | None, typer.Option(help="Another target for recall@10.")] = None,
+    shards: Annotated[int | None, typer.Option(help="Another number of shards.", min=1)] = None,
+    metric_report: Annotated[str | None, typer.Option(help="File for what the gate measured, as JSON.")] = None,
+    data: Data = None,
+    memory_bytes: Annotated[int, typer.Option(help=MEMORY_HELP, min=1)] = DEFAULT_MEMORY_BYTES,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    address: Address = None,
+    namespace: Namespace = "eagleray",
+    job_id: JobId = None,
+) -> None:
+    """Build the collection's next generation from its points, and serve it if it passes the gate."""
+    fields = parse_index(index) | ({} if target_recall is None else {"target_recall": target_recall})
+    options = RebuildOptions(collection, fields, shards, memory_bytes, seed, metric_report)
+    settings = _connected(address, data, namespace)
+    run_rebuild(settings, options, _first_status("rebuild", job_id, collection))
+
+
+@app.command("rollback")
+def rollback_command(
+    collection: Annotated[str, typer.Option(help="The collection to take back.")],
+    generation: Annotated[int | None, typer.Option(help="Which one; absent: the one before the newest.", min=1)] = None,
+    data: Data = None,
+    address: Address = None,
+    namespace: Namespace = "eagleray",
+    job_id: JobId = None,
+) -> None:
+    """Go back to an earlier generation; every write acknowledged since stays."""
+    settings = _connected(address, data, namespace)
+    run_rollback(settings, RollbackOptions(collection, generation), _first_status("rollback", job_id, collection))
+
+
+@app.command("snapshot")
+def snapshot_command(
+    collection: Annotated[str, typer.Option(help="The collection to take a snapshot of.")],
+    name: Annotated[str, typer.Option(help="Its name: lower-case letters, digits, _ and -.")],
+    data: Data = None,
+    address: Address = None,
+    namespace: Namespace = "eagleray",
+    job_id: JobId = None,
+) -> None:
+    """Name the points that the collection has now; they stay until the snapshot is deleted."""
+    settings = _connected(address, data, namespace)
+    run_snapshot(settings, SnapshotOptions(collection, name), _first_status("snapshot", job_id, collection))
+
+
+@app.command("restore")
+def restore_command(
+    collection: Annotated[str, typer.Option(help="The collection whose points are replaced.")],
+    snapshot: Annotated[str, typer.Option(help="A snapshot of it.")],
+    data: Data = None,
+    address: Address = None,
+    namespace: Namespace = "eagleray",
+    job_id: JobId = None,
+) -> None:
+    """Replace a collection's points by those of a snapshot; writes from now on stay on top. It can be rolled back."""
+    settings = _connected(address, data, namespace)
+    run_restore(settings, RestoreOptions(collection, snapshot), _first_status("restore", job_id, collection))
+
+
+@app.command("branch")
+def branch_command(
+    collection: Annotated[str, typer.Option(help="The collection to branch.")],
+    into: Annotated[str, typer.Option(help="The new collection.")],
+    snapshot: Annotated[str | None, typer.Option(help="A snapshot of the first; absent: as of now.")] = None,
+    data: Data = None,
+    address: Address = None,
+    namespace: Namespace = "eagleray",
+    job_id: JobId = None,
+) -> None:
+    """Make a new collection of a collection's points without copying them."""
+    settings = _connected(address, data, namespace)
+    run_branch(settings, BranchOptions(collection, into, snapshot), _first_status("branch", job_id, collection))
+
+
+@app.command("export")
+def export_command(
+    collection: Annotated[str, typer.Option(help="The collection to export.")],
+    target: Annotated[str, typer.Option(help="Folder that all nodes share, or object-storage URL; it must be empty.")],
+    snapshot: Annotated[str | None, typer.Option(help="A snapshot of it; absent: the points of now.")] = None,
+    data: Data = None,
+    address: Address = None,
+    namespace: Namespace = "eagleray",
+    job_id: JobId = None,
+) -> None:
+    """Write a collection's points to Parquet files, which an import reads back."""
+    settings = _connected(address, data, namespace)
+    run_export(settings, ExportOptions(collection, target, snapshot), _first_status("export", job_id, collection))
+
+
+@app.command("collect_garbage")
+def collect_garbage_command(
+    collection: Annotated[str | None, typer.Option(help="Only this collection; else everything.")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete it; else it is only listed and counted.")] = False,
+    grace_s: Annotated[float, typer.Option(help="What is younger than so many seconds stays.")] = GRACE_S,
+    data: Data = None,
+    address: Address = None,
+    namespace: Namespace = "eagleray",
+    job_id: JobId = None,
+) -> None:
+    """Find what nothing names any more, and delete it with --delete."""
+    options = CollectGarbageOptions(collection, delete, grace_s)
+    options.check()
+    settings = _connected(address, data, namespace)
+    run_collect_garbage(settings, options, _first_status("collect_garbage", job_id, collection or ""))
+
+
+@app.command("scrub")
+def scrub_command(
+    collection: Annotated[str, typer.Option(help="The collection to check.")],
+    sample: Annotated[int, typer.Option(help="Queries that recall is measured with; 0: none.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    memory_bytes: Annotated[int, typer.Option(help=MEMORY_HELP, min=1)] = DEFAULT_MEMORY_BYTES,
+    data: Data = None,
+    address: Address = None,
+    namespace: Namespace = "eagleray",
+    job_id: JobId = None,
+) -> None:
+    """Read all that the collection needs, check it, and measure its recall; exit code 1 if something is wrong."""
+    options = ScrubOptions(collection, sample, seed, memory_bytes)
+    options.check()
+    settings = _connected(address, data, namespace)
+    run_scrub(settings, options, _first_status("scrub", job_id, collection))
+
+
 def _connected(address: str | None, data: str | None, namespace: str) -> Settings:
     """Join the Ray cluster; the settings of the Eagleray there, or with `data` those of none."""
     ray_runtime.connect(address)
@@ -101,102 +230,19 @@ def parse_attributes(text: str) -> tuple[str, ...] | str:
     return "all" if text == "all" else tuple(name for name in text.split(",") if name)
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def parse_index(text: str) -> dict[str, Any]:
+    """`IndexConfig` fields of `--index`."""
+    return _json_object(text, "index") if text.startswith("{") else {"kind": text}
+
+
+def _json_object(text: str, name: str = "create") -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise Invalid.at("create", f"not JSON: {error}") from error
+        raise Invalid.at(name, f"not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise Invalid.at("create", "must be a JSON object")
+        raise Invalid.at(name, "must be a JSON object")
     return value
-
-
-def run_import(settings: Settings, options: ImportOptions, status: JobStatus) -> None:
-    """Run an import, show and report its progress, wait until the result is served.
-
-    What was committed has succeeded, whatever comes after it: the report's `served` tells whether it is served.
-    """
-    store = open_store(settings.data)
-    log = ManifestLog(store, options.collection, lambda: uuid.uuid4().hex)
-    with _reporter(store, status) as reporter:
-        with _told_if_it_fails(reporter, "stopped before it was committed"):
-            manifest = Importer(settings.data, store, log, options, _workers(reporter)).run(status.job_id, reporter)
-        report = {"points": manifest.points, "version": manifest.version, "generation": manifest.generation}
-        served: dict[str, Any] = {"served": False, "message": "committed; the job was stopped before it was served"}
-        try:
-            reporter.phase("serve")
-            served = _wait_until_served(settings.namespace, manifest)
-        finally:
-            reporter.finish("succeeded", report | served)
-
-
-def run_compact(settings: Settings, options: CompactOptions, status: JobStatus) -> None:
-    """Run a compaction, show and report its progress. Replicas load what it commits as they do with their own seals:
-    the supervisor is told of it at the end, and looks now and then by itself."""
-    store = open_store(settings.data)
-    log = ManifestLog(store, options.collection, lambda: uuid.uuid4().hex)
-    with _reporter(store, status) as reporter:
-        with _told_if_it_fails(reporter, "stopped; what it had committed stays"):
-            compactor = Compactor(settings.data, store, log, options, _workers(reporter), settings.cache_dir)
-            report = compactor.run(reporter)
-        try:
-            _tell_supervisor(settings.namespace, options.collection)
-        finally:
-            reporter.finish("succeeded", report)
-
-
-@contextmanager
-def _reporter(store: ObjectStore, status: JobStatus) -> Iterator[JobReporter]:
-    """Reports to the store, and to a progress bar."""
-    with progress_bar("starting") as show:
-
-        def listener(now: JobStatus) -> None:
-            show(now.phase, now.progress, rate_note(now.rate) or str(now.report.get("message", "")))
-
-        yield JobReporter(store, status, listener)
-
-
-@contextmanager
-def _told_if_it_fails(reporter: JobReporter, stopped: str) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:  # a cancelled job, SystemExit, has an end to report too
-        state = "failed" if isinstance(error, Exception) else "stopped"
-        message = str(error) if state == "failed" else stopped
-        reporter.finish(state, {"error": type(error).__name__, "message": message})
-        raise
-
-
-def _workers(reporter: JobReporter) -> Workers:
-    cpus = ray_jobs.cluster_cpus()
-    return Workers(partial(ray_jobs.run_tasks, waiting=reporter.waiting), cpus.total, cpus.largest_node, cpus.free)
-
-
-def _wait_until_served(namespace: str, manifest: Manifest) -> dict[str, Any]:
-    """For the report: `served`, and a `message` where it is not."""
-    try:
-        if ray_runtime.find_supervisor(namespace) is None:
-            return {"served": False, "message": f"committed; no Eagleray runs under the namespace {namespace!r}"}
-        ray_runtime.wait_until_served(namespace, manifest.collection, manifest.generation, SERVED_TIMEOUT_S)
-    except Exception as error:  # of any kind: it is told in the report, and the import stays a success
-        logger.warning("generation %d of %r is not served yet", manifest.generation, manifest.collection, exc_info=True)
-        return {"served": False, "message": f"committed, but not served yet: {error}"}
-    return {"served": True}
-
-
-def _tell_supervisor(namespace: str, collection: str) -> None:
-    """Of a commit that keeps the generation; where that fails it is found a few seconds later."""
-
-    async def refresh(directory: ray_runtime.RayDirectory) -> None:
-        async with asyncio.timeout(REFRESH_TIMEOUT_S):
-            await directory.refresh(collection)
-
-    try:
-        supervisor = ray_runtime.find_supervisor(namespace)
-        if supervisor is not None:
-            asyncio.run(refresh(ray_runtime.RayDirectory(supervisor, namespace)))
-    except Exception:  # of any kind: the job has done its work
-        logger.warning("the supervisor could not be told of the new version of %r", collection, exc_info=True)
 
 
 def main() -> None:

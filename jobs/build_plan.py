@@ -1,4 +1,4 @@
-"""How an import is built: segments per shard, builds at once, and CPUs of each, so that a node's memory suffices.
+"""How a generation is built: index, segments per shard, builds at once, CPUs of each, so that a node's memory suffices.
 
 `memory_bytes` bounds the indexes being built at one time on one node. A shard whose index alone needs more gets
 several segments; where several builds together need more, fewer run at once, each with more threads.
@@ -7,14 +7,17 @@ several segments; where several builds together need more, fewer run at once, ea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Protocol, TypeVar
 
+from cluster import index_costs
 from cluster.config import CollectionConfig
-from cluster.index_policy import MEMORY_MARGIN, like
+from cluster.index_costs import REFERENCE, Rates
+from cluster.index_policy import MEMORY_MARGIN, IndexPlan, like, plan_index
 from cluster.index_spec import IndexSpec
 
+MEASURED_MIN = 50_000  # rows of a segment whose build takes much longer than measuring how long
 T = TypeVar("T")
 
 
@@ -34,6 +37,12 @@ class Workers:
     cpus: int  # of the whole cluster
     cpus_per_node: int | None = None  # of its largest node; None: there is one node
     free_cpus: int | None = None  # the most that others, such as replicas, leave free on one node; None: all
+
+    def build(
+        self, function: Callable[[T], Iterator[Any]], items: Sequence[T], builds: Builds
+    ) -> Iterator[tuple[int, Any]]:
+        """Run what builds or loads an index: the one place that says what such a task asks of its node."""
+        return self.run_tasks(function, items, builds.num_cpus, builds.at_once)
 
 
 @dataclass(frozen=True)
@@ -79,3 +88,75 @@ def plan_builds(partitions: int, bytes_each: int, memory_bytes: int, workers: Wo
     if node // num_cpus > fitting:  # the CPUs alone would let too many onto one node
         at_once = min(at_once, fitting)
     return Builds(at_once, threads, num_cpus)
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What becomes of `rows` rows: `partitions` segments, those of one shard next to each other.
+
+    `index` is the choice for a shard of the mean count: all its segments are of that kind.
+    """
+
+    config: CollectionConfig
+    rows: int
+    partitions: int  # shards x segments per shard
+    index: IndexPlan
+    builds: Builds
+    rates: Rates = REFERENCE
+
+    @property
+    def count(self) -> int:
+        """Rows of the mean segment."""
+        return ceil(self.rows / self.partitions)
+
+    @property
+    def spec(self) -> IndexSpec:
+        """Of the mean segment."""
+        return like(self.index.spec, self.count, self.config)
+
+    @property
+    def worth_measuring(self) -> bool:
+        """Whether the build is long enough to measure first how long it is going to be."""
+        return self.count >= MEASURED_MIN and self.index.spec.kind != "flat"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the job's status: what is going to be built, what it should take, and what else was considered."""
+        spec = self.spec
+        seconds = index_costs.build_seconds(spec, self.count, self.config.dimension, self.rates)
+        waves = ceil(self.partitions / self.builds.at_once)
+        return {
+            "index": spec.to_dict() | {"reason": self.index.spec.reason},
+            "segments": self.partitions,
+            "points_per_segment": self.count,
+            "predicted_bytes": spec.predicted_bytes * self.partitions,
+            "predicted_build_seconds": round(seconds * waves, 1),
+            "rates_measured": self.rates.measured,
+            "considered": [candidate.to_dict() for candidate in self.index.considered],
+        }
+
+
+def plan_build(rows: int, config: CollectionConfig, memory_bytes: int, workers: Workers) -> BuildPlan:
+    """Before any rate is known. Invalid, with the numbers, where no index of a shard meets the config's bounds."""
+    per_shard = ceil(rows / config.shards)
+    bounds = replace(config.index, build_seconds=None) if per_shard >= MEASURED_MIN else config.index
+    index = plan_index(per_shard, replace(config, index=bounds))  # refuses now what no shard could hold
+    partitions = config.shards * segments_per_shard(rows, index.spec, config, memory_bytes)
+    plan = BuildPlan(config, rows, partitions, index, Builds(1, 1, 1))
+    return replace(plan, builds=_builds_of(plan, memory_bytes, workers))
+
+
+def with_rates(plan: BuildPlan, rates: Rates, memory_bytes: int, workers: Workers) -> BuildPlan:
+    """`build_seconds` may ask for another index once the rates are known; its builds are planned anew.
+
+    The partitions stay: an index whose segments would then be over the job's memory is not changed to.
+    """
+    index = plan_index(ceil(plan.rows / plan.config.shards), plan.config, rates)
+    changed = replace(plan, rates=rates, index=index)
+    if segment_bytes(changed.spec, plan.count, plan.config.dimension) > memory_bytes:
+        changed = replace(plan, rates=rates)
+    return replace(changed, builds=_builds_of(changed, memory_bytes, workers))
+
+
+def _builds_of(plan: BuildPlan, memory_bytes: int, workers: Workers) -> Builds:
+    needed = segment_bytes(plan.spec, plan.count, plan.config.dimension)
+    return plan_builds(min(plan.partitions, plan.rows), needed, memory_bytes, workers)

@@ -16,9 +16,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from actors.entry_seal import SEAL_POINTS_MAX
 from actors.faiss_index import use_threads
 from actors.scratch import private_folder
-from actors.segment_upkeep import SEAL_POINTS_MAX, merge_segments, seal_tail
+from actors.segment_upkeep import merge_segments, seal_tail
 from cluster.config import check_collection_name
 from cluster.errors import Conflict, Invalid
 from cluster.manifest import Manifest, ManifestLog, ShardEntry
@@ -29,6 +30,7 @@ from jobs.build_plan import Builds, Workers, plan_builds
 from jobs.build_progress import shares_of
 from jobs.importer import DEFAULT_MEMORY_BYTES
 from jobs.report import JobReporter
+from jobs.sealing import seal_points
 
 CONFLICTS_MAX = 10  # with the shard's own upkeep: each is progress that it made
 SEAL_SHARE = 0.2  # of a shard's time, for the progress bar
@@ -136,7 +138,7 @@ def compact_shard(task: ShardTask) -> Iterator[dict[str, Any]]:
     use_threads(task.threads)
     work = _ShardWork(task, open_store(task.data))
     before = work.entry
-    yield from work.seal(before)
+    yield from work.seal()
     yield from work.merge()
     after = work.entry
     report = ShardReport(
@@ -183,22 +185,31 @@ class _ShardWork:
     @property
     def entry(self) -> ShardEntry:
         """The newest; Conflict where there are fewer shards now."""
-        shards = self._log.newest_live().shards
-        if self._task.shard >= len(shards):
-            raise Conflict(f"collection {self._task.collection!r} has {len(shards)} shards now")
-        return shards[self._task.shard]
+        return self._entry_of(self._log.newest_live())
 
-    def seal(self, before: ShardEntry) -> Iterator[dict[str, Any]]:
-        """What the WAL holds now; later writes wait for the next seal."""
+    def _entry_of(self, manifest: Manifest) -> ShardEntry:
+        if self._task.shard >= len(manifest.shards):
+            raise Conflict(f"collection {self._task.collection!r} has {len(manifest.shards)} shards now")
+        return manifest.shards[self._task.shard]
+
+    def seal(self) -> Iterator[dict[str, Any]]:
+        """What the log holds now; later writes wait for the next seal."""
         task = self._task
-        end = Wal(self._store, task.collection, task.shard).end(before.applied_lsn, before.epoch)[0]
         place = (self._store, task.collection, task.shard, self._cache_dir, _new_nonce, task.threads)
-        seal = partial(seal_tail, *place, points_max=min(task.points_max, SEAL_POINTS_MAX))
-        while self.entry.applied_lsn < end:
+        seal = partial(seal_tail, *place, points_max=seal_points(task.points_max))
+        end: int | None = None
+        while True:
+            manifest = self._log.newest_live()
+            entry = self._entry_of(manifest)
+            if end is None and not entry.behind:  # else what it lacks of earlier logs is sealed first
+                wal = Wal(self._store, task.collection, task.shard, manifest.log_set)
+                end = wal.end(entry.applied_lsn, entry.epoch)[0]
+            if end is not None and entry.applied_lsn >= end:
+                return
             conflicts = self._conflicts
-            manifest = yield from self._step(seal, 0.0, SEAL_SHARE)
-            if manifest is None and self._conflicts == conflicts:
-                return  # the WAL holds only claims
+            sealed = yield from self._step(seal, 0.0, SEAL_SHARE)
+            if sealed is None and self._conflicts == conflicts:
+                return  # the log holds only claims
 
     def merge(self) -> Iterator[dict[str, Any]]:
         """What the newest manifest asks for, once; after a conflict what that asks for then."""

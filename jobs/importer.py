@@ -13,32 +13,27 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actors.faiss_index import check_factory
-from cluster import index_costs, paths
+from cluster import paths
 from cluster.attributes import types_after_import
 from cluster.config import CollectionConfig, check_collection_name
 from cluster.errors import Conflict, EaglerayError, FieldError, Invalid
-from cluster.index_costs import REFERENCE, Rates
-from cluster.index_policy import IndexPlan, like, plan_index
 from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry
 from cluster.object_store import ObjectStore
 from cluster.recent_queries import read_queries
-from cluster.segment import delete_segment
-from jobs.build_plan import Builds, Workers, plan_builds, segment_bytes, segments_per_shard
+from jobs.build_plan import BuildPlan, Workers, plan_build, with_rates
 from jobs.import_source import Columns, Source, find_source
 from jobs.report import JobReporter
-from jobs.row_reader import UnitTask, partition_unit
-from jobs.segment_task import SegmentTask, build_partition, is_segment_of, measure_partition
+from jobs.row_reader import UnitTask, partition_unit, read_bytes
+from jobs.segment_task import SegmentTask, build_partition, delete_segments_of, measure_partition
 
 STALE_STAGING_S = 24 * 3600.0  # of a killed import: deleted by the next one
 PARTITION_SHARE = 0.3  # of the whole, for the progress bar
-MEASURED_MIN = 50_000  # rows of a segment whose build takes much longer than measuring how long
 DEFAULT_MEMORY_BYTES = 4 * 1024**3
 logger = logging.getLogger(__name__)
 
@@ -62,36 +57,16 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """Checked before any row is read. `wal_ends` are then the ends of the shards' WALs: the import replaces them."""
+    """Checked before any row is read. `wal_ends` are then the ends of the shards' logs: the import replaces them."""
 
     parent: Manifest | None
-    config: CollectionConfig
     source: Source
-    partitions: int  # shards x segments per shard
-    index: IndexPlan  # of a shard of the mean count: all its segments are of that kind
-    builds: Builds
+    build: BuildPlan
     wal_ends: tuple[ShardEntry, ...]
-    rates: Rates = REFERENCE
 
     @property
-    def count(self) -> int:
-        """Rows of the mean segment."""
-        return ceil(self.source.rows / self.partitions)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the job's status: what is going to be built, what it should take, and what else was considered."""
-        spec = like(self.index.spec, self.count, self.config)
-        seconds = index_costs.build_seconds(spec, self.count, self.config.dimension, self.rates)
-        waves = ceil(self.partitions / self.builds.at_once)
-        return {
-            "index": spec.to_dict() | {"reason": self.index.spec.reason},
-            "segments": self.partitions,
-            "points_per_segment": self.count,
-            "predicted_bytes": spec.predicted_bytes * self.partitions,
-            "predicted_build_seconds": round(seconds * waves, 1),
-            "rates_measured": self.rates.measured,
-            "considered": [candidate.to_dict() for candidate in self.index.considered],
-        }
+    def config(self) -> CollectionConfig:
+        return self.build.config
 
 
 class Importer:
@@ -149,41 +124,22 @@ class Importer:
         else:
             config = new_config(options, source)
         _check_fits(config, source, options)
-        per_shard = ceil(source.rows / config.shards)
-        bounds = replace(config.index, build_seconds=None) if per_shard >= MEASURED_MIN else config.index
-        index = plan_index(per_shard, replace(config, index=bounds))  # refuses now what no shard could hold
-        partitions = config.shards * segments_per_shard(source.rows, index.spec, config, options.memory_bytes)
-        count = ceil(source.rows / partitions)
-        needed = segment_bytes(like(index.spec, count, config), count, config.dimension)
-        builds = plan_builds(min(partitions, source.rows), needed, options.memory_bytes, self._workers)
+        build = plan_build(source.rows, config, options.memory_bytes, self._workers)
         wal_ends = self._log.wal_ends(parent, config.shards)
-        return ImportPlan(parent, config, source, partitions, index, builds, wal_ends)
+        return ImportPlan(parent, source, build, wal_ends)
 
     def _measured(
         self, plan: ImportPlan, job_id: str, pieces: dict[int, dict[int, int]], reporter: JobReporter
     ) -> ImportPlan:
         """The plan with rates measured on a sample of the rows, where the build is long enough to be worth it."""
-        if plan.count >= MEASURED_MIN and plan.index.spec.kind != "flat":
+        if plan.build.worth_measuring:
             reporter.phase("measure")
             task = self._segment_task(plan, job_id, min(pieces), pieces[min(pieces)])
-            for _, event in self._workers.run_tasks(measure_partition, [task], plan.builds.num_cpus, 1):
-                plan = self._replanned(plan, event["rates"])
-        reporter.plan(plan.to_dict())
+            for _, event in self._workers.run_tasks(measure_partition, [task], plan.build.builds.num_cpus, 1):
+                build = with_rates(plan.build, event["rates"], self._options.memory_bytes, self._workers)
+                plan = replace(plan, build=build)
+        reporter.plan(plan.build.to_dict())
         return plan
-
-    def _replanned(self, plan: ImportPlan, rates: Rates) -> ImportPlan:
-        """`build_seconds` may ask for another index once the rates are known; its builds are planned anew.
-
-        The partitions stay: an index whose segments would then be over the job's memory is not changed to.
-        """
-        index = plan_index(ceil(plan.source.rows / plan.config.shards), plan.config, rates)
-        spec = like(index.spec, plan.count, plan.config)
-        if segment_bytes(spec, plan.count, plan.config.dimension) > self._options.memory_bytes:
-            index = plan.index
-        needed = segment_bytes(like(index.spec, plan.count, plan.config), plan.count, plan.config.dimension)
-        partitions = min(plan.partitions, plan.source.rows)
-        builds = plan_builds(partitions, needed, self._options.memory_bytes, self._workers)
-        return replace(plan, rates=rates, index=index, builds=builds)
 
     def _partition(self, plan: ImportPlan, job_id: str, reporter: JobReporter) -> dict[int, dict[int, int]]:
         """partition -> unit number -> rows."""
@@ -199,7 +155,8 @@ class Importer:
                 options.columns,
                 source.attributes,
                 plan.config,
-                plan.partitions,
+                plan.build.partitions,
+                read_bytes(options.memory_bytes),
             )
             for unit in source.units
             if unit.rows
@@ -218,12 +175,11 @@ class Importer:
     ) -> dict[int, SegmentRef]:
         """partition -> its published segment."""
         reporter.phase("build")
-        builds = plan.builds
         queries = self._recent_queries(plan)
         tasks = [replace(self._segment_task(plan, job_id, p, pieces[p]), queries=queries) for p in sorted(pieces)]
         shares = [0.0] * len(tasks)
         refs: dict[int, SegmentRef] = {}
-        for number, event in self._workers.run_tasks(build_partition, tasks, builds.num_cpus, builds.at_once):
+        for number, event in self._workers.build(build_partition, tasks, plan.build.builds):
             shares[number] = event.get("share", 1.0)
             if "segment" in event:
                 refs[tasks[number].partition] = SegmentRef(**event["segment"])
@@ -248,11 +204,11 @@ class Importer:
             units=tuple(by_number[number] for number in sorted(units)),
             count=sum(units.values()),
             config=plan.config,
-            plan=plan.index,
-            rates=plan.rates,
+            plan=plan.build.index,
+            rates=plan.build.rates,
             attributes=plan.source.attributes,
             id_column=self._options.columns.id,
-            threads=plan.builds.threads,
+            threads=plan.build.builds.threads,
             seed=self._options.seed,
         )
 
@@ -264,12 +220,7 @@ class Importer:
             logger.warning("the %s of job %s are left behind: %s", what, job_id, error)
 
     def _delete_segments(self, job_id: str) -> None:
-        """Delete what the job published, half or whole; never what a manifest names: an earlier job of that name."""
-        collection = self._options.collection
-        prefix = paths.segments_prefix(collection)
-        found = {name for name in self._store.folders(prefix) if is_segment_of(job_id, name)}
-        for name in found - self._log.named_segments() if found else ():
-            delete_segment(self._store, collection, name)
+        delete_segments_of(job_id, self._store, self._log, self._options.collection)
 
     def _delete_staging(self, job_id: str = "", older_than_s: float = 0.0) -> None:
         """Delete one job's pieces, or all that are older than that."""
@@ -281,7 +232,7 @@ class Importer:
 
 def _shard_entries(plan: ImportPlan, refs: dict[int, SegmentRef]) -> tuple[ShardEntry, ...]:
     """Partitions of a shard are consecutive; one without rows has no segment."""
-    each = plan.partitions // plan.config.shards
+    each = plan.build.partitions // plan.config.shards
     return tuple(
         replace(end, segments=tuple(refs[p] for p in range(end.shard * each, (end.shard + 1) * each) if p in refs))
         for end in plan.wal_ends

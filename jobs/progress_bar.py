@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 Show = Callable[[str, float, str], None]
+UNITS_S = (("h", 3600), ("min", 60), ("s", 1))
 
 
 @contextmanager
@@ -25,6 +26,17 @@ def progress_bar(first_phase: str, hidden: bool = False) -> Iterator[Show]:
         yield show
 
 
-def rate_note(rows_per_second: float) -> str:
-    """The rate for a bar's note; nothing while there is none."""
-    return f"{rows_per_second:,.0f} rows/s" if rows_per_second else ""
+def progress_note(rate: float, unit: str, remaining_s: float | None, message: str = "") -> str:
+    """What a bar says after its percentage: the message of a job, or its rate and time left, as far as known."""
+    if message:
+        return message
+    told = [f"{rate:,.0f} {unit}/s"] if rate else []
+    if remaining_s:
+        told.append(f"{duration_text(remaining_s)} left")
+    return ", ".join(told)
+
+
+def duration_text(seconds: float) -> str:
+    """In its largest unit, such as `3 min`; what is nearly two units in the smaller one, such as `90 s`."""
+    unit, size = next(((unit, size) for unit, size in UNITS_S if seconds >= 2 * size), UNITS_S[-1])
+    return f"{max(1, round(seconds / size))} {unit}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import logging
 import time
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cluster import paths
-from cluster.errors import Corrupt, EaglerayError
+from cluster.errors import Corrupt, EaglerayError, NotFound
 from cluster.object_store import ObjectStore
 
 WRITE_PERIOD_S = 0.5
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class JobStatus:
-    """`progress` is the share done, 0 to 1; `rate` is rows per second of the phase.
+    """`progress` is the share done, 0 to 1; `rate` is how many of `unit` a second the phase gets through.
 
     `report` is the outcome; while the job waits, its `message` says for what. `plan` is what is going to be built,
     as soon as that is known, with the bytes and seconds it should take.
@@ -30,11 +31,12 @@ class JobStatus:
     job_id: str
     kind: str
     collection: str
-    state: str = "running"  # running, succeeded, failed, stopped
+    state: str = "running"  # running, succeeded, failed, stopped; pending: submitted, has not told anything itself yet
     submitted: bool = True  # False: run by hand, unknown to Ray's job server
     phase: str = "starting"
     progress: float = 0.0
     rate: float = 0.0
+    unit: str = "rows"
     remaining_s: float | None = None
     report: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
@@ -52,6 +54,26 @@ def read_status(store: ObjectStore, job_id: str) -> JobStatus:
         return JobStatus(**json.loads(data))
     except (ValueError, TypeError) as error:
         raise Corrupt(f"{key}: not a job status: {error}") from error
+
+
+def write_pending(store: ObjectStore, status: JobStatus) -> None:
+    """Say of a job that was submitted that it waits to run, unless it has said something itself already."""
+    pending = replace(status, state="pending", phase="pending")
+    store.put_if_absent(paths.job_status(status.job_id), json.dumps(asdict(pending)).encode())
+
+
+def newest_statuses(store: ObjectStore, count: int) -> list[tuple[JobStatus, float]]:
+    """The jobs that wrote last, and when (seconds since the epoch), newest first; what cannot be read is left out."""
+    written = (info for info in store.objects(paths.jobs_prefix()) if paths.job_of_status(info.key) is not None)
+    found: list[tuple[JobStatus, float]] = []
+    for info in heapq.nlargest(count, written, key=lambda info: (info.modified_s, info.key)):
+        try:
+            found.append((read_status(store, str(paths.job_of_status(info.key))), info.modified_s))
+        except NotFound:  # collected since it was listed
+            continue
+        except Corrupt as error:
+            logger.warning("a job is left out of the list: %s", error)
+    return found
 
 
 class JobReporter:
@@ -74,16 +96,23 @@ class JobReporter:
         self._sleep = sleep
         self._started = clock()
         self._phase_started = self._started
+        self._waiting_since: float | None = None
         self._written_at = float("-inf")
         self.status = status
         self._write()
 
-    def phase(self, name: str) -> None:
+    def phase(self, name: str, unit: str = "rows") -> None:
+        """Begin a phase, whose rate counts `unit`."""
+        self._go_on()
         self._phase_started = self._clock()
-        self._update(replace(self.status, phase=name, rate=0.0, report={}), force=True)
+        self._update(replace(self.status, phase=name, rate=0.0, unit=unit, report={}), force=True)
 
     def progress(self, share: float, rows_done: int | None = None) -> None:
-        """Report the share done of the whole job, and the rows done of the phase."""
+        """Report the share done of the whole job, and the rows (or what the phase counts) done of the phase.
+
+        The time left is that of the share done, scaled: time in which the job only waited counts for neither.
+        """
+        self._go_on()
         now = self._clock()
         spent = now - self._started
         remaining = spent * (1.0 - share) / share if share > 0.01 else None
@@ -97,6 +126,10 @@ class JobReporter:
     def waiting(self, message: str) -> None:
         """Report what the job waits for, until it goes on ("")."""
         report = {"message": message} if message else {}
+        if message and self._waiting_since is None:
+            self._waiting_since = self._clock()
+        elif not message:
+            self._go_on()
         self._update(replace(self.status, rate=0.0, remaining_s=None, report=report), force=True)
 
     def finish(self, state: str, report: dict[str, Any]) -> None:
@@ -109,6 +142,14 @@ class JobReporter:
                 return
             self._sleep(pause_s)
         self._write()
+
+    def _go_on(self) -> None:
+        """Leave out of the job's and the phase's time what it waited, if it did."""
+        if self._waiting_since is not None:
+            waited = self._clock() - self._waiting_since
+            self._started += waited
+            self._phase_started += waited
+            self._waiting_since = None
 
     def _update(self, status: JobStatus, *, force: bool = False) -> None:
         self.status = status

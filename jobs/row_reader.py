@@ -22,6 +22,7 @@ from cluster import paths
 from cluster.arrow_rows import vectors_array
 from cluster.config import CollectionConfig
 from cluster.errors import Invalid
+from cluster.free_memory import give_back_memory
 from cluster.ids import ID_ARROW_TYPE, hash_ids
 from cluster.object_store import open_store
 from cluster.routing import slots_of_hashes
@@ -29,7 +30,9 @@ from cluster.segment import rows_schema
 from cluster.vectors import as_searched, vector_problem
 from jobs.import_source import Columns, Unit, read_batches
 
-READ_BYTES = 8 * 1024 * 1024  # of vectors decoded at a time
+READ_BYTES = 8 * 1024 * 1024  # of vectors decoded at a time, which takes about ten times as much
+READ_BYTES_MIN = 256 * 1024
+READ_SHARE = 64  # of a job's memory
 SOURCE_ROW_GROUP, SOURCE_ROW = "source_row_group", "source_row"
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
@@ -47,6 +50,12 @@ class UnitTask:
     attributes: dict[str, Any]
     config: CollectionConfig
     partitions: int
+    read_bytes: int = READ_BYTES
+
+
+def read_bytes(memory_bytes: int) -> int:
+    """Bytes of vectors to decode at a time, of a job that has so much memory."""
+    return min(READ_BYTES, max(READ_BYTES_MIN, memory_bytes // READ_SHARE))
 
 
 def piece_schema(config: CollectionConfig, attributes: dict[str, Any]) -> Any:
@@ -76,12 +85,13 @@ def partition_unit(task: UnitTask) -> Iterator[dict[str, Any]]:
         for slot in pieces:
             key = paths.staging_piece(task.collection, task.job_id, slot, task.unit.number)
             store.upload(Path(folder) / str(slot), key)
+    give_back_memory()
     yield {"pieces": pieces}
 
 
 def _checked_batches(task: UnitTask, schema: Any) -> Iterator[Any]:
     names = [task.columns.id, task.columns.vector, *task.attributes]
-    size = max(1, READ_BYTES // (4 * task.config.dimension))
+    size = max(1, task.read_bytes // (4 * task.config.dimension))
     rows_of = dict.fromkeys(task.unit.row_groups, 0)
     for group, batch in read_batches(task.source_url, task.unit, size, names):
         yield _checked(batch, task, schema, RowPlace(task.unit.file, group, rows_of[group]))

@@ -22,10 +22,13 @@ from cluster import paths
 from cluster.arrow_rows import gather, vectors_view
 from cluster.config import CollectionConfig
 from cluster.errors import Invalid
+from cluster.garbage import GRACE_S
 from cluster.index_costs import Rates
 from cluster.index_policy import IndexPlan
+from cluster.manifest import ManifestLog
 from cluster.object_store import ObjectStore, open_store
-from cluster.segment import rows_per_batch, rows_schema, write_rows
+from cluster.references import references_of_others
+from cluster.segment import delete_segment, rows_per_batch, rows_schema, write_rows
 from jobs.build_progress import shares_of
 from jobs.import_source import Unit
 from jobs.row_reader import SOURCE_ROW, SOURCE_ROW_GROUP, describe_place
@@ -109,6 +112,18 @@ def _runs(same_as_next: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 def is_segment_of(job_id: str, segment_id: str) -> bool:
     """Whether a job of that name built the segment."""
     return re.fullmatch(rf"{re.escape(job_id)}-\d{{6,}}-[0-9a-f]{{8}}", segment_id) is not None
+
+
+def delete_segments_of(job_id: str, store: ObjectStore, log: ManifestLog, collection: str) -> None:
+    """Delete what a job published, half or whole; never what a manifest of any collection names: an earlier job of
+    that name built it. Where what others name cannot be read, it stays as garbage."""
+    found = {name for name in store.folders(paths.segments_prefix(collection)) if is_segment_of(job_id, name)}
+    unnamed = found - log.named_segments() if found else found
+    newest = log.newest() if unnamed else None
+    others = references_of_others(store, newest, GRACE_S) if newest else None  # no version: none that was branched
+    for name in unnamed:
+        if others is None or not others.names_segment(collection, name):
+            delete_segment(store, collection, name)
 
 
 def measure_partition(task: SegmentTask) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""The command line, `eagleray`: up, down, create, delete, import, compact, search, status, explain, plan and bench."""
+"""The command line, `eagleray`: up, down, create, delete, search, status, explain and plan, and the commands of
+`job_commands`, `snapshot_commands` and `bench_command`."""
 
 from __future__ import annotations
 
@@ -13,11 +14,10 @@ from rich.console import Console
 
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Invalid
-from jobs.progress_bar import progress_bar, rate_note
 from serve.bench_command import bench
 from serve.client import Client
-from serve.command_options import DEFAULT_TARGET, JsonOption, TargetOption
-from serve.explain import explanation, plan_line, print_explanation
+from serve.command_options import DEFAULT_TARGET, JsonOption, TargetOption, source_url
+from serve.explain import explanation, print_explanation
 from serve.index_options import (
     BuildSecondsOption,
     ChurnOption,
@@ -28,15 +28,12 @@ from serve.index_options import (
     given,
     index_fields,
 )
+from serve.job_commands import JOB_COMMANDS
+from serve.snapshot_commands import SNAPSHOT_COMMANDS
 from serve.tables import print_collection, print_hits
 
 app = typer.Typer(help="Eagleray: a sharded vector index on Ray.", no_args_is_help=True, add_completion=False)
-app.command()(bench)
 out = Console(markup=False, highlight=False)  # attributes and reasons may hold brackets
-
-MemoryOption = Annotated[
-    int | None, typer.Option(help="Most bytes that the indexes being built at one time take on one node.", min=1)
-]
 
 
 @app.command()
@@ -117,94 +114,6 @@ def delete(collection: str, target: TargetOption = DEFAULT_TARGET, as_json: Json
     with Client(target) as client:
         client.delete(collection)
     _show(as_json, {"deleted": collection}, f"collection {collection} is deleted")
-
-
-@app.command("import")
-def import_command(
-    source: Annotated[str, typer.Argument(help="Parquet file, folder or object-storage URL, as the server sees it.")],
-    collection: Annotated[str, typer.Option(help="The collection to fill; created if it does not exist.")],
-    id_column: Annotated[str, typer.Option(help="Column of ids.")] = "id",
-    vector_column: Annotated[str, typer.Option(help="Column of vectors.")] = "vector",
-    attribute_columns: Annotated[str, typer.Option(help="Comma-separated columns to keep, or 'all'.")] = "",
-    metric: Annotated[str | None, typer.Option(help="Of a new collection: cosine, l2 or ip.")] = None,
-    shards: Annotated[int | None, typer.Option(help="Of a new collection.", min=1)] = None,
-    replicas: Annotated[int | None, typer.Option(help="Of a new collection.", min=1)] = None,
-    vector_dtype: Annotated[str | None, typer.Option(help="Of a new collection: float32 or float16.")] = None,
-    index: KindOption = None,
-    target_recall: TargetRecallOption = None,
-    index_memory_bytes: IndexMemoryOption = None,
-    build_seconds: BuildSecondsOption = None,
-    churn: ChurnOption = None,
-    index_options: IndexOptionsOption = None,
-    memory_bytes: MemoryOption = None,
-    target: TargetOption = DEFAULT_TARGET,
-    as_json: JsonOption = False,
-) -> None:
-    """Import vectors: all rows of the source become the collection's points, or nothing changes.
-
-    Options of the index are those of a new collection.
-    """
-    create = given(metric=metric, shards=shards, replicas=replicas, vector_dtype=vector_dtype)
-    index_config = index_fields(index, target_recall, index_memory_bytes, build_seconds, churn, index_options)
-    body = {
-        "kind": "import",
-        "source": _source_url(source),
-        "id_column": id_column,
-        "vector_column": vector_column,
-        "attribute_columns": "all" if attribute_columns == "all" else [a for a in attribute_columns.split(",") if a],
-        "create": create | ({"index": index_config} if index_config else {}),
-        **given(memory_bytes=memory_bytes),
-    }
-    with Client(target) as client:
-        status = _follow_job(client, collection, body, as_json)
-    report = status["report"]
-    told = f"{report['points']:,} points, generation {report['generation']}" if "points" in report else "imported"
-    _show(as_json, status, f"collection {collection}: {told} {report.get('message', '')}".rstrip())
-
-
-def _source_url(source: str) -> str:
-    return source if "://" in source else str(Path(source).expanduser().absolute())
-
-
-@app.command()
-def compact(
-    collection: str,
-    shard: Annotated[int | None, typer.Option(help="Only this shard.", min=0)] = None,
-    memory_bytes: MemoryOption = None,
-    target: TargetOption = DEFAULT_TARGET,
-    as_json: JsonOption = False,
-) -> None:
-    """Seal what was written into segments, and merge each shard's segments into one without deleted rows."""
-    body = {"kind": "compact", **given(shard=shard, memory_bytes=memory_bytes)}
-    with Client(target) as client:
-        status = _follow_job(client, collection, body, as_json)
-    _show(as_json, status, f"collection {collection}: {_compacted(status['report'])}")
-
-
-def _compacted(report: dict[str, Any]) -> str:
-    """What a compaction did; of one whose end could not be written only that."""
-    if "segments_after" not in report:
-        return "; ".join(["compacted", *([report["message"]] if report.get("message") else [])])
-    left = report["left"]
-    return (
-        f"{report['segments_before']:,} -> {report['segments_after']:,} segments, "
-        f"{report['tombstones_dropped']:,} deleted rows dropped, {report['points']:,} points"
-        + (f"; segments that still have deleted rows: {left:,}" if left else "")
-    )
-
-
-def _follow_job(client: Client, collection: str, body: dict[str, Any], quiet: bool) -> dict[str, Any]:
-    """Run the job under a progress bar; what it is going to build is told once that is known."""
-    plans: list[dict[str, Any]] = []
-    with progress_bar("submitted", hidden=quiet) as show:
-
-        def listener(now: dict[str, Any]) -> None:
-            show(now["phase"], now["progress"], now["report"].get("message") or rate_note(now["rate"]))
-            if now["plan"] and not plans and not quiet:
-                plans.append(now["plan"])
-                print(plan_line(now["plan"]))
-
-        return client.run_job(collection, body, listener)
 
 
 @app.command()
@@ -323,12 +232,17 @@ def plan(
         "index": index_fields(index, target_recall, memory_bytes, build_seconds, churn, index_options),
         **given(dimension=dimension),
     }
-    url = None if source is None else _source_url(source)
+    url = None if source is None else source_url(source)
     planned = plan_for(fields, count, url, id_column, vector_column, threads)
     if as_json:
         print(json.dumps(planned.to_dict()))
     else:
         print_plan(out, planned)
+
+
+for command_name, command in (JOB_COMMANDS | SNAPSHOT_COMMANDS).items():
+    app.command(command_name)(command)
+app.command()(bench)
 
 
 def _show(as_json: bool, content: Any, text: str) -> None:

@@ -89,29 +89,57 @@ class Client:
             raise NotFound(f"no point {point_id!r} in {name!r}")
         return np.array([points[0]["vector"]], dtype=np.float32)
 
-    def run_job(
-        self, collection: str, body: dict[str, Any], listener: Callable[[dict[str, Any]], None]
-    ) -> dict[str, Any]:
-        """Submit a job and follow it to its end; raises Invalid with its message unless it succeeded."""
-        job_id = self.call("POST", f"/v1/collections/{collection}/jobs", body)["job_id"]
+    def snapshots(self, name: str) -> list[dict[str, Any]]:
+        return list(self.call("GET", f"/v1/collections/{name}/snapshots")["snapshots"])
+
+    def delete_snapshot(self, name: str, snapshot: str) -> None:
+        self.call("DELETE", f"/v1/collections/{name}/snapshots/{snapshot}")
+
+    def roll_back(self, name: str, generation: int | None = None) -> dict[str, Any]:
+        """Serve an earlier generation again (None: the one before). Conflict where that takes a job."""
+        return dict(self.call("POST", f"/v1/collections/{name}:rollback", {"generation": generation}))
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The last ones, newest first."""
+        return list(self.call("GET", "/v1/jobs")["jobs"])
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        return dict(self.call("GET", f"/v1/jobs/{job_id}"))
+
+    def stop_job(self, job_id: str) -> None:
+        self.call("DELETE", f"/v1/jobs/{job_id}")
+
+    def submit_job(self, collection: str | None, body: dict[str, Any]) -> str:
+        """The id of a job on a collection, or without one on all."""
+        path = "/v1/jobs" if collection is None else f"/v1/collections/{collection}/jobs"
+        return str(self.call("POST", path, body)["job_id"])
+
+    def follow_job(self, job_id: str, listener: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Its last status, whatever that is; `listener` gets every one until then."""
         while True:
             status = self._job_status(job_id)
             listener(status)
             if status["state"] in ENDED:
-                break
+                return status
             time.sleep(JOB_POLL_S)
+
+    def run_job(
+        self, collection: str | None, body: dict[str, Any], listener: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Submit a job and follow it to its end; raises Invalid with its message unless it succeeded."""
+        status = self.follow_job(self.submit_job(collection, body), listener)
         if status["state"] != "succeeded":
-            raise Invalid(f"job {job_id} {status['state']}: {status['report'].get('message', '')}")
+            raise Invalid(f"job {status['job_id']} {status['state']}: {status['report'].get('message', '')}")
         return status
 
     def _job_status(self, job_id: str) -> dict[str, Any]:
         """A job goes on while the endpoint is away for a while: ask again."""
         for _ in range(JOB_POLL_ATTEMPTS - 1):
             try:
-                return dict(self.call("GET", f"/v1/jobs/{job_id}"))
+                return self.job(job_id)
             except Unavailable:
                 time.sleep(JOB_RETRY_S)
-        return dict(self.call("GET", f"/v1/jobs/{job_id}"))
+        return self.job(job_id)
 
 
 def _error_of(response: httpx.Response) -> EaglerayError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from actors.shard import ReplicaStatus
+from cluster.advice import Advice
 from cluster.manifest import Manifest, ShardEntry
 from cluster.placement import Candidate, ReplicaKey, leader
 
@@ -13,10 +14,12 @@ def describe_collection(facts: dict[str, Any], unready: str | None) -> dict[str,
     """`facts` as `Directory.describe` gives them. Points are live ones."""
     manifest: Manifest = facts["manifest"]
     statuses: dict[ReplicaKey, ReplicaStatus] = facts["statuses"]
-    shards = [
-        _shard(entry, manifest.generation, {key: each for key, each in statuses.items() if key.shard == entry.shard})
-        for entry in manifest.shards
-    ]
+    idle = facts["idle_upkeep"]
+    shards = []
+    for entry in manifest.shards:
+        replicas = {key: each for key, each in statuses.items() if key.shard == entry.shard}
+        shards.append(_shard(entry, manifest.generation, replicas, idle.get(entry.shard, "")))
+    advice: tuple[Advice, ...] = facts["advice"]
     return {
         "name": manifest.collection,
         "config": manifest.config.to_dict(),
@@ -26,6 +29,9 @@ def describe_collection(facts: dict[str, Any], unready: str | None) -> dict[str,
         "serving_generation": facts["serving_generation"],
         "ready": not unready,
         "reason": unready or "",
+        "switching": _switching(manifest, facts["serving_generation"], statuses),
+        "rebuild_advised": "; ".join(each.reason for each in advice) or None,
+        "rebuild_reasons": [each.kind for each in advice],
         "shards": shards,
     }
 
@@ -41,11 +47,29 @@ def describe_unreadable(name: str, reason: str) -> dict[str, Any]:
         "serving_generation": None,
         "ready": False,
         "reason": reason,
+        "switching": "",
+        "rebuild_advised": None,
+        "rebuild_reasons": [],
         "shards": [],
     }
 
 
-def _shard(entry: ShardEntry, generation: int, statuses: dict[ReplicaKey, ReplicaStatus]) -> dict[str, Any]:
+def _switching(manifest: Manifest, serving: int | None, statuses: dict[ReplicaKey, ReplicaStatus]) -> str:
+    """What the newest generation waits for until it is served in the place of another; nothing where it is served."""
+    if serving is None or serving == manifest.generation:
+        return ""
+    shards: dict[int, str] = {}
+    for key, status in sorted(statuses.items()):
+        if key.shard >= len(manifest.shards) or manifest.generation in status.generations:
+            continue
+        lacks = status.crossing.get(manifest.generation)
+        shards[key.shard] = f"shard {key.shard} " + ("loads it" if lacks is None else f"{lacks:,} records behind")
+    return f"switching to generation {manifest.generation}" + (f": {', '.join(shards.values())}" if shards else "")
+
+
+def _shard(
+    entry: ShardEntry, generation: int, statuses: dict[ReplicaKey, ReplicaStatus], idle_upkeep: str
+) -> dict[str, Any]:
     """What the replica says that is ahead of the others in the log; the manifest's while none holds its generation."""
     ready = {key: status for key, status in sorted(statuses.items()) if status.state == "ready"}
     segments = next((list(status.segments) for status in ready.values()), [])
@@ -59,7 +83,7 @@ def _shard(entry: ShardEntry, generation: int, statuses: dict[ReplicaKey, Replic
         "primary": primary.replica if primary else None,
         "tail_points": first.tail_points if first else 0,
         "tombstones": first.tombstones if first else sum(ref.count for ref in entry.tombstones),
-        "upkeep": statuses[primary].upkeep if primary else "",
+        "upkeep": (statuses[primary].upkeep if primary else "") or idle_upkeep,
         "replicas": [_replica(key, status) for key, status in sorted(statuses.items())],
         "segments": list(first.segments) if first else segments,
         "observed": [

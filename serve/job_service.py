@@ -7,22 +7,24 @@ import re
 import shlex
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import msgspec
 
 from cluster.errors import Invalid, NotFound, Unavailable
 from cluster.object_store import ObjectStore
-from jobs.report import JobStatus, read_status
-from serve.schemas import CompactBody, ImportBody
+from jobs.report import JobStatus, new_job_id, newest_statuses, read_status, write_pending
+from serve.job_bodies import ImportBody, JobBody, RebuildBody, kind_of
 
 JOB_ID = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 LOG_LINES = 50
+JOBS_LISTED = 50
+LISTED = ("job_id", "kind", "collection", "state", "phase", "progress", "rate", "unit", "remaining_s")
 UNFINISHED = ("running", "pending")
 ENTRYPOINT_CHARACTERS = 30_000  # Linux takes 128 KiB in one argument, and a character may be 4 bytes
 ENDED_STATES = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "stopped"}  # Ray's, and ours
 NO_REPORT = "the job ended without a report; its log may tell"
-Options = dict[str, str | int | None]  # of a command line; None is left out
 logger = logging.getLogger(__name__)
 
 
@@ -46,17 +48,19 @@ class JobService:
         self._runner = runner
         self._namespace = namespace
 
-    def submit_import(self, job_id: str, collection: str, body: ImportBody) -> None:
-        self._submit(job_id, import_command(job_id, collection, body, self._namespace))
-
-    def submit_compact(self, job_id: str, collection: str, body: CompactBody) -> None:
-        self._submit(job_id, compact_command(job_id, collection, body, self._namespace))
-
-    def _submit(self, job_id: str, command: list[str]) -> None:
-        entrypoint = shlex.join(command)
+    def submit(self, collection: str, body: JobBody) -> str:
+        """Submit a job on a collection, or with "" on all; returns its id. Invalid; Unavailable."""
+        kind = kind_of(body)
+        job_id = new_job_id(kind)
+        entrypoint = shlex.join(command_line(job_id, collection, body, self._namespace))
         if len(entrypoint) > ENTRYPOINT_CHARACTERS or "\0" in entrypoint:
             raise Invalid.at("body", f"makes a command that is over {ENTRYPOINT_CHARACTERS} characters or holds a NUL")
         self._runner.submit_job(job_id, entrypoint)
+        try:
+            write_pending(self._store, JobStatus(job_id, kind, collection))
+        except Unavailable as error:  # it was submitted all the same, and is found by its id
+            logger.warning("job %s is not listed until it runs: %s", job_id, error)
+        return job_id
 
     def status(self, job_id: str) -> dict[str, Any]:
         """What the job wrote, what Ray says of it, and, once it ended, the end of its log; NotFound.
@@ -64,6 +68,26 @@ class JobService:
         Unavailable where the job has written no end and Ray cannot be asked.
         """
         _check_job_id(job_id)
+        answer, state = self._told(job_id)
+        return answer | {
+            "log": self._log_tail(job_id) if answer["state"] not in UNFINISHED and state is not None else []
+        }
+
+    def recent(self) -> list[dict[str, Any]]:
+        """The last jobs, newest first, as `status` tells them, but in a few words.
+
+        `updated_at` is when a job last wrote its status. Unavailable where one wrote no end and Ray cannot be asked.
+        """
+        jobs = []
+        for written, at in newest_statuses(self._store, JOBS_LISTED):
+            answer = asdict(written) if written.state not in UNFINISHED else self._told(written.job_id)[0]
+            told: dict[str, Any] = {name: answer[name] for name in LISTED}
+            updated_at = datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+            jobs.append(told | {"message": str(answer["report"].get("message", "")), "updated_at": updated_at})
+        return jobs
+
+    def _told(self, job_id: str) -> tuple[dict[str, Any], str | None]:
+        """What the job wrote, corrected by what Ray says, and Ray's state of it; NotFound, Unavailable."""
         state, unknown = self._ray_state(job_id)  # before reading: what Ray says ended has written its last
         try:
             written = read_status(self._store, job_id)
@@ -73,14 +97,7 @@ class JobService:
             if state is None:
                 raise NotFound(f"no job {job_id!r}") from None
             written = JobStatus(job_id, job_id.split("-", 1)[0], "", state="pending")
-        answer = asdict(written)
-        if written.submitted and written.state in UNFINISHED:
-            if unknown is not None:
-                raise unknown
-            answer |= _state_of_unfinished(written, state)
-        return answer | {
-            "log": self._log_tail(job_id) if answer["state"] not in UNFINISHED and state is not None else []
-        }
+        return asdict(written) | _ray_says(written, state, unknown), state
 
     def _ray_state(self, job_id: str) -> tuple[str | None, Unavailable | None]:
         """What Ray says of a job, or why it cannot be asked."""
@@ -107,8 +124,15 @@ def _check_job_id(job_id: str) -> None:
         raise Invalid.at("job_id", f"{job_id!r} does not match {JOB_ID.pattern}")
 
 
-def _state_of_unfinished(written: JobStatus, state: str | None) -> dict[str, Any]:
-    """What to tell of a job that wrote no end: as Ray says; failed where Ray does not know it any more."""
+def _ray_says(written: JobStatus, state: str | None, unknown: Unavailable | None) -> dict[str, Any]:
+    """What to tell of a job instead of what it wrote: of one that wrote no end, what Ray says of it.
+
+    Failed where Ray does not know it any more; raises `unknown` where Ray could not be asked.
+    """
+    if not written.submitted or written.state not in UNFINISHED:
+        return {}
+    if unknown is not None:
+        raise unknown
     ended = "failed" if state is None else ENDED_STATES.get(state)
     if ended == "failed":
         return {"state": ended, "report": {"error": "Crashed", "message": NO_REPORT}}
@@ -117,39 +141,31 @@ def _state_of_unfinished(written: JobStatus, state: str | None) -> dict[str, Any
     return {"state": ended or written.state}
 
 
-def import_command(job_id: str, collection: str, body: ImportBody, namespace: str) -> list[str]:
-    """The command line of an import job."""
-    attributes = _attributes_option(body.attribute_columns)
-    options: Options = {
-        "--job-id": job_id,
-        "--collection": collection,
-        "--source": body.source,
-        "--id-column": body.id_column,
-        "--vector-column": body.vector_column,
-        "--attribute-columns": attributes or None,
-        "--create": msgspec.json.encode(body.create).decode() if body.create else None,
-        "--memory-bytes": body.memory_bytes,
-        "--seed": body.seed,
-        "--namespace": namespace,
-    }
-    return _command("import", options)
+def command_line(job_id: str, collection: str, body: JobBody, namespace: str) -> list[str]:
+    """`python -m jobs <kind>` with an option for each field of the body; null is left out, and so is false."""
+    options = {"job_id": job_id, "collection": collection or None, **_fields(body), "namespace": namespace}
+    given = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in options.items()
+        if value is not None and value is not False
+    ]
+    return [sys.executable, "-m", "jobs", kind_of(body), *given]
 
 
-def compact_command(job_id: str, collection: str, body: CompactBody, namespace: str) -> list[str]:
-    """The command line of a compaction."""
-    options: Options = {
-        "--job-id": job_id,
-        "--collection": collection,
-        "--shard": body.shard,
-        "--memory-bytes": body.memory_bytes,
-        "--namespace": namespace,
-    }
-    return _command("compact", options)
+def _fields(body: JobBody) -> dict[str, Any]:
+    """By the name of the command line's option."""
+    fields = msgspec.structs.asdict(body)
+    if isinstance(body, ImportBody):
+        del fields["mode"]  # the only one
+        fields["attribute_columns"] = _attributes_option(body.attribute_columns) or None
+        fields["create"] = _json_option(body.create)
+    elif isinstance(body, RebuildBody):
+        fields["index"] = _json_option(body.index)
+    return fields
 
 
-def _command(kind: str, options: Options) -> list[str]:
-    given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    return [sys.executable, "-m", "jobs", kind, *given]
+def _json_option(value: dict[str, Any] | None) -> str | None:
+    return msgspec.json.encode(value).decode() if value else None
 
 
 def _attributes_option(columns: list[str] | str) -> str:

@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from cluster.advice import REASON_KINDS
+
 LATENCY_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 OPERATIONS = {
@@ -112,6 +114,7 @@ def render(snapshots: dict[str, list[Metric]], descriptions: list[dict[str, Any]
         *_merged(snapshots),
         *_gauges(descriptions),
         *_write_gauges(descriptions),
+        _advice_gauge(descriptions),
         *_observed_gauges(descriptions),
     ]
     return generate_latest(_Families(families))
@@ -168,6 +171,19 @@ def _write_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
             for replica in shard["replicas"]:
                 lsn.add_metric((*place, str(replica["replica"])), replica["lsn"])
     return [tail, dead, lsn]
+
+
+def _advice_gauge(descriptions: list[dict[str, Any]]) -> Metric:
+    """Of a collection that nobody can tell of there is no sample."""
+    gauge = GaugeMetricFamily(
+        "eagleray_rebuild_advised",
+        "Whether a rebuild is advised for that reason.",
+        labels=("collection", "reason_kind"),
+    )
+    for description in descriptions:
+        for kind in REASON_KINDS if description["version"] else ():
+            gauge.add_metric((description["name"], kind), float(kind in description["rebuild_reasons"]))
+    return gauge
 
 
 def _observed_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:

@@ -13,10 +13,12 @@ from typing import Any
 import msgspec
 
 from cluster.config import COLLECTION_NAME
+from cluster.snapshots import NAME as SNAPSHOT_NAME
 from serve.arrow_bodies import ARROW
+from serve.job_bodies import JOB_BODIES, CollectGarbageBody, RollbackNowBody
 from serve.job_service import JOB_ID
 from serve.problems import PROBLEM
-from serve.schemas import CollectionBody, CompactBody, ImportBody
+from serve.schemas import CollectionBody
 from serve.search_bodies import FetchBody, SearchBody, SearchOptions
 from serve.write_bodies import DeleteBody, UpsertBody, WriteOptions
 
@@ -32,14 +34,15 @@ def openapi_json() -> bytes:
 
 def openapi_document() -> Json:
     """OpenAPI 3.1 of everything the endpoint serves."""
-    bodies = (CollectionBody, SearchBody, FetchBody, UpsertBody, DeleteBody, ImportBody, CompactBody)
+    bodies = (CollectionBody, SearchBody, FetchBody, UpsertBody, DeleteBody, *JOB_BODIES, RollbackNowBody)
     _, components = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
     _describe_search(components["SearchBody"])
+    components["RebuildBody"]["properties"]["index"] = {"$ref": "#/components/schemas/IndexBody"}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Eagleray", "version": version("eagleray"), "description": "A sharded vector index."},
-        "paths": _paths(),
-        "components": {"schemas": {**components, **_answers()}},
+        "paths": _paths() | _job_paths(),
+        "components": {"schemas": {**components, **_answers(), **_job_answers()}},
     }
 
 
@@ -53,7 +56,6 @@ def _describe_search(body: Json) -> None:
 
 def _paths() -> Json:
     collection = [_path_parameter("collection", COLLECTION_NAME.pattern)]
-    job = [_path_parameter("job_id", JOB_ID.pattern)]
     one = "/v1/collections/{collection}"
     return {
         "/v1/collections": {"get": _operation("List collections", {200: _json("Collections")}, 503)},
@@ -77,23 +79,61 @@ def _paths() -> Json:
         },
         f"{one}/points:upsert": {"parameters": collection, "post": _upsert_operation()},
         f"{one}/points:delete": {"parameters": collection, "post": _delete_operation()},
-        f"{one}/jobs": {
-            "parameters": collection,
-            "post": _operation(
-                "Start a job", {202: _json("JobId")}, 400, 404, 408, 413, 415, 503, body=_job_body()
-            ),
-        },
-        "/v1/jobs/{job_id}": {
-            "parameters": job,
-            "get": _operation("A job's state, plan, progress, report and log", {200: _json("Job")}, 400, 404, 503),
-            "delete": _operation("Stop a job", {204: {"description": "Told to stop"}}, 400, 404, 503),
-        },
         "/healthz": {"get": _operation("Alive", {200: _json("Status")})},
         "/readyz": {"get": _operation("Every collection is served", {200: _json("Status")}, 503)},
         "/metrics": {
             "get": _operation("Prometheus text", {200: _content("text/plain", {"type": "string"})}, 503)
         },
         "/openapi.json": {"get": _operation("This document", {200: _content(JSON, {"type": "object"})})},
+    }  # fmt: skip
+
+
+def _job_paths() -> Json:
+    """Jobs, and what is done with versions of a collection."""
+    collection, job = (
+        [_path_parameter("collection", COLLECTION_NAME.pattern)],
+        _path_parameter("job_id", JOB_ID.pattern),
+    )
+    snapshot = _path_parameter("name", SNAPSHOT_NAME.pattern)
+    one = "/v1/collections/{collection}"
+    return {
+        f"{one}/jobs": {
+            "parameters": collection,
+            "post": _operation(
+                "Start a job", {202: _json("JobId")}, 400, 404, 408, 409, 413, 415, 503, body=_job_body(*JOB_BODIES)
+            ),
+        },
+        f"{one}/snapshots": {
+            "parameters": collection,
+            "get": _operation("The named snapshots", {200: _json("Snapshots")}, 400, 404, 503),
+        },
+        f"{one}/snapshots/{{name}}": {
+            "parameters": [*collection, snapshot],
+            "delete": _operation("Delete a snapshot", {204: {"description": "Deleted"}}, 400, 404, 503),
+        },
+        f"{one}:rollback": {
+            "parameters": collection,
+            "post": _operation(
+                "Serve an earlier generation again, with every write since; 409 says what else to do",
+                {200: _json("RolledBack")},
+                400, 404, 408, 409, 413, 415, 503,
+                body=_json_body("RollbackNowBody"),
+            ),
+        },
+        "/v1/jobs": {
+            "get": _operation("The last jobs, newest first", {200: _json("Jobs")}, 503),
+            "post": _operation(
+                "Start a job on all collections",
+                {202: _json("JobId")},
+                400, 408, 413, 415, 503,
+                body=_job_body(CollectGarbageBody),
+            ),
+        },
+        "/v1/jobs/{job_id}": {
+            "parameters": [job],
+            "get": _operation("A job's state, plan, progress, report and log", {200: _json("Job")}, 400, 404, 503),
+            "delete": _operation("Stop a job", {204: {"description": "Told to stop"}}, 400, 404, 503),
+        },
     }  # fmt: skip
 
 
@@ -172,9 +212,9 @@ def _json_body(name: str) -> Json:
     return {"required": True} | _json(name)
 
 
-def _job_body() -> Json:
+def _job_body(*bodies: type[msgspec.Struct]) -> Json:
     """One of each kind."""
-    kinds = {"import": "#/components/schemas/ImportBody", "compact": "#/components/schemas/CompactBody"}
+    kinds = {str(body.__struct_config__.tag): f"#/components/schemas/{body.__name__}" for body in bodies}
     discriminator = {"propertyName": "kind", "mapping": kinds}
     schema = {"oneOf": [{"$ref": place} for place in kinds.values()], "discriminator": discriminator}
     return {"required": True} | _content(JSON, schema)
@@ -216,7 +256,6 @@ def _answers() -> Json:
     return {
         "Problem": problem,
         "Status": _object(status=string),
-        "JobId": _object(job_id=string),
         "Points": _object(points=_list(point), missing=_list(identifier), lsn=lsn),
         "Upserted": _object(upserted=integer, lsn=lsn),
         "Deleted": _object(deleted=integer, lsn=lsn),
@@ -233,27 +272,38 @@ def _answers() -> Json:
             serving_generation=_or_null(integer),
             ready=boolean,
             reason=string,
+            switching=string,
+            rebuild_advised=_or_null(string),
+            rebuild_reasons=_list(string),
             shards=_list(shard),
         ),
-        "Job": _job(),
     }
 
 
-def _job() -> Json:
-    string, number, anything = ({"type": t} for t in ("string", "number", "object"))
+def _job_answers() -> Json:
+    string, integer, boolean, anything = ({"type": t} for t in ("string", "integer", "boolean", "object"))
+    return {
+        "JobId": _object(job_id=string),
+        "Job": _job(submitted=boolean, report=anything, plan=anything, log=_list(string)),
+        "Jobs": _object(jobs=_list(_job(message=string, updated_at=string))),
+        "Snapshots": _object(snapshots=_list(_object(name=string, version=integer, created_at=string, points=integer))),
+        "RolledBack": _object(generation=integer, version=integer, serving_generation=_or_null(integer)),
+    }
+
+
+def _job(**more: Json) -> Json:
+    string, number = ({"type": t} for t in ("string", "number"))
     return _object(
         job_id=string,
         kind=string,
         collection=string,
-        submitted={"type": "boolean"},
         state={"enum": ["pending", "running", "succeeded", "failed", "stopped"]},
         phase=string,
         progress=number,
         rate=number,
+        unit=string,
         remaining_s=_or_null(number),
-        report=anything,
-        plan=anything,
-        log=_list(string),
+        **more,
     )
 
 

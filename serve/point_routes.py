@@ -62,7 +62,7 @@ class PointRoutes:
         if not 1 <= len(body.ids) <= limits.ids_per_fetch:
             raise Invalid.at("ids", f"must hold 1 to {limits.ids_per_fetch} ids, not {len(body.ids)}")
         check_answer(len(body.ids), served.config, body.with_vectors, "ids", limits)
-        min_lsn = read_min_lsn(body.min_lsn, served.config.shards)
+        min_lsn = read_min_lsn(body.min_lsn)
         ids = id_array(body.ids, served.config.id_type)
         attributes = self._attributes.known(name, served)
         columns = ("id", *(("vector",) if body.with_vectors else ()), *attributes)

@@ -1,4 +1,5 @@
-"""HTTP routes: the application, and the handlers of collections, jobs and health; `point_routes` has the others."""
+"""HTTP routes: the application, and the handlers of collections and health; `point_routes` and `job_routes` have the
+others."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,22 +18,22 @@ from starlette.routing import Route
 
 from cluster.config import check_collection_name
 from cluster.deletion import delete_files
-from cluster.errors import Corrupt, EaglerayError, Invalid, NotFound, Unavailable
+from cluster.errors import Corrupt, EaglerayError, NotFound, Unavailable
 from cluster.index_policy import choose
 from cluster.manifest import Manifest
 from cluster.recent_queries import delete_queries
-from jobs.report import new_job_id
 from serve import metrics
 from serve.declared_attributes import DeclaredAttributes
 from serve.decoding import decode
 from serve.descriptions import describe_collection, describe_unreadable
 from serve.http_messages import JSON, Handler, json_response, read_json_body, without_parameters
 from serve.ingress import ENTRANCE, SEARCH_PATH, Receive, Scope, Send, searched_collection
+from serve.job_routes import JobRoutes
 from serve.openapi import openapi_json
 from serve.point_routes import PointRoutes
 from serve.problems import problem_response
 from serve.query_samples import QuerySamples
-from serve.schemas import CollectionBody, CompactBody, ImportBody, check_create, decode_job
+from serve.schemas import CollectionBody
 from serve.search_endpoint import SearchEndpoint
 from serve.services import Services as Services
 
@@ -40,31 +42,48 @@ METRICS_PERIOD_S = 2.0
 LAST_SAMPLES_S = 5.0
 
 
+class _NotAnAction(Convertor[str]):
+    """A part of a path that ends in none of the actions which are paths of their own: else a GET of such a path would
+    be one of a collection of that name, and not a 405."""
+
+    regex = "[^/]+(?<!:rollback)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("not_an_action", _NotAnAction())
+
+
 def build_app(services: Services) -> EndpointApp:
     """The ASGI application. While it runs it follows the supervisor, leaves its counts there, and samples of queries
     in the store."""
     attributes = DeclaredAttributes(services.log)
     endpoint, points, search = Routes(services), PointRoutes(services, attributes), SearchEndpoint(services, attributes)
+    jobs = JobRoutes(services, endpoint.wait_until_served)
     samples = QuerySamples(services.coordinator, services.store, services.name, services.limits.recent_queries)
-    collection = "/v1/collections/{collection}"
+    collection, one_job = "/v1/collections/{collection}", "/v1/jobs/{job_id}"
     routes = [
         Route(SEARCH_PATH, search, methods=["POST"]),
         _route(f"{collection}/points:fetch", POST=without_parameters(points.fetch)),
         _route(f"{collection}/points:upsert", POST=points.upsert),
         _route(f"{collection}/points:delete", POST=points.delete),
-        _route(f"{collection}/jobs", POST=without_parameters(endpoint.submit_job)),
+        _route(f"{collection}/jobs", POST=without_parameters(jobs.submit_job)),
+        _route(f"{collection}/snapshots", GET=without_parameters(jobs.list_snapshots)),
+        _route(f"{collection}/snapshots/{{name}}", DELETE=without_parameters(jobs.delete_snapshot)),
+        _route(f"{collection}:rollback", POST=without_parameters(jobs.roll_back)),
         _route(
-            collection,
+            "/v1/collections/{collection:not_an_action}",
             PUT=without_parameters(endpoint.create_collection),
             GET=without_parameters(endpoint.get_collection),
             DELETE=without_parameters(endpoint.delete_collection),
         ),
         _route("/v1/collections", GET=without_parameters(endpoint.list_collections)),
-        _route(
-            "/v1/jobs/{job_id}",
-            GET=without_parameters(endpoint.get_job),
-            DELETE=without_parameters(endpoint.stop_job),
-        ),
+        _route("/v1/jobs", GET=without_parameters(jobs.list_jobs), POST=without_parameters(jobs.submit_job_of_all)),
+        _route(one_job, GET=without_parameters(jobs.get_job), DELETE=without_parameters(jobs.stop_job)),
         _route("/healthz", GET=without_parameters(endpoint.healthz)),
         _route("/readyz", GET=without_parameters(endpoint.readyz)),
         _route("/metrics", GET=without_parameters(endpoint.prometheus)),
@@ -134,8 +153,7 @@ class Routes:
         config = decode(await read_json_body(request, self._services.limits.body_bytes), CollectionBody).to_config()
         choose(0, config)  # refuses what no shard could build
         manifest, created = await asyncio.to_thread(self._services.log(name).create, config)
-        await self._services.directory.refresh(name)
-        await self._wait_for(lambda: self._serves(manifest))
+        await self.wait_until_served(manifest)
         return json_response(await self._describe(name), 201 if created else 200)
 
     async def get_collection(self, request: Request) -> Response:
@@ -151,40 +169,6 @@ class Routes:
         await self._wait_for(lambda: not self._services.known(name))
         await asyncio.to_thread(delete_queries, self._services.store, name)
         await asyncio.to_thread(delete_files, self._services.store, self._services.log(name), deleted)
-        return Response(status_code=204)
-
-    async def submit_job(self, request: Request) -> Response:
-        name = check_collection_name(request.path_params["collection"])
-        body = decode_job(await read_json_body(request, self._services.limits.body_bytes))
-        if isinstance(body, ImportBody):
-            job_id = await self._submit_import(name, body)
-        else:
-            job_id = await self._submit_compact(name, body)
-        return json_response({"job_id": job_id}, 202)
-
-    async def _submit_import(self, name: str, body: ImportBody) -> str:
-        if body.create is not None:
-            check_create(body.create)
-        elif not self._services.known(name):
-            raise NotFound(f"no collection {name!r}; give create to have the import make it")
-        job_id = new_job_id("import")
-        await asyncio.to_thread(self._services.jobs.submit_import, job_id, name, body)
-        return job_id
-
-    async def _submit_compact(self, name: str, body: CompactBody) -> str:
-        """NotFound; Invalid where the collection has no such shard."""
-        shards = len((await self._services.directory.describe(name))["manifest"].shards)
-        if body.shard is not None and body.shard >= shards:
-            raise Invalid.at("shard", f"collection {name!r} has the shards 0 to {shards - 1}")
-        job_id = new_job_id("compact")
-        await asyncio.to_thread(self._services.jobs.submit_compact, job_id, name, body)
-        return job_id
-
-    async def get_job(self, request: Request) -> Response:
-        return json_response(await asyncio.to_thread(self._services.jobs.status, request.path_params["job_id"]))
-
-    async def stop_job(self, request: Request) -> Response:
-        await asyncio.to_thread(self._services.jobs.stop, request.path_params["job_id"])
         return Response(status_code=204)
 
     async def healthz(self, request: Request) -> Response:
@@ -216,6 +200,11 @@ class Routes:
     async def _exchange_metrics(self) -> dict[str, Any]:
         services = self._services
         return await services.exchange.exchange_metrics(services.name, services.metrics.snapshot())
+
+    async def wait_until_served(self, manifest: Manifest) -> None:
+        """Have the supervisor look at a commit, and wait until it is served, or `READY_WAIT_S` passed."""
+        await self._services.directory.refresh(manifest.collection)
+        await self._wait_for(lambda: self._serves(manifest))
 
     def _serves(self, manifest: Manifest) -> bool:
         table = self._services.coordinator.table

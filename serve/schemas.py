@@ -1,4 +1,4 @@
-"""The wire's JSON bodies of collections and jobs."""
+"""The wire's JSON bodies of collections."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from cluster.config import (
     RerankStore,
     VectorDtype,
 )
-from cluster.errors import FieldError, Invalid
-from cluster.index_policy import choose
-from serve.decoding import decode, invalid_fields, invalid_of
+from serve.decoding import invalid_of
 
 Memory = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Recall = Annotated[float, Meta(gt=0.0, le=1.0)]
@@ -74,53 +72,13 @@ class CollectionBody(Struct, forbid_unknown_fields=True):
         return config
 
 
-class ImportBody(Struct, forbid_unknown_fields=True, tag_field="kind", tag="import"):
-    """An import job. `create` allows a new collection and holds its config as far as the file does not give it."""
-
-    source: Annotated[str, Meta(min_length=1)]
-    id_column: str = "id"
-    vector_column: str = "vector"
-    attribute_columns: list[str] | Literal["all"] = []
-    mode: Literal["replace"] = "replace"
-    create: dict[str, Any] | None = None
-    memory_bytes: Memory | None = None
-    seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
-
-
-class CompactBody(Struct, forbid_unknown_fields=True, tag_field="kind", tag="compact"):
-    """A compaction of all shards, or of one."""
-
-    shard: Annotated[int, Meta(ge=0, lt=SHARDS_MAX)] | None = None
-    memory_bytes: Memory | None = None
-
-
-JobBody = ImportBody | CompactBody
-
-
-def decode_job(data: bytes) -> JobBody:
-    """The body of a job of either kind; Invalid names the field."""
-    either: Any = JobBody  # mypy knows no type of a union
-    body: JobBody = decode(data, either)
-    return body
-
-
-def check_create(create: dict[str, Any]) -> None:
-    """Refuse now what an import job would refuse: the config of a new collection, whose dimension the file may give."""
-    try:
-        body = _collection_body({"dimension": 1, **create})
-        if "dimension" not in create and body.index.pq_m is not None:
-            body.dimension = body.index.pq_m  # the file's must be no less
-        choose(0, body.to_config(check_factory_string="dimension" in create))
-    except Invalid as error:
-        raise invalid_fields(FieldError(f"create.{e.field}", e.message) for e in error.errors) from None
-
-
 def check_config(fields: dict[str, Any]) -> CollectionConfig:
     """The config that a PUT with these fields would make; Invalid as the endpoint's."""
-    return _collection_body(fields).to_config()
+    return collection_body(fields).to_config()
 
 
-def _collection_body(fields: dict[str, Any]) -> CollectionBody:
+def collection_body(fields: dict[str, Any]) -> CollectionBody:
+    """The fields as a PUT's body; Invalid names the field."""
     try:
         return msgspec.convert(fields, CollectionBody)
     except msgspec.ValidationError as error:

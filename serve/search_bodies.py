@@ -13,7 +13,7 @@ import numpy as np
 from msgspec import Meta, Raw, Struct
 from numpy.typing import NDArray
 
-from cluster.config import CollectionConfig, Limits
+from cluster.config import SHARDS_MAX, CollectionConfig, Limits
 from cluster.errors import FieldError, Invalid
 from cluster.query import Query, SearchParams
 from cluster.vectors import as_searched, vector_problem
@@ -27,6 +27,7 @@ Knob = Annotated[int, Meta(ge=1, le=65_536)]  # FAISS sets aside 8 bytes x ef_se
 Rerank = Annotated[float, Meta(ge=1.0, le=1_000.0)]
 Lsn = Annotated[int, Meta(ge=0, le=LSN_MAX)]
 VALUES_OF = {"min_lsn": Lsn, "attributes": Any}  # fields of bodies that are mappings
+_SHARDS = {str(shard): shard for shard in range(SHARDS_MAX)}
 T = TypeVar("T", bound=Struct)
 _UNREADABLE = (LookupError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _STEP = re.compile(r"\[(\d+)\]|([^.\[]+)")  # of a place such as points[0].attributes
@@ -130,7 +131,7 @@ def json_query(body: SearchBody, config: CollectionConfig, limits: Limits) -> Qu
     )
     _check_count(len(rows), limits)
     vectors = rows_to_vectors(rows, config.dimension, name.format)
-    min_lsn = read_min_lsn(body.min_lsn, config.shards) if body.min_lsn else {}
+    min_lsn = read_min_lsn(body.min_lsn) if body.min_lsn else {}
     return _query(vectors, name, body, params, tuple(body.with_attributes), min_lsn, config, limits)
 
 
@@ -143,21 +144,23 @@ def arrow_query(vectors: NDArray[Any], options: SearchOptions, config: Collectio
     params = _search_params(
         options.k, options.nprobe, options.ef_search, options.rerank, options.target_recall, options.exact, ""
     )
-    min_lsn = _min_lsn_of_text(options.min_lsn, config.shards) if options.min_lsn else {}
+    min_lsn = _min_lsn_of_text(options.min_lsn) if options.min_lsn else {}
     vectors = vectors.astype(np.float32, copy=False)
     return _query(vectors, "vector[{}]", options, params, attributes, min_lsn, config, limits)
 
 
-def read_min_lsn(asked: Mapping[str, int], shards: int) -> dict[int, int]:
-    """`min_lsn` by shard number; Invalid where there is no such shard."""
-    numbers = {str(shard): shard for shard in range(shards)}
+def read_min_lsn(asked: Mapping[str, int]) -> dict[int, int]:
+    """`min_lsn` by shard number; Invalid where no collection has such a shard.
+
+    One that this collection lacks may be of a routing that was, or is to come: only who serves it can tell.
+    """
     for shard in asked:
-        if shard not in numbers:
-            raise Invalid.at(f"min_lsn.{shard}", f"is no shard; the collection has shards 0 to {shards - 1}")
-    return {numbers[shard]: lsn for shard, lsn in asked.items()}
+        if shard not in _SHARDS:
+            raise Invalid.at(f"min_lsn.{shard}", f"is no shard; shards are numbered 0 to {SHARDS_MAX - 1}")
+    return {_SHARDS[shard]: lsn for shard, lsn in asked.items()}
 
 
-def _min_lsn_of_text(text: str, shards: int) -> dict[int, int]:
+def _min_lsn_of_text(text: str) -> dict[int, int]:
     """The same as a URL parameter: `0:17,1:4`."""
     asked = {}
     for part in filter(None, text.split(",")):
@@ -167,7 +170,7 @@ def _min_lsn_of_text(text: str, shards: int) -> dict[int, int]:
         if shard in asked:
             raise Invalid.at("min_lsn", f"names shard {shard} twice")
         asked[shard] = int(lsn)
-    return read_min_lsn(asked, shards)
+    return read_min_lsn(asked)
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""Tables of the command line: hits of a search, and a collection's shards and indexes."""
+"""Tables of the command line: hits of a search, a collection's shards and indexes, its snapshots, and jobs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from serve.explain import bytes_text, params_text
+from jobs.progress_bar import progress_note
+from serve.explain import bytes_text, params_text, print_line
 
 
 def print_hits(out: Console, hits: list[dict[str, Any]], attributes: list[str], title: str) -> None:
@@ -27,7 +28,13 @@ def print_collection(out: Console, description: dict[str, Any]) -> None:
         f"{config['metric']}, generation {description['generation']}, {state}"
     )
     out.print(Text.assemble((description["name"], "bold"), facts))
+    for what, why in (("", description["switching"]), ("a rebuild is advised: ", description["rebuild_advised"])):
+        if why:
+            print_line(out, f"  {what}{why}")
     shards = description["shards"]
+    for shard in shards:
+        if shard["upkeep"]:
+            print_line(out, f"  shard {shard['shard']}: {shard['upkeep']}")
     observed = ("observed",) if any(shard["observed"] for shard in shards) else ()
     written = ("tail", "deleted") if any(shard["tail_points"] or shard["tombstones"] for shard in shards) else ()
     table = Table("shard", "points", *written, "replicas", "index", "bytes", "recall@10", "at", "ms", *observed)
@@ -53,3 +60,44 @@ def _segment_cells(segment: dict[str, Any] | None) -> list[str]:
 def _observed_cell(observed: list[dict[str, Any]], generation: int | None) -> str:
     """Each replica's recall of live queries that were answered exactly as well."""
     return ", ".join(f"{each['recall']:.3f}" for each in observed if each["generation"] == generation) or "-"
+
+
+def print_snapshots(out: Console, snapshots: list[dict[str, Any]]) -> None:
+    if not snapshots:
+        out.print("no snapshots")
+        return
+    table = Table("snapshot", "points", "version", "made")
+    for each in snapshots:
+        table.add_row(each["name"], f"{each['points']:,}", str(each["version"]), each["created_at"])
+    out.print(table)
+
+
+def print_jobs(out: Console, jobs: list[dict[str, Any]]) -> None:
+    if not jobs:
+        out.print("no jobs")
+        return
+    table = Table("job", "kind", "collection", "state", "done", "last told", "")
+    for job in jobs:
+        where = (job["collection"] or "all", job["state"], f"{job['progress']:.0%}", job["updated_at"])
+        table.add_row(job["job_id"], job["kind"], *where, _job_note(job, job["message"]))
+    out.print(table)
+
+
+def print_job(out: Console, status: dict[str, Any]) -> None:
+    """A line on how it is, its report's numbers, and the end of its log."""
+    note = _job_note(status, status["report"].get("message", ""))
+    where = f"{status['job_id']}: {status['kind']} of {status['collection'] or 'all collections'}, {status['state']}"
+    print_line(out, f"{where}, {status['progress']:.0%}" + (f", {note}" if note else ""))
+    for name, value in status["report"].items():
+        if name != "message" and not isinstance(value, list | dict):
+            print_line(out, f"  {name}: {value}")
+    for line in status["log"]:
+        print_line(out, f"  | {line}")
+
+
+def _job_note(job: dict[str, Any], message: str) -> str:
+    """Of one that runs its phase, rate and time left; of any its message."""
+    if job["state"] != "running":
+        return message
+    note = progress_note(job["rate"], job["unit"], job["remaining_s"], message)
+    return f"{job['phase']}, {note}" if note else str(job["phase"])

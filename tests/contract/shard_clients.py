@@ -1,6 +1,6 @@
 """What every `ShardClient` must do, as cases; and a replica that answers them from what it was asked, without data.
 
-`tests/contract/test_shard_client.py` runs the cases in one process, `tests/ray/test_shard_client.py` against an actor.
+`tests/contract/test_shard_client.py` runs the cases in one process, its namesake below `tests/ray` against an actor.
 """
 
 from __future__ import annotations

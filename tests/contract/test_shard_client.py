@@ -1,4 +1,4 @@
-"""One suite for both ways to call a replica, here in one process; `tests/ray/test_shard_client.py` has a real actor."""
+"""One suite for both ways to call a replica, here in one process; its namesake below `tests/ray` has a real actor."""
 
 from __future__ import annotations
 

@@ -247,12 +247,12 @@ def readers(store: MemoryStore, folder: Path) -> dict[str, Callable[[], object]]
     found: dict[str, Callable[[], object]] = {
         paths.manifest(COLLECTION, newest.version): lambda: manifests.read(newest.version)
     }
-    wal = Wal(store, COLLECTION, 0)
+    wal = Wal(store, COLLECTION, 0, 0)
     for lsn in range(shard.applied_lsn + 1, wal.last_listed() + 1):
         found[paths.wal_record(COLLECTION, 0, lsn)] = lambda lsn=lsn: wal.read(lsn)  # type: ignore[misc]
     for ref in shard.tombstones:
         count = next(segment.count for segment in shard.segments if segment.segment_id == ref.segment_id)
-        key = paths.tombstones(COLLECTION, 0, ref.segment_id, ref.lsn)
+        key = paths.tombstones(COLLECTION, 0, ref.segment_id, ref.lsn, ref.variant)
         found[key] = lambda ref=ref, count=count: read_tombstones(store, COLLECTION, 0, ref, count)  # type: ignore[misc]
     for ref in shard.segments:
         described = read_description(store, COLLECTION, ref)

@@ -106,14 +106,14 @@ def held(store: ObjectStore, cache_dir: Path) -> Points:
 
 
 def records(store: ObjectStore, collection: str = COLLECTION, shard: int = 0) -> list[WalRecord]:
-    return list(Wal(store, collection, shard).read_after(0))
+    return list(Wal(store, collection, shard, 0).read_after(0))
 
 
 def assert_one_history(store: ObjectStore) -> None:
     """Every LSN has one record, and is of one writer: who writes has claimed, with an epoch above all before."""
     wal = records(store)
     assert [record.lsn for record in wal] == list(range(1, len(wal) + 1))
-    assert Wal(store, COLLECTION, 0).last_listed() == len(wal)
+    assert Wal(store, COLLECTION, 0, 0).last_listed() == len(wal)
     assert len({record.nonce for record in wal}) == len(wal)
     epoch, higher = 0, False
     for record in wal:

@@ -244,7 +244,7 @@ def answers_by_lsn(store: MemoryStore, version: int, folder: Path) -> dict[int, 
     for key in keys(store, f"/{COLLECTION}/manifest/"):
         if (paths.manifest_version(key) or 0) > version:
             store.delete(key)
-    wal, found = Wal(store, COLLECTION, 0), dict[int, Answers]()
+    wal, found = Wal(store, COLLECTION, 0, 0), dict[int, Answers]()
     for lsn in range(wal.last_listed(), entry(store).applied_lsn, -1):
         found[lsn] = started(store, folder)
         store.delete(paths.wal_record(COLLECTION, 0, lsn))
@@ -287,7 +287,7 @@ def test_follower_of_a_damaged_log_applies_what_is_before_it_and_nothing_behind(
     newer = copied(flat.store)
     write_more(newer, tmp_path)
     allowed = answers_by_lsn(newer, log(newer).newest_live().version, tmp_path)
-    first, last = Wal(flat.store, COLLECTION, 0).last_listed() + 1, max(allowed)
+    first, last = Wal(flat.store, COLLECTION, 0, 0).last_listed() + 1, max(allowed)
     assert last == first + 2
     for lsn in range(first, last + 1):
         store, key = copied(flat.store), paths.wal_record(COLLECTION, 0, lsn)

@@ -127,7 +127,7 @@ class Model:
         """A process that has loaded the newest version; Unavailable where its store fails."""
         store = ProcessStore(self._inner, self._failing, int(self.random.integers(2**32)))
         shard = Shard(store, COLLECTION, 0, self._folder, new_nonce)
-        shard.wal = Wal(store, COLLECTION, 0, pause=lambda seconds: None)
+        shard.wal = Wal(store, COLLECTION, 0, 0, pause=lambda seconds: None)
         shard.load()
         assert shard.applied_lsn >= self.truth.lsn, f"restarted at LSN {shard.applied_lsn}, {self.truth.lsn} was told"
         self._processes[name] = Process(name, store, shard)

@@ -151,7 +151,7 @@ class Churned:
         new = as_searched(new, self.case.metric)
         upserts = pa.record_batch([pa.array(replaced), vectors_array(new)], names=["id", "vector"])
         record = WalRecord(self.shard.applied_lsn + 1, 0, "write", uuid.uuid4().hex, upserts, pa.array(deleted))
-        Wal(self.store, COLLECTION, 0).append(record)
+        Wal(self.store, COLLECTION, 0, 0).append(record)
         assert self.shard.catch_up() == record.lsn
         self.vectors[replaced] = new
         self.live[replaced], self.live[deleted] = True, False

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 import actors.segment_searcher
+import actors.tuner
 from actors.exact_search import exact_search
 from actors.faiss_index import use_threads
 from actors.segment_loader import LoadedSegment
@@ -72,7 +73,9 @@ def segment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     config = CollectionConfig(DIMENSION, "l2", index=KINDS[request.param])
     ids = in_row_order(Points(pa.array(np.arange(COUNT)), clustered().vectors)).ids
     points = Points(ids, clustered().vectors)
-    description = build(folder, request.param, config, points, per_batch=4_096)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(actors.tuner, "STANDARD_TARGETS", ())  # searched with its own target only
+        description = build(folder, request.param, config, points, per_batch=4_096)
     assert description.operating_points[0].met
     return load(folder, config, description)
 

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 import actors.segment_searcher
+import actors.tuner
 from actors.exact_search import exact_search
 from actors.faiss_index import FaissIndex, use_threads
 from actors.segment_builder import publish_segment
@@ -149,6 +150,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FaissIndex, "save", save_and_keep)
+        patch.setattr(actors.tuner, "STANDARD_TARGETS", ())  # searched with its own target only
         build(folder, "s1", config, points, per_batch=4_096)
     store = MemoryStore()
     ref = publish_segment(store, "kinds", folder, "s1")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+import actors.tuner
 from cluster.config import IndexConfig
 from tests.recall.replica_process import Started
 from tests.recall.replica_start import StoredShard
@@ -26,7 +27,9 @@ READ_MAX = 1.05  # of the bytes of the segment's files: what else is read is sma
 @pytest.fixture(scope="module", params=INDEXES)
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> StoredShard:
     folder = tmp_path_factory.mktemp("stored")
-    return StoredShard(folder, INDEXES[request.param], COUNT, DIMENSION, threads=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(actors.tuner, "STANDARD_TARGETS", ())  # bytes do not depend on them
+        return StoredShard(folder, INDEXES[request.param], COUNT, DIMENSION, threads=1)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["in place", "copied"])

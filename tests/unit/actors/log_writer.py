@@ -37,7 +37,7 @@ class LogWriter:
         """The next record."""
         self.lsn += 1
         written = record(self.lsn, write, self.epoch)
-        Wal(self.store, "words", 0).append(written)
+        Wal(self.store, "words", 0, 0).append(written)
         rows = write.upserts.to_pylist() if write.upserts is not None else ()
         self.live |= {row["id"]: row["vector"][0] for row in rows}
         for point_id in write.deletes.to_pylist() if write.deletes is not None else ():
@@ -54,7 +54,7 @@ class LogWriter:
 
     def claim(self) -> WalRecord:
         self.epoch, self.lsn = self.epoch + 1, self.lsn + 1
-        return Wal(self.store, "words", 0).claim(self.lsn - 1, self.epoch - 1, f"{self.lsn:032x}")
+        return Wal(self.store, "words", 0, 0).claim(self.lsn - 1, self.epoch - 1, f"{self.lsn:032x}")
 
     def remove(self, lsn: int) -> bytes:
         """Take a record out of the store; returns its bytes."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,139 +10,23 @@ import pyarrow as pa
 import pytest
 
 from actors.coordinator import Coordinator
-from actors.shard_client import ServedCollection, ServingTable
+from actors.shard_client import ServingTable
 from actors.write_parts import joined_result, split_write
-from cluster.arrow_rows import vectors_array
 from cluster.config import CollectionConfig, Limits
 from cluster.errors import Conflict, EaglerayError, Exhausted, Fenced, NotFound, Unavailable
 from cluster.placement import ReplicaKey
-from cluster.query import Fetched, Hits, Query, ShardSearch
+from cluster.query import Query
 from cluster.routing import Routing
-from cluster.write import PointWrite, WriteOutcome, WriteResult
-
-PATIENT_S = 10.0
-Outcome = WriteOutcome | EaglerayError
-
-
-class Replica:
-    """A `ShardClient` that holds points by id, one LSN per write; `answers` are given first, instead."""
-
-    def __init__(self) -> None:
-        self.points: dict[int, list[float]] = {}
-        self.lsn = 0
-        self.answers: list[Outcome] = []
-        self.writes: list[PointWrite] = []
-        self.asked_lsn: list[int] = []
-        self.fetch_timeouts_s: list[float] = []
-
-    async def write(self, writes: Sequence[PointWrite], timeout_s: float) -> tuple[Outcome, ...]:
-        return tuple(self._one(write) for write in writes)
-
-    def _one(self, write: PointWrite) -> Outcome:
-        self.writes.append(write)
-        if self.answers:
-            return self.answers.pop(0)
-        self.lsn += 1
-        if write.upserts is not None:
-            columns = (write.upserts.column(name).to_pylist() for name in ("id", "vector"))
-            self.points.update(zip(*columns, strict=True))
-            return WriteOutcome(self.lsn, write.points)
-        existed = [value for value in write.deletes.to_pylist() if self.points.pop(value, None) is not None]
-        return WriteOutcome(self.lsn, len(existed))
-
-    async def search(self, request: ShardSearch) -> tuple[Hits | EaglerayError, ...]:
-        self.asked_lsn.append(request.min_lsn)
-        if request.min_lsn > self.lsn:
-            raise Unavailable(f"has applied LSN {self.lsn}, not yet LSN {request.min_lsn}")
-        hits = Hits(np.zeros(len(request.vectors), np.int64), pa.array([], pa.int64()), np.empty(0, np.float32))
-        return (replace(hits, lsn=self.lsn),)
-
-    async def fetch(self, generation: int, ids: Any, columns: Sequence[str], min_lsn: int, timeout_s: float) -> Fetched:
-        self.asked_lsn.append(min_lsn)
-        self.fetch_timeouts_s.append(timeout_s)
-        if min_lsn > self.lsn:
-            raise Unavailable(f"has applied LSN {self.lsn}, not yet LSN {min_lsn}")
-        return Fetched(np.zeros(len(ids), dtype=bool), None, self.lsn)
-
-
-class Cluster:
-    """A `Directory` of replicas in memory, and its serving table."""
-
-    def __init__(self, shards: int, replicas: int = 1) -> None:
-        self.keys = {shard: tuple(ReplicaKey("words", shard, n) for n in range(replicas)) for shard in range(shards)}
-        self.replicas = {key: Replica() for keys in self.keys.values() for key in keys}
-        self.stamp = 0
-
-    def of(self, shard: int, number: int = 0) -> Replica:
-        return self.replicas[ReplicaKey("words", shard, number)]
-
-    def table(self, **changes: Any) -> ServingTable:
-        shards = len(self.keys)
-        served = ServedCollection(
-            config=CollectionConfig(2, metric="l2", shards=shards),
-            routing=Routing(shards),
-            version=1,
-            generation=1,
-            shard_points=dict.fromkeys(self.keys, 0),
-            attributes={},
-            replicas=self.keys,
-            primaries={shard: keys[0] for shard, keys in self.keys.items()},
-        )
-        self.stamp += 1
-        return ServingTable(str(self.stamp), {"words": replace(served, **changes)})
-
-    def client(self, key: ReplicaKey) -> Replica:
-        if key not in self.replicas:
-            raise Unavailable(f"the process of {key} is not known")
-        return self.replicas[key]
-
-    async def next_table(self, known_stamp: str | None) -> ServingTable:
-        raise AssertionError("tables are applied by the tests")
-
-    async def refresh(self, collection: str) -> None: ...
-
-    async def describe(self, collection: str) -> dict[str, Any]:
-        return {}
-
-
-class Nobody:
-    """A `CoordinatorObserver`."""
-
-    def batch(self, collection: str, shard: int, vectors: int) -> None: ...
-
-
-def with_cluster(
-    scenario: Callable[[Coordinator, Cluster], Awaitable[None]],
-    shards: int = 2,
-    replicas: int = 1,
-    limits: Limits = Limits(),  # noqa: B008
-) -> Cluster:
-    async def run() -> Cluster:
-        cluster = Cluster(shards, replicas)
-        coordinator = Coordinator(cluster, limits, Nobody())
-        coordinator.apply(cluster.table())
-        async with asyncio.timeout(20):
-            await scenario(coordinator, cluster)
-        return cluster
-
-    return asyncio.run(run())
-
-
-def upsert(*ids: int) -> PointWrite:
-    vectors = vectors_array(np.array([[value, 1] for value in ids], np.float32))
-    return PointWrite(upserts=pa.record_batch([pa.array(ids, pa.int64()), vectors], names=["id", "vector"]))
-
-
-def delete(*ids: int) -> PointWrite:
-    return PointWrite(deletes=pa.array(ids, pa.int64()))
-
-
-def shard_of(shards: int, value: int) -> int:
-    return int(Routing(shards).shards_of_ids(pa.array([value]))[0])
-
-
-def ids_of_shard(shards: int, shard: int, count: int) -> list[int]:
-    return [value for value in range(1_000) if shard_of(shards, value) == shard][:count]
+from cluster.write import WriteOutcome, WriteResult
+from tests.unit.actors.cluster_in_memory import (
+    PATIENT_S,
+    Cluster,
+    delete,
+    ids_of_shard,
+    shard_of,
+    upsert,
+    with_cluster,
+)
 
 
 def test_write_goes_to_the_shards_of_its_ids_and_is_answered_by_all() -> None:
@@ -167,8 +49,10 @@ def test_write_goes_to_the_shards_of_its_ids_and_is_answered_by_all() -> None:
 @pytest.mark.parametrize("shards", [1, 3])
 def test_write_of_one_shard_is_not_copied(shards: int) -> None:
     for write in (upsert(*ids_of_shard(shards, 0, 5)), delete(*ids_of_shard(shards, 0, 5))):
-        assert split_write(write, Routing(shards)) == {0: write}
-        assert split_write(write, Routing(shards))[0] is write
+        (part,) = split_write(write, Routing(shards)).values()
+        assert part.upserts is write.upserts
+        assert part.deletes is write.deletes
+        assert part.shards == shards
 
 
 def test_parts_of_a_write_hold_their_own_bytes_only() -> None:
@@ -214,7 +98,7 @@ OK = WriteOutcome(7, 2)
 )
 def test_outcomes_of_shards_are_one_error(outcomes: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message) as caught:
-        joined_result(outcomes)
+        joined_result(outcomes.items())
     if isinstance(caught.value, Exhausted):
         assert caught.value.retry_after_s == 0.5
     if isinstance(caught.value, Unavailable):
@@ -275,7 +159,6 @@ def test_write_waits_while_there_is_no_primary_or_no_collection_to_see() -> None
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
-        ({"routing": Routing(2)}, Conflict),
         ({"config": CollectionConfig(3, metric="l2")}, Conflict),
         ({"config": CollectionConfig(2, metric="cosine")}, Conflict),
         ({"config": CollectionConfig(2, metric="l2", vector_dtype="float16")}, Conflict),

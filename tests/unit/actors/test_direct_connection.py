@@ -467,7 +467,7 @@ def test_other_version_is_told_on_both_sides(monkeypatch: pytest.MonkeyPatch) ->
                 frame = await asyncio.to_thread(peer.receive)
                 assert frame is not None
                 assert frame.kind == frames.REFUSED
-                assert b"protocol version 9, this is version 1" in bytes(frame.head)
+                assert b"protocol version 9, this is version 2" in bytes(frame.head)
 
     run(test())
 
@@ -482,7 +482,7 @@ def test_server_of_another_version_is_unavailable() -> None:
 
         with sockets.listen(HOST, range(0)) as listening:
             answering = asyncio.ensure_future(asyncio.to_thread(answer))
-            told = pytest.raises(Unavailable, match="protocol version 9, this is version 1")
+            told = pytest.raises(Unavailable, match="protocol version 9, this is version 2")
             with connected(ShardEndpoint(HOST, listening.getsockname()[1], b"secret")) as client, told:
                 await client.search(ask_for(1))
             await answering
@@ -513,7 +513,7 @@ def test_who_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     "data",
     [
         b"GET / HTTP/1.1\r\nHost: replica\r\n\r\n",
-        frames.PREFIX.pack(frames.MAGIC, 1, frames.HELLO, 0, 0, 2_000, 0),
+        frames.PREFIX.pack(frames.MAGIC, frames.VERSION, frames.HELLO, 0, 0, 2_000, 0),
         b"".join(frames.encode_frame(frames.SEARCH, 1, 1_000, b"", [])),
         b"".join(frames.encode_frame(frames.PROOF, 1, 1_000, b"\x91\xc4\x00", [])),
         b"".join(frames.encode_frame(frames.HELLO, 1, 1_000, b"\x92\xa1x\xc4\x00", [])),

@@ -108,11 +108,11 @@ def test_large_parts_are_sent_as_they_lie() -> None:
 @pytest.mark.parametrize(
     ("prefix", "error", "words"),
     [
-        ((0x4547, 1, frames.SEARCH, 0, 1, 0, 0), FrameError, "begins with b'GE'"),
-        ((frames.MAGIC, 2, frames.SEARCH, 0, 1, 0, 0), WrongVersion, "version 2, this is version 1"),
-        ((frames.MAGIC, 1, 99, 0, 1, 0, 0), FrameError, "unknown kind 99"),
-        ((frames.MAGIC, 1, frames.SEARCH, 0, 1, 1, BYTES_MAX), FrameError, f"at most {BYTES_MAX}"),
-        ((frames.MAGIC, 1, frames.SEARCH, 0, 1, 2**32 - 1, 2**32 - 1), FrameError, f"at most {BYTES_MAX}"),
+        ((0x4547, 2, frames.SEARCH, 0, 1, 0, 0), FrameError, "begins with b'GE'"),
+        ((frames.MAGIC, 3, frames.SEARCH, 0, 1, 0, 0), WrongVersion, "version 3, this is version 2"),
+        ((frames.MAGIC, 2, 99, 0, 1, 0, 0), FrameError, "unknown kind 99"),
+        ((frames.MAGIC, 2, frames.SEARCH, 0, 1, 1, BYTES_MAX), FrameError, f"at most {BYTES_MAX}"),
+        ((frames.MAGIC, 2, frames.SEARCH, 0, 1, 2**32 - 1, 2**32 - 1), FrameError, f"at most {BYTES_MAX}"),
     ],
 )
 def test_prefix_that_is_wrong(prefix: tuple[int, ...], error: type[FrameError], words: str) -> None:

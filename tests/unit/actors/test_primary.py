@@ -105,7 +105,7 @@ def done(outcome: Future[WriteOutcome]) -> tuple[int, int]:
 
 
 def records(store: MemoryStore) -> list[WalRecord]:
-    return list(Wal(store, "words", 0).read_after(0))
+    return list(Wal(store, "words", 0, 0).read_after(0))
 
 
 # --- acknowledgement --------------------------------------------------------------------------------------------

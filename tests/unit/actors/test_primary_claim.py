@@ -72,7 +72,7 @@ class ClaimStore(MemoryStore):
 
 
 def kinds(store: MemoryStore) -> list[tuple[str, int]]:
-    return [(one.kind, one.epoch) for one in Wal(store, "words", 0).read_after(0)]
+    return [(one.kind, one.epoch) for one in Wal(store, "words", 0, 0).read_after(0)]
 
 
 def assert_leads(primary: Primary, shard: Shard, writer: LogWriter, lsn: int, epoch: int) -> None:
@@ -113,7 +113,7 @@ def test_claim_beside_a_busy_writer_succeeds_between_two_of_its_records(
     assert sorted(set(tries)) == list(range(1, faster + 2))
     assert_leads(primary, shard, writer, lsn=faster + 1, epoch=2)
     with pytest.raises(Fenced, match=f"LSN {faster + 1} is another writer's claim of epoch 2"):
-        Wal(store, "words", 0).append(record(faster + 1, upsert(1)))
+        Wal(store, "words", 0, 0).append(record(faster + 1, upsert(1)))
 
 
 def test_writer_that_would_go_on_while_its_records_are_applied_is_fenced(
@@ -126,7 +126,7 @@ def test_writer_that_would_go_on_while_its_records_are_applied_is_fenced(
 
     def applied(self: LiveGeneration, one: WalRecord) -> Any:
         with pytest.raises(Fenced):
-            Wal(writer.store, "words", 0).append(record(6, upsert(1_000)))
+            Wal(writer.store, "words", 0, 0).append(record(6, upsert(1_000)))
         fenced.append(one.lsn)
         return apply(self, one)
 
@@ -147,7 +147,7 @@ def test_claim_that_another_one_follows_at_once_is_repeated_behind_it(
     def overtaken(self: Shard, until: int | None = None) -> int:
         lsn = catch_up(self, until)
         if others:
-            Wal(writer.store, "words", 0).claim(lsn, self.epoch, f"{others.pop():032x}")
+            Wal(writer.store, "words", 0, 0).claim(lsn, self.epoch, f"{others.pop():032x}")
             return catch_up(self)
         return lsn
 
@@ -187,7 +187,7 @@ def test_claim_gives_up_where_others_claim_for_ever(
     shard, catch_up = opened(store, tmp_path), Shard.catch_up
 
     def overtaken(self: Shard, until: int | None = None) -> int:
-        Wal(store, "words", 0).claim(catch_up(self, until), self.epoch, f"{self.epoch:032x}")
+        Wal(store, "words", 0, 0).claim(catch_up(self, until), self.epoch, f"{self.epoch:032x}")
         return catch_up(self)
 
     with monkeypatch.context() as patched:

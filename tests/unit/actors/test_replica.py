@@ -212,7 +212,7 @@ def test_write_to_a_replica_that_does_not_lead_is_fenced(tmp_path: Path) -> None
         assert [str(outcome) for outcome in outcomes] == ["replica words/0/1 is not the primary of shard 0"] * 2
         assert all(isinstance(outcome, Fenced) for outcome in outcomes)
         assert await runtime.replica(OTHER).write([]) == ()
-        assert Wal(runtime._store, "words", 0).end(0, 0) == (1, 1), "the first one's claim alone"
+        assert Wal(runtime._store, "words", 0, 0).end(0, 0) == (1, 1), "the first one's claim alone"
 
     with_replicas(scenario, tmp_path)
 
@@ -398,7 +398,7 @@ def test_replica_that_could_not_load_says_why_and_loads_later(tmp_path: Path) ->
                 await call
         assert [type(outcome) for outcome in await replica.write([upsert(1)])] == [Fenced]
         replica.tick()
-        assert Wal(store, "words", 0).end(0, 0) == (0, 0), "it must not claim what it has not read"
+        assert Wal(store, "words", 0, 0).end(0, 0) == (0, 0), "it must not claim what it has not read"
         await replica.load(1)
         assert (replica.status().state, replica.status().error) == ("ready", "")
         await replica.lead()

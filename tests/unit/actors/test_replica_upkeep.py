@@ -198,14 +198,8 @@ def test_shard_that_needs_nothing_is_left_alone(tmp_path: Path) -> None:
     upkeep.close()
 
 
-def test_shard_that_the_newest_generation_no_longer_has_is_left_alone(tmp_path: Path) -> None:
+def test_shard_that_holds_nothing_is_left_alone(tmp_path: Path) -> None:
     upkeep, work, _, _ = begun(tmp_path, POLICY)
-    beyond = Shard(MemoryStore(), "words", 1, tmp_path)
-    upkeep.look(beyond)  # nothing is loaded
-    store = MemoryStore()
-    commit(store, "words", CONFIG, random_points(CONFIG, 40, seed=1), segments=4)
-    beyond = Shard(store, "words", 1, tmp_path)
-    beyond.load()
-    upkeep.look(beyond)
+    upkeep.look(Shard(MemoryStore(), "words", 0, tmp_path))
     assert (work.begun, upkeep.told()) == ([], "")
     upkeep.close()

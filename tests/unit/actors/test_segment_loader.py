@@ -89,6 +89,20 @@ def test_loaded_segment_answers_as_the_built_one(kind: str, metric: str, dtype: 
     np.testing.assert_array_equal(scores, theirs[:, :10])
 
 
+def test_segment_of_another_collection_is_loaded_from_there(tmp_path: Path) -> None:
+    config, store = config_of("flat"), MemoryStore()
+    points = points_of(config)
+    ref = publish(store, "origin", config, points)
+    with pytest.raises(NotFound):
+        load(store, ref, config, tmp_path)
+    segment = load(store, replace(ref, origin="origin"), config, tmp_path)
+    assert segment.ids.equals(points.ids)
+    key = paths.segment_file("origin", ref.segment_id, paths.ROWS)
+    store.put(key, store.get(key)[:-1])
+    with pytest.raises(Corrupt, match=f"^{key}: "):
+        load(store, replace(ref, origin="origin"), config, tmp_path / "fresh")
+
+
 def test_load_from_memory_goes_through_the_cache_and_downloads_once(tmp_path: Path) -> None:
     config, inner = config_of("flat"), MemoryStore()
     ref = publish(inner, "words", config, points_of(config))

@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from actors import segment_upkeep
+from actors import segment_upkeep, shard_place
 from actors.segment_rows import open_rows
 from actors.segment_upkeep import merge_segments, seal_tail
 from actors.shard import Shard
+from actors.shard_place import ShardPlace
 from cluster import paths
 from cluster.config import CollectionConfig, IdType, IndexConfig, VectorDtype
 from cluster.errors import Conflict, Corrupt, NotFound, Unavailable
@@ -319,7 +320,7 @@ def test_merge_unites_the_attributes(shard: Written) -> None:
 
 def test_merged_rows_are_written_in_blocks(shard: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     churned(shard)
-    monkeypatch.setattr(segment_upkeep, "rows_per_batch", lambda config: 7)
+    monkeypatch.setattr(shard_place, "rows_per_batch", lambda config: 7)
     merge(shard)
     assert description_of(shard).rows_per_batch == 7
     assert_as_written(shard)
@@ -404,7 +405,7 @@ def test_merge_whose_rows_are_all_deleted_meanwhile_leaves_no_segment(shard: Wri
     def delete_the_last() -> None:  # as a seal does that keeps the segment
         shard.write(deletes=ids[9:])
         entry = shard.newest.shards[0]
-        place = segment_upkeep._Place(shard.store, COLLECTION, 0, shard.cache_dir, new_nonce, 1, lambda share: None)
+        place = ShardPlace(shard.store, COLLECTION, 0, shard.cache_dir, new_nonce)
         ref = place.tombstones(shard.lsn, first.segment_id, np.arange(10))
         after = type(entry)(0, entry.segments, shard.lsn, entry.epoch, (ref,))
         shard.log.commit_shards(shard.newest, {0: after})

@@ -100,7 +100,8 @@ def test_written_points_keep_their_types() -> None:
             [("id", pa.int64()), ("vector", pa.list_(pa.float16(), 3)), ("tag", pa.dictionary(pa.int32(), pa.string()))]
         ),
     )
-    (found,) = messages.decode_writes(*views(*messages.encode_writes([PointWrite(batch)])))
+    (found,) = messages.decode_writes(*views(*messages.encode_writes([PointWrite(batch, shards=3)])))
+    assert found.shards == 3
     assert isinstance(found.upserts, pa.RecordBatch)
     assert found.upserts == batch
     assert found.upserts.schema == batch.schema

@@ -55,7 +55,7 @@ def line(*ids: int, at: float | None = None) -> Points:
 
 
 def written(store: ObjectStore, *writes: PointWrite) -> None:
-    wal = Wal(store, "words", 0)
+    wal = Wal(store, "words", 0, 0)
     end, _ = wal.end(0, 0)
     for lsn, write in enumerate(writes, end + 1):
         wal.append(record(lsn, write))

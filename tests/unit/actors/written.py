@@ -41,7 +41,7 @@ class Written:
 
     @property
     def wal(self) -> Wal:
-        return Wal(self.store, COLLECTION, self.shard)
+        return Wal(self.store, COLLECTION, self.shard, 0)
 
     @property
     def newest(self) -> Manifest:

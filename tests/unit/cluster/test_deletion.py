@@ -14,7 +14,8 @@ import pytest
 from cluster import paths
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.deletion import delete_files
-from cluster.errors import Fenced, Unavailable
+from cluster.errors import Conflict, Fenced, NotFound, Unavailable
+from cluster.garbage import GRACE_S
 from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry
 from cluster.memory_store import MemoryStore
 from cluster.object_store import ObjectStore
@@ -22,6 +23,7 @@ from cluster.segment import checksum_bytes
 from cluster.tombstones import write_tombstones
 from cluster.wal import Wal, WalRecord
 from tests.fakes import Fault, FaultyStore
+from tests.unit.cluster import histories
 
 CONFIG = CollectionConfig(4, "l2", index=IndexConfig("flat"), shards=2)
 FAULTS: tuple[Fault, ...] = ("fail", "lose_answer", "die")
@@ -44,7 +46,7 @@ def put_segment(store: ObjectStore, name: str, collection: str = "c") -> Segment
 
 def write(store: ObjectStore, shard: int, count: int, collection: str = "c") -> int:
     """So many records at the end of a shard's WAL; the last LSN."""
-    wal = Wal(store, collection, shard)
+    wal = Wal(store, collection, shard, 0)
     last = wal.last_listed()
     end = wal.read(last)
     epoch = end.epoch if end else 1
@@ -58,7 +60,7 @@ def seal(store: ObjectStore, name: str, shard: int = 0, collection: str = "c") -
     log = log_of(store, collection)
     base = log.newest_live()
     entry = base.shards[shard]
-    lsn, epoch = Wal(store, collection, shard).end(entry.applied_lsn, entry.epoch)
+    lsn, epoch = Wal(store, collection, shard, 0).end(entry.applied_lsn, entry.epoch)
     rows = np.arange(2)
     gone = tuple(write_tombstones(store, collection, shard, ref.segment_id, lsn, rows) for ref in entry.segments)
     segments = (*entry.segments, put_segment(store, name, collection))
@@ -119,7 +121,7 @@ def test_writer_of_a_deleted_collection_stays_fenced_after_its_files_are_gone() 
     store = MemoryStore()
     collection_before(store)
     delete_files(store, log_of(store), log_of(store).delete())
-    wal = Wal(store, "c", 0)
+    wal = Wal(store, "c", 0, 0)
     with pytest.raises(Fenced, match="claim of epoch 2"):
         wal.append(WalRecord(12, 1, "write", "0" * 32, None, pa.array([1])))
     assert wal.last_listed() == 12
@@ -145,7 +147,7 @@ def test_files_of_a_collection_that_was_created_meanwhile_stay() -> None:
     delete_files(store, log_of(store), deleted)
     assert keys(store) == new | what_stays(store, old, {0: 12})
     assert log_of(store).newest_live() == again
-    assert [record.lsn for record in Wal(store, "c", 0).read_after(12)] == list(range(13, 22))
+    assert [record.lsn for record in Wal(store, "c", 0, 0).read_after(12)] == list(range(13, 22))
     delete_files(store, log_of(store), log_of(store).delete())
     claims = [paths.wal_record("c", 0, lsn) for lsn in (12, 13, 22)]
     assert {key for key in keys(store) if "/manifest/" not in key} == {*claims, paths.wal_record("c", 1, 3)}
@@ -189,3 +191,126 @@ def test_deletion_through_a_failing_store_is_completed_by_the_next_one(fault: Fa
         assert done <= keys(inner), f"call {at}"
         attempt(inner, deleted)()
         assert keys(inner) == done, f"call {at}"
+
+
+# --- branches, snapshots, log sets --------------------------------------------------------------------------------
+
+
+def branched() -> histories.ClockStore:
+    """Collection a with two segments and tombstones, and a branch b of it, which then goes its own way."""
+    store = histories.ClockStore()
+    histories.log_of(store).create(replace(CONFIG, shards=1))
+    for _ in range(2):
+        histories.write(store, count=2)
+        histories.seal(store)
+    histories.branch_of(store, "b")
+    histories.write(store, "b")
+    histories.seal(store, "b")
+    return store
+
+
+def test_segments_that_a_branch_names_stay_and_all_else_goes() -> None:
+    store = branched()
+    mine = histories.put_segment(store, "a")
+    log = histories.log_of(store)
+    base = log.newest_live()
+    log.commit_shards(base, {0: replace(base.shards[0], segments=(*base.shards[0].segments, mine))})
+    histories.delete(store)
+    branch = histories.log_of(store, "b").newest_live()
+    histories.assert_whole(store, branch)
+    left = {key for key in keys(store, "collections/a/") if "/manifest/" not in key}
+    claims = [paths.wal_record("a", 0, 5)]
+    assert left == {key for key in histories.files_of(branch) if key.startswith("collections/a/")} | set(claims)
+
+
+def test_what_only_a_snapshot_or_the_rollback_target_of_a_branch_names_stays() -> None:
+    for keep in ("snapshot", "target"):
+        store = branched()
+        if keep == "snapshot":
+            histories.snapshot(store, "s", "b")
+        kept = histories.log_of(store, "b").newest_live()
+        histories.new_generation(store, "b")
+        if keep == "snapshot":
+            histories.new_generation(store, "b")
+        store.now_s += 2 * GRACE_S
+        histories.delete(store)
+        histories.assert_whole(store, kept)
+
+
+def test_segments_go_once_the_branch_is_deleted_as_well() -> None:
+    store = branched()
+    histories.delete(store, "b")
+    store.now_s += 2 * GRACE_S
+    histories.delete(store)
+    assert not [key for key in keys(store) if "/segments/" in key]
+
+
+def test_segments_stay_where_what_others_name_cannot_be_read(caplog: pytest.LogCaptureFixture) -> None:
+    store = branched()
+    newest = histories.log_of(store, "b").newest_live().version
+    store.put(paths.manifest("b", newest), b"torn")
+    before = keys(store, paths.segments_prefix("a"))
+    with caplog.at_level(logging.WARNING):
+        histories.delete(store)
+    assert keys(store, paths.segments_prefix("a")) == before
+    assert paths.manifest("b", newest) in caplog.text
+    assert not keys(store, paths.tombstones_prefix("a", 0))
+
+
+def test_snapshots_go_first_and_those_of_a_later_collection_stay() -> None:
+    store = histories.ClockStore()
+    log = histories.log_of(store)
+    log.create(replace(CONFIG, shards=1))
+    histories.snapshot(store, "early")
+    store.put(paths.snapshot("a", "torn"), b"torn")
+    deleted = log.delete()
+    log.create(replace(CONFIG, shards=1))
+    histories.snapshot(store, "later")
+    store.put(paths.snapshots_prefix("a") + "notes.txt", b"?")
+    delete_files(store, log, deleted)
+    left = {key.rsplit("/", 1)[-1] for key in keys(store, paths.snapshots_prefix("a"))}
+    assert left == {"later.json", "notes.txt"}
+
+
+def test_records_of_earlier_log_sets_go_but_claims_and_ends() -> None:
+    store = histories.ClockStore()
+    histories.log_of(store).create(replace(CONFIG, shards=1))
+    histories.write(store, count=3)
+    histories.new_generation(store, shards=2)
+    histories.switch(store)
+    histories.write(store, count=3)
+    histories.delete(store)
+    left = {key.removeprefix("collections/a/shards/") for key in keys(store, paths.shards_prefix("a"))}
+    last = {f"{shard:04d}/wal-000001/{9:020d}.arrow" for shard in range(2)}
+    assert left == last | {f"0000/wal/{lsn:020d}.arrow" for lsn in (4, 5)}
+
+
+@pytest.mark.parametrize("at", range(1, 33, 3))
+def test_of_a_deletion_and_a_branch_at_the_same_time_one_sees_the_other(at: int) -> None:
+    store = branched()
+    counted = histories.InterruptedStore(store)
+    refused: list[Conflict | NotFound] = []
+
+    def branch() -> None:
+        try:
+            histories.branch_of(store, "d")
+        except (Conflict, NotFound) as error:
+            refused.append(error)
+
+    histories.delete(histories.InterruptedStore(counted, at, branch))
+    newest = histories.log_of(store, "d").newest()
+    assert refused or newest is not None
+    if newest is not None and newest.state == "live":
+        histories.assert_whole(store, newest)
+
+
+@pytest.mark.parametrize("at", range(1, 19))
+def test_a_branch_during_which_its_origin_is_deleted_is_whole_or_refused(at: int) -> None:
+    store = branched()
+    try:
+        histories.branch_of(histories.InterruptedStore(store, at, lambda: histories.delete(store)), "d")
+    except (Conflict, NotFound):
+        newest = histories.log_of(store, "d").newest()
+        assert newest is None or newest.state == "deleted"
+    else:
+        histories.assert_whole(store, histories.log_of(store, "d").newest_live())

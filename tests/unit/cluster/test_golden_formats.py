@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +26,12 @@ from cluster.segment import (
     rows_schema,
     verify_file,
 )
+from cluster.shard_entry import LogPosition, LogSet
 from cluster.tombstones import read_tombstones
 from cluster.wal import WalRecord
 
 FORMATS = Path(__file__).resolve().parents[2] / "formats"
-V1, V2 = FORMATS / "v1", FORMATS / "v2"
+V1, V2, V3 = FORMATS / "v1", FORMATS / "v2", FORMATS / "v3"
 
 CONFIG = CollectionConfig(
     dimension=3,
@@ -160,13 +162,19 @@ def test_manifest_of_format_1_is_read() -> None:
     assert Manifest.decode((V1 / "manifest.json").read_bytes(), "manifest.json") == MANIFEST
 
 
-def test_manifest_of_format_1_is_written_as_one_of_format_2_that_says_the_same() -> None:
+def test_manifest_of_format_1_is_written_as_one_of_format_3_that_says_the_same() -> None:
     """A new field needs a new format version: older processes refuse fields that they do not know."""
-    assert Manifest.decode(MANIFEST.encode(), "manifest.json") == replace(MANIFEST, format=2)
+    assert Manifest.decode(MANIFEST.encode(), "manifest.json") == replace(MANIFEST, format=3)
     then, now = json.loads((V1 / "manifest.json").read_bytes()), json.loads(MANIFEST.encode())
-    new = {"applied_lsn": 0, "epoch": 0, "tombstones": []}
-    shards = [entry | new for entry in then["shards"]]
-    assert now == then | {"format": 2, "attributes": {}, "shards": shards, "checksum": now["checksum"]}
+    new = {"applied_lsn": 0, "epoch": 0, "tombstones": [], "behind": []}
+    shards = [entry | new for entry in without_origins(then["shards"])]
+    added = {"format": 3, "attributes": {}, "log_set": 0, "switch": "beside"}
+    assert now == then | added | {"shards": shards, "checksum": now["checksum"]}
+
+
+def without_origins(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Plain data of shards as format 3 has their segments: of the collection itself."""
+    return [entry | {"segments": [ref | {"origin": ""} for ref in entry["segments"]]} for entry in shards]
 
 
 def test_manifest_of_format_1_names_the_golden_segment() -> None:
@@ -258,8 +266,14 @@ def test_manifest_of_format_2_is_read() -> None:
     assert [entry.points for entry in manifest.shards] == [9, 0]
 
 
-def test_manifest_of_format_2_is_still_written_the_same() -> None:
-    assert MANIFEST_2.encode() == (V2 / "manifest.json").read_bytes()
+def test_manifest_of_format_2_is_written_as_one_of_format_3_that_says_the_same() -> None:
+    assert Manifest.decode(MANIFEST_2.encode(), "manifest.json") == replace(MANIFEST_2, format=3)
+    then, now = json.loads((V2 / "manifest.json").read_bytes()), json.loads(MANIFEST_2.encode())
+    shards = [entry | {"behind": []} for entry in without_origins(then["shards"])]
+    for entry in shards:
+        entry["tombstones"] = [ref | {"variant": ""} for ref in entry["tombstones"]]
+    added = {"format": 3, "log_set": 0, "switch": "beside"}
+    assert now == then | added | {"shards": shards, "checksum": now["checksum"]}
 
 
 def test_tombstone_file_of_format_2_is_read() -> None:
@@ -303,3 +317,50 @@ def test_wal_claim_of_format_1_is_read() -> None:
 def test_wal_claim_of_format_1_is_still_written_the_same() -> None:
     claim = WalRecord(14, 3, "claim", "f0e0d0c0b0a090807060504030201000")
     assert claim.encode(0) == (V2 / "wal-claim.arrow").read_bytes()
+
+
+# --- format 3: log sets, origins and ways to switch in the manifest; end records --------------------------------------
+
+MANIFEST_3 = Manifest(
+    collection="golden",
+    version=12,
+    config=CollectionConfig(dimension=3, metric="l2", id_type="string", shards=1, replicas=2),
+    routing=Routing(shards=1, kind="hash"),
+    generation=4,
+    shards=(
+        ShardEntry(
+            0,
+            (SegmentRef("seg-0001", 5, "xxh3_128:00", "silver"), SegmentRef("seg-0002", 7, "xxh3_128:01")),
+            12,
+            2,
+            (TombstonesRef("seg-0001", 11, 3, "xxh3_128:02", "0123456789abcdef"),),
+            (LogSet(0, 2, (LogPosition(0, 12, 1), LogPosition(1, 4, 2))), LogSet(1, 3)),
+        ),
+    ),
+    created_at="2026-01-02T03:04:05+00:00",
+    writer="nonce-of-the-writer",
+    state="live",
+    format=3,
+    attributes={"title": "string"},
+    log_set=2,
+    switch="one_at_a_time",
+)
+
+
+def test_manifest_of_format_3_is_read() -> None:
+    assert Manifest.decode((V3 / "manifest.json").read_bytes(), "manifest.json") == MANIFEST_3
+
+
+def test_manifest_of_format_3_is_still_written_the_same() -> None:
+    assert MANIFEST_3.encode() == (V3 / "manifest.json").read_bytes()
+
+
+def test_wal_end_of_format_1_is_read() -> None:
+    record = WalRecord.decode((V3 / "wal-end.arrow").read_bytes(), "wal-end.arrow", 0, 15)
+    assert (record.lsn, record.epoch, record.kind) == (15, 3, "end")
+    assert (record.nonce, record.upserts, record.deletes) == ("f0e0d0c0b0a090807060504030201001", None, None)
+
+
+def test_wal_end_of_format_1_is_still_written_the_same() -> None:
+    end = WalRecord(15, 3, "end", "f0e0d0c0b0a090807060504030201001")
+    assert end.encode(0) == (V3 / "wal-end.arrow").read_bytes()

@@ -16,6 +16,12 @@ def test_keys_are_pinned() -> None:
     assert paths.wal_prefix("c", 3) == "collections/c/shards/0003/wal/"
     assert paths.wal_record("c", 3, 7) == "collections/c/shards/0003/wal/00000000000000000007.arrow"
     assert paths.tombstones("c", 12, "s1", 7) == "collections/c/shards/0012/tombstones/s1-00000000000000000007.arrow"
+    assert paths.tombstones("c", 1, "s1", 7, "0123456789abcdef") == (
+        "collections/c/shards/0001/tombstones/s1-00000000000000000007-0123456789abcdef.arrow"
+    )
+    assert paths.segment_prefix("c", "s1") == "collections/c/segments/s1/"
+    assert paths.snapshots_prefix("c") == "collections/c/snapshots/"
+    assert paths.snapshot("c", "before-1") == "collections/c/snapshots/before-1.json"
     assert paths.staging_prefix("c") == "collections/c/staging/"
     assert paths.staging_prefix("c", "job") == "collections/c/staging/job/"
     assert paths.staging_piece("c", "job", 3, 12) == "collections/c/staging/job/000003/00000012.arrow"
@@ -59,3 +65,15 @@ def test_wal_keys_sort_by_lsn() -> None:
 )
 def test_manifest_version_of_another_key_is_none(key: str) -> None:
     assert paths.manifest_version(key) is None
+
+
+@pytest.mark.parametrize("variant", ["", "0123456789abcdef"])
+@pytest.mark.parametrize("segment_id", ["s1", "seal-0000-7-0123456789abcdef0123456789abcdef", "a-00000000000000000003"])
+def test_lsn_of_tombstones_is_read_back(segment_id: str, variant: str) -> None:
+    assert paths.tombstones_lsn(paths.tombstones("c", 3, segment_id, 7, variant)) == 7
+
+
+def test_name_of_a_snapshot_is_read_back() -> None:
+    assert paths.snapshot_name(paths.snapshot("c", "before_1-x")) == "before_1-x"
+    for name in ("Upper.json", ".json", "a.json.tmp", "a.arrow", f"{'a' * 64}.json"):
+        assert paths.snapshot_name(paths.snapshots_prefix("c") + name) is None

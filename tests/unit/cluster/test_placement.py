@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cluster.config import CollectionConfig, IndexConfig, Settings
 from cluster.errors import Invalid
 from cluster.placement import (
+    NEAR_RECORDS,
     Candidate,
     Load,
     ObservedReplica,
@@ -23,6 +24,7 @@ from cluster.placement import (
     choose_lead,
     held_by_every_shard,
     leader,
+    may_end_logs,
     plan,
     publishable,
     replica_resources,
@@ -139,6 +141,34 @@ def test_generation_is_held_by_every_shard_where_one_ready_replica_of_each_has_i
     assert held_by_every_shard("a", 2, observed, 2) is held
 
 
+def crossing(lag: int, *versions: int) -> ObservedReplica:
+    """A replica that holds versions, and generation 2 as soon as the logs before it have ended."""
+    return replace(seen("ready", *versions), crossing={2: lag})
+
+
+@pytest.mark.parametrize(
+    ("observed", "may"),
+    [
+        ({}, False),
+        ({A0: crossing(0, 10)}, False),  # shard 1 has nobody
+        ({A0: crossing(0, 10), A1: crossing(NEAR_RECORDS)}, True),
+        ({A0: crossing(0, 10), A1: crossing(NEAR_RECORDS + 1)}, False),
+        ({A0: crossing(0, 10), A1: seen("ready", 10)}, False),  # it fails to load it
+        ({A0: crossing(0, 10), A1: seen("ready", 10, 20)}, True),  # they have ended already
+        ({A0: seen("ready", 20), A1: seen("ready", 10, 20)}, False),  # and all have arrived
+        ({A0: crossing(0, 10), A0_SECOND: crossing(99, 10), A1: crossing(0)}, False),
+        ({A0: crossing(0, 10), A0_SECOND: seen("unreachable", 10), A1: crossing(0)}, True),
+        ({A0: crossing(0, 10), A0_SECOND: seen("failed"), A1: crossing(0)}, True),
+        ({A0: crossing(0, 10), A1: replace(crossing(0), state="starting")}, False),
+        ({A0: replace(crossing(0, 10), crossing={3: 0}), A1: crossing(0)}, False),
+    ],
+)
+def test_logs_may_end_once_the_new_generation_is_near_in_every_shard(
+    observed: dict[ReplicaKey, ObservedReplica], may: bool
+) -> None:
+    assert may_end_logs(dict.fromkeys([A0, A0_SECOND, A1], G2), observed, 2) is may
+
+
 keys = st.builds(ReplicaKey, st.sampled_from(["a", "b"]), st.integers(0, 2), st.integers(0, 1))
 versions = st.integers(10, 49)
 
@@ -228,7 +258,7 @@ PATIENCE_S = 5.0
 GONE = ReplicaKey("a", 0, 9)
 
 
-def ready(lsn: int = 7, epoch: int = 0, **more: bool) -> Candidate:
+def ready(lsn: int = 7, epoch: int = 0, **more: Any) -> Candidate:
     return Candidate("ready", lsn, epoch, **more)
 
 
@@ -275,6 +305,12 @@ def silent(silent_s: float, state: ReplicaState = "unreachable", **more: bool) -
         # that failed lately
         ({R0: ready(refused=True)}, R0, None),
         ({R0: ready(refused=True), R1: ready()}, R0, R1),
+        # its log has ended, or others follow that of a later set
+        ({R0: ready(log_set=None)}, R0, None),
+        ({R0: ready(epoch=5), R1: ready(log_set=1)}, R0, R1),
+        ({R0: ready(9), R1: ready(3, log_set=1), R2: ready(4, log_set=1)}, R0, R2),
+        ({R0: ready(log_set=1), R1: ready(log_set=1, epoch=2)}, R0, None),
+        ({R0: ready(log_set=1, refused=True), R1: ready()}, R1, None),
     ],
 )
 def test_choice_of_who_leads(
@@ -290,6 +326,9 @@ def test_choice_of_who_leads(
         ({R0: ready()}, None),
         ({R0: ready(epoch=2), R1: ready(epoch=11), R2: ready(epoch=9)}, R1),
         ({R0: ready(epoch=2), R1: Candidate("unreachable", epoch=11)}, R0),
+        ({R0: ready(epoch=11), R1: ready(epoch=2, log_set=1)}, R1),
+        ({R0: ready(epoch=11), R1: ready(log_set=1)}, None),
+        ({R0: ready(epoch=11, log_set=None)}, None),
     ],
 )
 def test_leader_is_the_ready_replica_of_the_highest_epoch(
@@ -310,6 +349,7 @@ def test_leader_is_the_ready_replica_of_the_highest_epoch(
             st.none() | st.floats(0.0, 10.0),
             st.booleans(),
             st.booleans(),
+            st.none() | st.integers(0, 1),
         ),
     ),
     st.sampled_from([None, R0, R1, R2]),
@@ -321,6 +361,8 @@ def test_chosen_replica_is_ready_and_no_other_leads_or_was_asked_a_moment_ago(
     if chosen is not None:
         assert replicas[chosen].state == "ready"
         assert not replicas[chosen].refused
+        sets = [one.log_set for one in replicas.values() if one.state == "ready" and one.log_set is not None]
+        assert replicas[chosen].log_set == max(sets)
         assert leader(replicas) is None
         assert not any(one.asked and (one.silent_s or 0.0) < PATIENCE_S for one in replicas.values())
 

@@ -248,3 +248,8 @@ def test_largest_build_fits_the_memory_of_the_shard() -> None:
     bounded = CollectionConfig(384, index=IndexConfig("hnsw", memory_bytes=10**8))
     assert largest_build(bounded) < 10**8 / 384
     assert largest_build(CollectionConfig(384, index=IndexConfig(memory_bytes=1))) == 1
+
+
+def test_lists_that_few_points_cannot_train_do_not_keep_segments_small() -> None:
+    lists = CollectionConfig(16, index=IndexConfig("ivf_flat", nlist=100))
+    assert largest_build(lists, 2**20) > 5_000

@@ -50,7 +50,7 @@ def key_of(lsn: int) -> str:
 
 
 def wal_of(store: ObjectStore, pauses: list[float] | None = None) -> Wal:
-    return Wal(store, "c", SHARD, (pauses if pauses is not None else []).append)
+    return Wal(store, "c", SHARD, 0, (pauses if pauses is not None else []).append)
 
 
 def log_with(records: int, epoch: int = 1, store: MemoryStore | None = None) -> MemoryStore:
@@ -184,7 +184,7 @@ def test_record_cut_anywhere_or_with_bytes_appended_is_corrupt() -> None:
     [
         ({"magic": b"EAGLEWAX"}, "not a WAL record"),
         ({"version": 2}, "WAL format 2, this version reads 1"),
-        ({"kind": 3}, "WAL record of kind 3, this version knows 1, 2"),
+        ({"kind": 4}, "WAL record of kind 4, this version knows 1, 2, 3"),
         ({"kind": 0}, "WAL record of kind 0"),
         ({"shard": 4}, "holds LSN 9 of shard 4"),
         ({"lsn": 8}, "holds LSN 8 of shard 3"),
@@ -491,8 +491,8 @@ def test_end_of_a_long_log_takes_few_reads() -> None:
 
 def test_end_of_another_shard_is_another_one() -> None:
     store = log_with(5)
-    assert Wal(store, "c", 4).end(0, 0) == (0, 0)
-    assert Wal(store, "d", SHARD).end(0, 0) == (0, 0)
+    assert Wal(store, "c", 4, 0).end(0, 0) == (0, 0)
+    assert Wal(store, "d", SHARD, 0).end(0, 0) == (0, 0)
 
 
 def test_end_whose_record_is_damaged_is_corrupt() -> None:

@@ -9,9 +9,12 @@ import pyarrow as pa
 import pytest
 
 from cluster import paths
+from cluster.entry_log import start_after
 from cluster.errors import Fenced, Unavailable
+from cluster.log_check import CheckedLog, check_log
 from cluster.memory_store import MemoryStore
 from cluster.object_store import ObjectStore
+from cluster.shard_entry import LogPosition, LogSet
 from cluster.wal import READ_TRIES, RecordKind, Wal, WalRecord
 from tests.fakes import FaultyStore
 
@@ -23,7 +26,7 @@ def key_of(lsn: int) -> str:
 
 
 def wal_of(store: ObjectStore) -> Wal:
-    return Wal(store, "c", SHARD, lambda _: None)
+    return Wal(store, "c", SHARD, 0, lambda _: None)
 
 
 def record_of(lsn: int, epoch: int = 1, writer: int = 0) -> WalRecord:
@@ -217,19 +220,61 @@ def test_log_of_a_writer_that_never_rests_is_taken_over(others: int, claims: tup
         wal_of(store).append(record_of(claim.lsn))
 
 
+@pytest.mark.parametrize("strays", [1, 2])
+def test_claims_behind_the_end_change_nothing(strays: int) -> None:
+    """Of who took over a busy log, and passed the end over: readers stop at the end, so must all who look for it."""
+    store = log_with(3)
+    nonces = (f"{number:032x}" for number in count(1_000))
+    end = wal_of(store).finish(0, 0, lambda: next(nonces))
+    for number in range(strays):
+        wal_of(store).append(WalRecord(end.lsn + 1 + number, end.epoch + 1, "claim", next(nonces)))
+    assert wal_of(store).finish(0, 0, lambda: next(nonces)).lsn == end.lsn
+    assert start_after(store, "c", (LogSet(0, 1, (LogPosition(SHARD, 0, 0),)),)) == (end.lsn, end.epoch)
+    with pytest.raises(Fenced, match=f"ended at LSN {end.lsn}"):
+        wal_of(store).take_over(0, 0, lambda: next(nonces))
+    assert wal_of(store).last_listed() == end.lsn + strays, "nothing was added"
+    assert check_log(store, CheckedLog("c", 0, SHARD, ended=True)) == (end.lsn + strays, [])
+
+
+class EndedMeanwhile(MemoryStore):
+    """The log is ended, and two others claim behind the end, while `take_over` is busy with it."""
+
+    def __init__(self, others: int) -> None:
+        super().__init__()
+        self._others = others
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        lsn = int(key.removesuffix(".arrow").rsplit("/", 1)[1])
+        if self._others and wal_of(self).read(lsn) is None:
+            self._others -= 1
+            kinds: dict[int, RecordKind] = {3: "claim", 2: "end", 1: "claim", 0: "claim"}
+            kind = kinds.get(self._others, "write")
+            gone = pa.array([lsn]) if kind == "write" else None
+            self.put(key, WalRecord(lsn, 2, kind, f"{lsn:032x}", None, gone).encode(SHARD))
+        return super().put_if_absent(key, data)
+
+
+def test_a_log_that_ended_while_it_was_busy_is_not_taken_over() -> None:
+    store = EndedMeanwhile(20)
+    log_with(5, store)
+    nonces = (f"{number:032x}" for number in count(1_000))
+    with pytest.raises(Fenced, match="ended at LSN 23"):
+        wal_of(store).take_over(5, 1, lambda: next(nonces))
+
+
 # --- listing and deleting ---------------------------------------------------------------------------------------
 
 
 def test_last_listed_is_the_highest_lsn_whatever_is_missing_or_beside_it() -> None:
     store = log_with(12)
-    assert Wal(MemoryStore(), "c", SHARD).last_listed() == 0
+    assert Wal(MemoryStore(), "c", SHARD, 0).last_listed() == 0
     for lsn in (1, 2, 5):
         store.delete(key_of(lsn))
     for name in ("notes.txt", "00000000000000000099.tmp", "99.arrow"):
         store.put(paths.wal_prefix("c", SHARD) + name, b"?")
     store.put(paths.wal_record("c", 4, 70), record_of(70).encode(4))
     assert wal_of(store).last_listed() == 12
-    assert Wal(store, "c", 4).last_listed() == 70
+    assert Wal(store, "c", 4, 0).last_listed() == 70
 
 
 def test_records_before_an_lsn_are_deleted_and_nothing_else() -> None:

@@ -98,7 +98,8 @@ def test_compaction_of_a_collection_without_points(tmp_path: Path) -> None:
 
 
 def test_compaction_of_a_long_tail_seals_it_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.compact.SEAL_POINTS_MAX", 5)
+    monkeypatch.setattr("jobs.sealing.SEAL_POINTS_MIN", 5)
+    monkeypatch.setattr("jobs.sealing.SEAL_POINTS_MAX", 5)
     data = new_data_url()
     (written,) = new_shards(data, tmp_path, ONE_SHARD)
     for number in range(6):

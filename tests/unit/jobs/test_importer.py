@@ -25,12 +25,13 @@ from cluster.recent_queries import QuerySample, delete_queries, store_queries
 from cluster.routing import Routing
 from cluster.segment import SegmentDescription
 from cluster.wal import Wal, WalRecord
-from jobs import import_source, importer, row_reader, segment_task
+from jobs import build_plan, import_source, importer, row_reader, segment_task
 from jobs.build_plan import Workers
 from jobs.import_source import Columns
 from jobs.importer import STALE_STAGING_S, Importer, ImportOptions
 from jobs.report import JobReporter, JobStatus, read_status
 from jobs.row_reader import RowPlace, checked_vectors
+from jobs.snapshots import BranchOptions, branch
 from tests.fakes import Fault, FaultyStore, run_tasks_here
 from tests.unit.jobs.imports import (
     JOB,
@@ -636,7 +637,7 @@ def phases_and_plans(data: str, source: Path, **options: Any) -> tuple[list[str]
 def test_import_of_large_segments_measures_how_fast_they_are_built(
     kind: str, measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importer, "MEASURED_MIN", 400)
+    monkeypatch.setattr(build_plan, "MEASURED_MIN", 400)
     monkeypatch.setattr(build_rates, "SAMPLE_MIN", 100)
     data, source = new_data_url(), write(tmp_path / "words.parquet", random_table(800), row_group_size=800)
     phases, (plan,) = phases_and_plans(data, source, create={"shards": 2, "index": {"kind": kind}})
@@ -703,6 +704,19 @@ def test_failed_or_cancelled_import_deletes_the_segments_it_published(error: Bas
         run_import(data, source, run_tasks=fail_after(2, error))
     assert segment_ids(store) == {*before.segments, *others}
     assert_left_alone(store, newest=before)
+
+
+def test_failed_import_leaves_what_a_branch_has_of_an_earlier_job_of_its_name(tmp_path: Path) -> None:
+    """Of the collection itself no version that names it is kept any more."""
+    data, source = new_data_url(), write(tmp_path / "a.parquet", random_table(50))
+    store = open_store(data)
+    first = run_import(data, source, create={"shards": 4})
+    branched = branch(store, log_of(store), log_of(store, "twin"), first, BranchOptions("words", "twin"))
+    second = run_import(data, source, job_id="import-2")
+    store.delete(paths.manifest("words", first.version))
+    with pytest.raises(Unavailable, match="a node is gone"):
+        run_import(data, source, run_tasks=fail_after(2, Unavailable("a node is gone")))
+    assert segment_ids(store) == {*branched.segments, *second.segments}
 
 
 def test_import_that_lost_to_another_writer_deletes_its_segments(tmp_path: Path) -> None:
@@ -906,7 +920,7 @@ def test_commit_of_another_writer_in_between_is_a_conflict(exists: bool, tmp_pat
 
 
 def write_records(store: ObjectStore, shard: int, first: int, last: int, epoch: int = 1) -> None:
-    wal = Wal(store, "words", shard)
+    wal = Wal(store, "words", shard, 0)
     for lsn in range(first, last + 1):
         wal.append(WalRecord(lsn, epoch, "write", f"{shard:016x}{lsn:016x}", None, pa.array([lsn])))
 
@@ -988,7 +1002,7 @@ def test_import_over_a_deleted_collection_fences_the_writers_of_that(tmp_path: P
         data, source, job_id="import-2", create={"shards": 2}, run_tasks=once_before_rows_are_read(write_on)
     )
     assert [(entry.applied_lsn, entry.epoch) for entry in manifest.shards] == [(5, 4), (0, 0)]
-    assert list(Wal(store, "words", 0).read_after(manifest.shards[0].applied_lsn)) == []
+    assert list(Wal(store, "words", 0, 0).read_after(manifest.shards[0].applied_lsn)) == []
 
 
 def test_import_of_a_file_that_does_not_fit_claims_nothing(tmp_path: Path) -> None:
@@ -999,7 +1013,7 @@ def test_import_of_a_file_that_does_not_fit_claims_nothing(tmp_path: Path) -> No
     log_of(store).delete()
     with pytest.raises(Invalid, match="has dimension 4, the collection 5"):
         run_import(data, source, job_id="import-2", create={"dimension": 5})
-    assert Wal(store, "words", 0).end(0, 0) == (4, 2)  # the claim of the deletion
+    assert Wal(store, "words", 0, 0).end(0, 0) == (4, 2)  # the claim of the deletion
 
 
 # --- staging and stores that fail -------------------------------------------------------------------------------

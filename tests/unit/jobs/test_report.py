@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cluster import paths
 from cluster.errors import Corrupt, NotFound
 from cluster.memory_store import MemoryStore
-from jobs.report import FINISH_PAUSES_S, WRITE_PERIOD_S, JobReporter, JobStatus, read_status
+from jobs.progress_bar import duration_text, progress_note
+from jobs.report import FINISH_PAUSES_S, WRITE_PERIOD_S, JobReporter, JobStatus, read_status, write_pending
 from tests.fakes import FaultyStore, ManualClock
 
 START = JobStatus("job-1", "import", "words")
@@ -82,6 +85,38 @@ def test_time_left_is_unknown_at_the_beginning() -> None:
     assert reporter.status.remaining_s is None
 
 
+def test_time_that_was_waited_counts_for_neither_rate_nor_time_left() -> None:
+    clock = ManualClock()
+    reporter = JobReporter(MemoryStore(), START, clock=clock)
+    reporter.phase("scan", unit="objects")
+    clock.advance(10.0)
+    reporter.waiting("waiting for a node")
+    clock.advance(500.0)
+    reporter.waiting("waiting for a node")  # told again
+    clock.advance(490.0)
+    reporter.progress(0.5, rows_done=100)
+    assert reporter.status.rate == pytest.approx(10.0)
+    assert reporter.status.unit == "objects"
+    assert reporter.status.remaining_s == pytest.approx(10.0)
+    reporter.waiting("waiting for a node")
+    clock.advance(1_000.0)
+    reporter.waiting("")
+    clock.advance(5.0)
+    reporter.progress(0.75, rows_done=150)
+    assert reporter.status.remaining_s == pytest.approx(5.0)
+    reporter.phase("write")
+    assert reporter.status.unit == "rows"
+
+
+def test_pending_is_written_only_where_the_job_has_said_nothing() -> None:
+    store = MemoryStore()
+    write_pending(store, START)
+    assert (read_status(store, "job-1").state, read_status(store, "job-1").phase) == ("pending", "pending")
+    JobReporter(store, START, clock=ManualClock())
+    write_pending(store, START)
+    assert read_status(store, "job-1") == START
+
+
 def test_listener_is_told_every_change() -> None:
     seen: list[JobStatus] = []
     reporter = JobReporter(MemoryStore(), START, seen.append, ManualClock())
@@ -156,3 +191,26 @@ def test_damaged_status_is_corrupt_by_name(data: bytes) -> None:
     store.put(paths.job_status("job-1"), data)
     with pytest.raises(Corrupt, match=r"jobs/job-1/status\.json: not a job status"):
         read_status(store, "job-1")
+
+
+@pytest.mark.parametrize(
+    ("note", "text"),
+    [
+        ((0.0, "rows", None), ""),
+        ((12_345.6, "rows", None), "12,346 rows/s"),
+        ((12.0, "objects", 200.0), "12 objects/s, 3 min left"),
+        ((0.0, "rows", 0.4), "1 s left"),
+        ((0.0, "rows", 0.0), ""),
+        ((5.0, "rows", 9.0, "waiting for a node"), "waiting for a node"),
+    ],
+)
+def test_note_of_a_progress_bar(note: tuple[Any, ...], text: str) -> None:
+    assert progress_note(*note) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s"), (59.0, "59 s"), (119.0, "119 s"), (120.0, "2 min"), (7_100.0, "118 min"), (9_000.0, "2 h")],
+)
+def test_duration_is_told_in_its_largest_unit(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text

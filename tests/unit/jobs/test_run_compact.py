@@ -11,8 +11,8 @@ from actors import ray_jobs, ray_runtime
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Unavailable
 from cluster.object_store import open_store
-from jobs import __main__ as jobs_main
 from jobs import report
+from jobs import run as jobs_run
 from jobs.compact import CompactOptions
 from jobs.report import JobStatus, read_status
 from tests.fakes import run_tasks_here
@@ -48,7 +48,7 @@ def refreshed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def run_job(data: str, folder: Path, **options: Any) -> JobStatus:
     settings = Settings(data, cache_dir=str(folder))
     status = JobStatus(JOB, "compact", COLLECTION)
-    jobs_main.run_compact(settings, CompactOptions(COLLECTION, **options), status)
+    jobs_run.run_compact(settings, CompactOptions(COLLECTION, **options), status)
     return read_status(open_store(data), JOB)
 
 

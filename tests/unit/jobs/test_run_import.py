@@ -11,8 +11,8 @@ from actors import ray_jobs, ray_runtime
 from cluster.config import Settings
 from cluster.errors import Invalid, NotFound, Unavailable
 from cluster.object_store import ObjectStore, open_store
-from jobs import __main__ as jobs_main
 from jobs import report
+from jobs import run as jobs_run
 from jobs.importer import ImportOptions
 from jobs.report import JobStatus, read_status
 from tests.fakes import FaultyStore, run_tasks_here
@@ -35,7 +35,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(data: str, source: Path | str) -> JobStatus:
-    jobs_main.run_import(Settings(data), ImportOptions("words", str(source)), STATUS)
+    jobs_run.run_import(Settings(data), ImportOptions("words", str(source)), STATUS)
     return read_status(open_store(data), JOB)
 
 
@@ -113,8 +113,8 @@ class StatusLessStore:
 
 def test_import_commits_though_no_status_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = new_data_url()
-    monkeypatch.setattr(jobs_main, "open_store", lambda url: StatusLessStore(open_store(url)))
-    jobs_main.run_import(Settings(data), ImportOptions("words", str(good_source(tmp_path))), STATUS)
+    monkeypatch.setattr(jobs_run, "open_store", lambda url: StatusLessStore(open_store(url)))
+    jobs_run.run_import(Settings(data), ImportOptions("words", str(good_source(tmp_path))), STATUS)
     newest = log_of(open_store(data)).newest()
     assert newest is not None
     assert newest.points == 10
@@ -122,9 +122,9 @@ def test_import_commits_though_no_status_can_be_written(tmp_path: Path, monkeypa
 
 def test_first_error_is_told_though_no_status_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = random_table(10).set_column(0, "id", [[*range(9), 0]])
-    monkeypatch.setattr(jobs_main, "open_store", lambda url: StatusLessStore(open_store(url)))
+    monkeypatch.setattr(jobs_run, "open_store", lambda url: StatusLessStore(open_store(url)))
     with pytest.raises(Invalid, match="is repeated"):
-        jobs_main.run_import(
+        jobs_run.run_import(
             Settings(new_data_url()), ImportOptions("words", str(write(tmp_path / "a.parquet", table))), STATUS
         )
 
@@ -140,8 +140,8 @@ def test_failed_import_says_why(tmp_path: Path) -> None:
 def test_outcome_is_written_though_the_store_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, source = new_data_url(), good_source(tmp_path)
     counted = FaultyStore(open_store(data), counted=frozenset({"put"}))
-    monkeypatch.setattr(jobs_main, "open_store", lambda url: counted)
+    monkeypatch.setattr(jobs_run, "open_store", lambda url: counted)
     run(data, source)
     failing = FaultyStore(open_store(data), at=counted.calls, counted=frozenset({"put"}))
-    monkeypatch.setattr(jobs_main, "open_store", lambda url: failing)
+    monkeypatch.setattr(jobs_run, "open_store", lambda url: failing)
     assert run(data, source).report["version"] == 2

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import uuid
 from pathlib import Path
-
-import typer
 
 from cluster.errors import EaglerayError
 from cluster.manifest import ManifestLog
 from cluster.object_store import open_store
-from jobs.__main__ import app as jobs_app
 from jobs.build_plan import Workers
 from jobs.compact import CompactOptions, Compactor
 from jobs.report import JobReporter, JobStatus
 from tests.fakes import run_tasks_here
-from tests.unit.serve.endpoint import Endpoint, Json, LocalJobs
+from tests.unit.serve.endpoint import Endpoint, LocalJobs
 
 
 class CompactJobs(LocalJobs):
@@ -41,15 +36,8 @@ class CompactJobs(LocalJobs):
         if self._at_once:
             self.compact(job_id)
 
-    def arguments(self, job_id: str) -> Json:
-        """What `python -m jobs compact` reads from the command line that was submitted."""
-        executable, *module, kind = shlex.split(self.entrypoints[job_id])[:4]
-        assert (executable, module, kind) == (sys.executable, ["-m", "jobs"], "compact")
-        command = typer.main.get_command(jobs_app).commands[kind]  # type: ignore[attr-defined]
-        return dict(command.make_context(kind, shlex.split(self.entrypoints[job_id])[4:]).params)
-
     def compact(self, job_id: str) -> None:
-        """Run what was submitted, in this thread, as `jobs.__main__.run_compact` does."""
+        """Run what was submitted, in this thread, as `jobs.run.run_compact` does."""
         given, store = self.arguments(job_id), open_store(self._data)
         options = CompactOptions(given["collection"], given["shard"], given["memory_bytes"])
         log = ManifestLog(store, options.collection, lambda: uuid.uuid4().hex)

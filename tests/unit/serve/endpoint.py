@@ -79,16 +79,16 @@ class LocalJobs:
         return True
 
     def arguments(self, job_id: str) -> Json:
-        """What `python -m jobs import` reads from the command line that was submitted."""
+        """What `python -m jobs` reads from the command line that was submitted."""
         executable, *module, kind = shlex.split(self.entrypoints[job_id])[:4]
-        assert (executable, module, kind) == (sys.executable, ["-m", "jobs"], "import")
+        assert (executable, module, kind) == (sys.executable, ["-m", "jobs"], job_id.rsplit("-", 1)[0])
         group = typer.main.get_command(jobs_app)
         command = group.commands[kind]  # type: ignore[attr-defined]  # a group, because the app has a callback
         context = command.make_context(kind, shlex.split(self.entrypoints[job_id])[4:])
         return dict(context.params)
 
     def run(self, job_id: str, data: str) -> JobStatus:
-        """Run the import that was submitted, in this thread, as `jobs.__main__.run_import` does."""
+        """Run the import that was submitted, in this thread, as `jobs.run.run_import` does."""
         given = self.arguments(job_id)
         columns = Columns(given["id_column"], given["vector_column"], parse_attributes(given["attribute_columns"]))
         create = json.loads(given["create"])
@@ -118,6 +118,7 @@ class Endpoint:
     eagleray: Serving
     jobs: LocalJobs
     data: str
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     @property
     def store(self) -> ObjectStore:

@@ -82,7 +82,7 @@ class SilentJobs(CompactJobs):
 def test_compact_whose_report_was_lost_says_so(tmp_path: Path) -> None:
     with listening(tmp_path) as (client, endpoint):
         SilentJobs.of(endpoint, tmp_path, at_once=True)
-        assert told("compact", "words", client=client) == f"collection words: compacted; {NO_REPORT}\n"
+        assert told("compact", "words", client=client) == f"compact succeeded; {NO_REPORT}\n"
 
 
 def test_compact_of_what_is_not_there_is_refused(tmp_path: Path) -> None:

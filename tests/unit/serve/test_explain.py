@@ -105,12 +105,16 @@ DESCRIPTION: dict[str, Any] = {
     "serving_generation": 3,
     "ready": True,
     "reason": "",
+    "switching": "",
+    "rebuild_advised": None,
+    "rebuild_reasons": [],
     "shards": [
         {
             "shard": 0,
             "points": 117_659,
             "tail_points": 0,
             "tombstones": 0,
+            "upkeep": "",
             "replicas": [],
             "segments": [SEGMENT],
             "observed": [],
@@ -263,3 +267,14 @@ def test_explain_command_tells_of_the_served_collection(tmp_path: Path) -> None:
         assert [point["target_recall"] for point in segment["operating_points"]] == [0.95, 0.9, 0.99]
     assert output.count("why: ivf_sq8 was asked for") == 2
     assert [row[0] for row in cells(output) if len(row) == 7] == ["0.95", "0.9", "0.99"] * 2
+
+
+def test_status_says_what_goes_on_and_what_is_advised() -> None:
+    told = {"switching": "switching to generation 4: shard 0 12 records behind", "rebuild_advised": "it grew"}
+    lines = printed(print_collection, changed(upkeep="seals 5,000 points") | told).splitlines()
+    assert [line.strip() for line in lines[1:4]] == [
+        "switching to generation 4: shard 0 12 records behind",
+        "a rebuild is advised: it grew",
+        "shard 0: seals 5,000 points",
+    ]
+    assert "advised" not in printed(print_collection, DESCRIPTION)

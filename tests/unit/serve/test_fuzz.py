@@ -9,6 +9,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -32,19 +33,23 @@ from schemathesis.specs.openapi.checks import (
 from actors.faiss_index import use_threads
 from cluster.arrow_rows import vectors_array
 from cluster.config import COLLECTION_NAME, CollectionConfig, IndexConfig
+from cluster.snapshots import NAME as SNAPSHOT_NAME
+from cluster.snapshots import create_snapshot
 from jobs.report import JobReporter, JobStatus
 from serve.arrow_bodies import ARROW
 from serve.job_service import JOB_ID
 from serve.openapi import openapi_document
-from tests.unit.actors.points import random_points
+from tests.unit.actors.points import manifest_log, random_points
 from tests.unit.serve.endpoint import Endpoint, arrow_stream, memory_url, running_endpoint, stream_of
 
 SEED = 20_240_601
 EXAMPLES = 120  # per operation, beside the schema's own edge cases
+FEW_EXAMPLES = 40  # of those whose bodies and answers are small
 DIMENSION = 1  # so that made-up vectors often fit
 COLLECTIONS = ("words", "names")
 SCRATCH = tuple(f"scratch-{number}" for number in range(12))
 JOB = "import-1"
+SNAPSHOTS = tuple(f"snapshot-{number}" for number in range(12))
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -57,6 +62,9 @@ CONFIG = schemathesis.Config.from_dict(
     {
         "seed": SEED,
         "generation": {"max-examples": EXAMPLES, "database": "none"},
+        "operations": [
+            {"include-path-regex": "(snapshots|rollback|/v1/jobs)", "generation": {"max-examples": FEW_EXAMPLES}}
+        ],
         # A search may be given a timeout of a nanosecond.
         "checks": {"not_a_server_error": {"expected-statuses": ["2xx", "4xx", "503"]}},
     }
@@ -126,6 +134,10 @@ class FuzzedApp:
         for name, id_type in zip(COLLECTIONS, ("int64", "string"), strict=True):
             config = CollectionConfig(DIMENSION, "l2", id_type, shards=2, index=IndexConfig("hnsw"))  # type: ignore[arg-type]
             await endpoint.publish(name, config, random_points(config, 40))
+            await endpoint.publish(name, config, random_points(config, 40))  # to roll back from
+            manifest = manifest_log(endpoint.store, name).newest_live()
+            for snapshot in SNAPSHOTS:
+                create_snapshot(endpoint.store, snapshot, manifest, datetime.now(UTC))
         for name in SCRATCH[::2]:
             await endpoint.create(name, dimension=DIMENSION)
         await asyncio.to_thread(JobReporter, endpoint.store, JobStatus(JOB, "import", COLLECTIONS[0]))
@@ -142,7 +154,7 @@ def aim(case: Any) -> None:
     """Let most requests hit what exists; keep the number of replicas and the prepared collections as they are."""
     dice = crc32(repr((case.path_parameters, case.body)).encode())
     name = case.path_parameters.get("collection")
-    if case.method in ("PUT", "DELETE") and name is not None:
+    if case.method in ("PUT", "DELETE") and name is not None and case.path.endswith("{collection}"):
         if not isinstance(name, str) or COLLECTION_NAME.fullmatch(name):
             case.path_parameters["collection"] = SCRATCH[dice % len(SCRATCH)]
     elif name is not None and dice % 8:
@@ -150,6 +162,9 @@ def aim(case: Any) -> None:
     job_id = case.path_parameters.get("job_id")
     if isinstance(job_id, str) and JOB_ID.fullmatch(job_id) and dice % 4:
         case.path_parameters["job_id"] = JOB
+    snapshot = case.path_parameters.get("name")
+    if isinstance(snapshot, str) and SNAPSHOT_NAME.fullmatch(snapshot) and dice % 4:
+        case.path_parameters["name"] = SNAPSHOTS[dice // 4 % len(SNAPSHOTS)]
     if isinstance(case.body, dict):
         case.body.update(fitted(case.body, dice))
     if case.path.endswith(":search") and dice % 3 == 0:

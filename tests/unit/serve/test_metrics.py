@@ -9,6 +9,7 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from actors.shard import ReplicaStatus
+from cluster.advice import Advice
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.manifest import Manifest, SegmentRef, ShardEntry, TombstonesRef
 from cluster.placement import ReplicaKey
@@ -55,6 +56,14 @@ async def scraped(endpoint: Endpoint) -> Samples:
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     return parsed(response.text)
+
+
+def facts_of(
+    manifest: Manifest, serving: int, statuses: dict[ReplicaKey, ReplicaStatus], **more: Any
+) -> dict[str, Any]:
+    """As a directory describes a collection."""
+    facts = {"manifest": manifest, "serving_generation": serving, "statuses": statuses}
+    return {**facts, "advice": (), "idle_upkeep": {}, **more}
 
 
 def test_metrics_of_an_idle_endpoint_parse(tmp_path: Path) -> None:
@@ -131,7 +140,7 @@ def test_gauges_tell_the_observed_recall_of_every_replica_and_generation() -> No
     }
     shards = (ShardEntry(0, ()), ShardEntry(1, ()))
     manifest = Manifest("words", 3, CONFIG, Routing(2), 2, shards, created_at="", writer="")
-    described = describe_collection({"manifest": manifest, "serving_generation": 2, "statuses": statuses}, None)
+    described = describe_collection(facts_of(manifest, 2, statuses), None)
     assert [shard["observed"] for shard in described["shards"]] == [
         [{"replica": 0} | one, {"replica": 0} | two, {"replica": 1} | two],
         [],
@@ -158,7 +167,7 @@ def test_description_tells_what_the_most_advanced_replica_of_the_generation_has(
         ReplicaKey("words", 1, 0): status(8, 70, generation=1, epoch=1),  # the new generation is being loaded
         ReplicaKey("words", 2, 0): ReplicaStatus("unreachable", epoch=5),
     }
-    described = describe_collection({"manifest": manifest, "serving_generation": 1, "statuses": statuses}, None)
+    described = describe_collection(facts_of(manifest, 1, statuses), None)
     told = ("points", "lsn", "primary", "tail_points", "tombstones", "upkeep")
     assert [tuple(shard[name] for name in told) for shard in described["shards"]] == [
         (61, 9, 0, 11, 5, "merging"),
@@ -171,6 +180,33 @@ def test_description_tells_what_the_most_advanced_replica_of_the_generation_has(
     assert value(samples, "eagleray_tail_points", collection="words", shard="0") == 11
     assert value(samples, "eagleray_tombstones", collection="words", shard="1") == 3
     assert value(samples, "eagleray_lsn", collection="words", shard="0", replica="1") == 9
+
+
+def test_rebuild_that_is_advised_is_told_with_its_reasons_and_as_a_gauge() -> None:
+    manifest = Manifest("words", 3, CONFIG, Routing(1), 2, (ShardEntry(0),), created_at="", writer="")
+    advice = (Advice("growth", "it has grown"), Advice("recall", "queries find less"))
+    bad = describe_collection(facts_of(manifest, 2, {}, advice=advice), None)
+    good = describe_collection(facts_of(replace(manifest, collection="birds"), 2, {}), None)
+    assert (bad["rebuild_advised"], bad["rebuild_reasons"]) == ("it has grown; queries find less", ["growth", "recall"])
+    assert (good["rebuild_advised"], good["rebuild_reasons"]) == (None, [])
+    samples = parsed(render({}, [bad, good, describe_unreadable("broken", "why")]).decode())
+    for kind in ("growth", "scattered", "recall", "index_kind"):
+        told = [
+            value(samples, "eagleray_rebuild_advised", collection=name, reason_kind=kind) for name in ("words", "birds")
+        ]
+        assert told == [float(kind in ("growth", "recall")), 0.0]
+    assert sum(name == "eagleray_rebuild_advised" for name, _ in samples) == 8
+
+
+def test_shard_tells_what_its_primary_says_of_upkeep_and_else_why_nothing_is_done() -> None:
+    manifest = Manifest("words", 3, CONFIG, Routing(2), 2, (ShardEntry(0), ShardEntry(1)), created_at="", writer="")
+    statuses = {
+        ReplicaKey("words", 0, 0): ReplicaStatus("ready", epoch=1, upkeep="sealing the tail failed: the disk is full"),
+        ReplicaKey("words", 1, 0): ReplicaStatus("ready"),
+    }
+    idle = {0: "not said", 1: "not begun, no replica leads the shard: the tail is long"}
+    described = describe_collection(facts_of(manifest, 2, statuses, idle_upkeep=idle), None)
+    assert [shard["upkeep"] for shard in described["shards"]] == [statuses[ReplicaKey("words", 0, 0)].upkeep, idle[1]]
 
 
 def test_either_endpoint_tells_the_counts_of_both(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from cluster.arrow_rows import vectors_array
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.errors import Invalid
 from cluster.placement import ReplicaKey
+from cluster.snapshots import create_snapshot
 from serve.arrow_bodies import ARROW
+from serve.job_bodies import decode_job
 from serve.openapi import openapi_document, openapi_json
-from serve.schemas import decode_job
-from tests.unit.actors.points import random_points
+from tests.unit.actors.points import manifest_log, random_points
 from tests.unit.serve.endpoint import Endpoint, Json, arrow_stream, run_with_endpoint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -70,7 +72,7 @@ def operations_of(app: Starlette) -> set[tuple[str, str]]:
     """(path, method) of every route; HEAD comes with GET and is not described."""
     routes = [route for route in app.routes if isinstance(route, Route)]
     assert len(routes) == len(app.routes)
-    return {(route.path, method) for route in routes for method in route.methods or () if method != "HEAD"}
+    return {(route.path_format, method) for route in routes for method in route.methods or () if method != "HEAD"}
 
 
 def described_operations() -> set[tuple[str, str]]:
@@ -133,7 +135,26 @@ JOB_BODIES: list[tuple[Json, bool]] = [
     ({"kind": "compact", "shard": 0, "memory_bytes": 1}, True),
     ({"kind": "compact", "shard": -1}, False),
     ({"kind": "compact", "source": "x.parquet"}, False),
-    ({"kind": "rebuild"}, False),
+    ({"kind": "rebuild"}, True),
+    ({"kind": "rebuild", "index": {"kind": "hnsw", "m": None}, "shards": 3, "memory_bytes": 1, "seed": 0}, True),
+    ({"kind": "rebuild", "shards": 0}, False),
+    ({"kind": "rebuild", "target_recall": 0.9}, False),
+    ({"kind": "rollback", "generation": 3}, True),
+    ({"kind": "rollback", "generation": 0}, False),
+    ({"kind": "snapshot", "name": "before"}, True),
+    ({"kind": "snapshot"}, False),
+    ({"kind": "snapshot", "name": "../x"}, False),
+    ({"kind": "restore", "snapshot": "before"}, True),
+    ({"kind": "restore"}, False),
+    ({"kind": "branch", "into": "other", "snapshot": "before"}, True),
+    ({"kind": "branch", "into": "OTHER"}, False),
+    ({"kind": "export", "target": "s3://bucket/words"}, True),
+    ({"kind": "export", "target": ""}, False),
+    ({"kind": "collect_garbage", "delete": True, "grace_s": 3600.0}, True),
+    ({"kind": "collect_garbage", "grace_s": -1}, False),
+    ({"kind": "scrub", "sample": 0, "seed": 1}, True),
+    ({"kind": "scrub", "sample": -1}, False),
+    ({"kind": "reindex"}, False),
     ({"source": "x.parquet"}, False),
     ({}, False),
 ]
@@ -160,7 +181,7 @@ class Conversation:
         self.seen: set[tuple[str, str, int]] = set()
 
     async def ask(self, method: str, path: str, status: int, name: str = "words", **request: Any) -> Any:
-        url = path.replace("{collection}", name).replace("{job_id}", name)
+        url = path.replace("{collection}", name).replace("{job_id}", name).replace("{name}", "before")
         response = await self._endpoint.http.request(method, url, **request)
         assert response.status_code == status, response.text
         self.seen.add((path, method, status))
@@ -185,6 +206,12 @@ SEARCH, FETCH, UPSERT, DELETE, JOBS, JOB = (
     f"{COLLECTION}/points:delete",
     f"{COLLECTION}/jobs",
     "/v1/jobs/{job_id}",
+)
+ROLLBACK, SNAPSHOTS, SNAPSHOT, ALL_JOBS = (
+    f"{COLLECTION}:rollback",
+    f"{COLLECTION}/snapshots",
+    f"{COLLECTION}/snapshots/{{name}}",
+    "/v1/jobs",
 )
 
 
@@ -271,6 +298,28 @@ async def talk_of_jobs(talk: Conversation, endpoint: Endpoint, source: str) -> N
         await talk.ask(method, JOB, 400, "a.b")
 
 
+async def talk_of_versions(talk: Conversation, endpoint: Endpoint) -> None:
+    assert len((await talk.ask("GET", ALL_JOBS, 200))["jobs"]) == 4
+    await talk.ask("POST", ALL_JOBS, 202, json={"kind": "collect_garbage"})
+    await talk.ask("POST", ALL_JOBS, 400, json={"kind": "compact"})
+    await talk.ask("POST", JOBS, 202, json={"kind": "branch", "into": "more"})
+    await talk.ask("POST", JOBS, 409, json={"kind": "branch", "into": "words"})
+    await talk.ask("POST", JOBS, 404, json={"kind": "restore", "snapshot": "before"})
+    manifest = manifest_log(endpoint.store, "words").newest_live()
+    create_snapshot(endpoint.store, "before", manifest, datetime.now(UTC))
+    assert len((await talk.ask("GET", SNAPSHOTS, 200))["snapshots"]) == 1
+    await talk.ask("GET", SNAPSHOTS, 404, "nothing")
+    await talk.ask("GET", SNAPSHOTS, 400, "WORDS")
+    await talk.ask("DELETE", SNAPSHOT, 204)
+    await talk.ask("DELETE", SNAPSHOT, 404)
+    await talk.ask("DELETE", SNAPSHOT, 400, "WORDS")
+    rolled_back = await talk.ask("POST", ROLLBACK, 200, json={})
+    assert rolled_back["generation"] == rolled_back["serving_generation"] == manifest.generation + 1
+    await talk.ask("POST", ROLLBACK, 400, json={"generation": 100})
+    await talk.ask("POST", ROLLBACK, 404, "nothing", json={})
+    await talk.ask("POST", ROLLBACK, 415, content=b"{}", headers={"Content-Type": "text/plain"})
+
+
 def test_answers_are_as_described(tmp_path: Path) -> None:
     points = random_points(CONFIG, 30)
     rows = {"id": points.ids, "vector": vectors_array(points.vectors), "name": points.names}
@@ -282,6 +331,7 @@ def test_answers_are_as_described(tmp_path: Path) -> None:
         await talk_of_collections(talk)
         await talk_of_points(talk, endpoint, points.ids.to_pylist())
         await talk_of_jobs(talk, endpoint, str(tmp_path / "rows.parquet"))
+        await talk_of_versions(talk, endpoint)
         assert {(path, method) for path, method, status in talk.seen if status < 300} == described_operations()
 
     run_with_endpoint(scenario, tmp_path)

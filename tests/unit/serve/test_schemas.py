@@ -10,8 +10,9 @@ from cluster.config import ALL_OPTIONS, CollectionConfig, IndexConfig, Limits
 from cluster.errors import Invalid
 from cluster.query import SearchParams
 from serve.decoding import decode, decode_parameters
-from serve.job_service import import_command
-from serve.schemas import CollectionBody, ImportBody, check_create
+from serve.job_bodies import ImportBody, check_create
+from serve.job_service import command_line
+from serve.schemas import CollectionBody
 from serve.search_bodies import (
     CANDIDATES_MAX,
     FetchBody,
@@ -325,7 +326,7 @@ def test_create_of_an_import_names_its_wrong_field(create: dict[str, Any], field
 
 
 def test_import_command_leaves_out_what_was_not_given() -> None:
-    command = import_command("import-1", "words", ImportBody("import", "x.parquet"), "eagleray")
+    command = command_line("import-1", "words", ImportBody("import", "x.parquet"), "eagleray")
     names = [argument.split("=", 1)[0] for argument in command[4:]]
     assert names == [
         "--job-id",

@@ -17,14 +17,6 @@ from cluster.errors import Unavailable
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="test",
-             object_store_memory=100 * 1024 * 1024, _temp_dir="/tmp/er-test-ray")  # fmt: skip
-    yield
-    ray.shutdown()
-
-
 def count_up(limit: int) -> Iterator[int]:
     for number in range(limit):  # noqa: UP028  # Ray drives generators with send(), which a range has not
         yield number

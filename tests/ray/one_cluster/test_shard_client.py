@@ -20,14 +20,6 @@ pytestmark = pytest.mark.ray
 KEY = ReplicaKey("words", 2, 1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="test",
-             object_store_memory=100 * 1024 * 1024, _temp_dir="/tmp/er-test-client")  # fmt: skip
-    yield
-    ray.shutdown()
-
-
 class EchoActor(EchoReplica):
     """Its methods are for actor calls; beside them a server takes direct ones."""
 

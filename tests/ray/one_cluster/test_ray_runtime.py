@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 
 from actors import ray_jobs, ray_runtime
 from cluster.arrow_rows import vectors_array
@@ -30,14 +29,6 @@ from cluster.write import PointWrite, WriteOutcome
 pytestmark = pytest.mark.ray
 WANTED = WantedReplica(version=1, generation=1, shards=1, num_cpus=0.0)
 KEY = ReplicaKey("empty", 0, 0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="test",
-             object_store_memory=100 * 1024 * 1024, _temp_dir="/tmp/er-test-ray")  # fmt: skip
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

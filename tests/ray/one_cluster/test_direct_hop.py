@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 
 from actors import ray_runtime
 from actors.direct_client import DirectShardClient
@@ -33,14 +32,6 @@ from cluster.write import PointWrite, WriteOutcome
 pytestmark = pytest.mark.ray
 KEYS = (ReplicaKey("words", 0, 0), ReplicaKey("words", 0, 1))
 NEAREST = SearchGroup(0, 1, 1, SearchParams())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="test",
-             object_store_memory=100 * 1024 * 1024, _temp_dir="/tmp/er-test-direct")  # fmt: skip
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -1,0 +1,147 @@
+"""A generation of another log set on its way: it reads the logs of the earlier sets until they have ended.
+
+It stands beside what is served and is no part of that: whatever fails here, the rest goes on. Reading on has a thread
+of its own (`CrossingThread`), for it may take long, and neither claims nor records of the served log may wait for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable
+
+from actors.live_generation import LiveGeneration
+from cluster.entry_log import EntryLog
+from cluster.errors import EaglerayError
+from cluster.manifest import Manifest, ShardEntry
+from cluster.placement import NEAR_RECORDS
+
+PERIOD_S = 0.1  # how often the earlier logs are read on; writes wait as long once these have ended
+logger = logging.getLogger(__name__)
+
+
+class Crossing:
+    """`lag` is how many records were not read yet when that was last known, None where reading on failed.
+
+    `versions` are the manifests that it stands for. `broken`: a record was applied by half, and nothing can be done.
+    """
+
+    def __init__(self, generation: LiveGeneration, entry: ShardEntry, log: EntryLog) -> None:
+        self.generation = generation
+        self.versions = generation.versions
+        self.broken = False
+        self.lag: int | None = 0 if log.crossed else log.lag() + NEAR_RECORDS
+        self._entry = entry
+        self._log = log
+        self._near = False
+        self._newest: Manifest | None = None
+        self._arrived = False
+        self._reading = threading.Lock()
+
+    @property
+    def number(self) -> int:
+        """Of its generation."""
+        return self.generation.view.generation
+
+    @property
+    def crossed(self) -> bool:
+        """Whether all records of the earlier sets were applied, and none can come any more."""
+        return self._log.crossed
+
+    def stands_for(self, manifest: Manifest) -> bool:
+        """Whether this is that version as well, because its entry of this shard is the same."""
+        view, entry = self.generation.view, manifest.shards[self._entry.shard]
+        if self.broken or (manifest.generation, manifest.config, entry) != (self.number, view.config, self._entry):
+            return False
+        self.versions = (*self.versions, manifest.version)
+        if manifest.version > max(view.version, self._newest.version if self._newest else 0):
+            self._newest = manifest
+        return True
+
+    def arrived(self) -> LiveGeneration:
+        """The generation, at the start of its own log; once this has crossed."""
+        if not self._arrived:
+            self._arrived = True
+            if self._log.start is not None:
+                self.generation.arrive(self._log.start, self._log.epoch)
+            if self._newest is not None:
+                self.generation.declare(self._newest.version, self._newest.attributes)
+            self.generation.stand_for(self.versions)
+        return self.generation
+
+    def advance(self) -> bool:
+        """Read on until little is left, or it does not get less; returns `crossed`. Nothing while another does it.
+
+        Raises Unavailable or Corrupt where the logs cannot be read; what was applied stays so.
+        """
+        if not self._reading.acquire(blocking=False):
+            return self.crossed
+        try:
+            before = sys.maxsize
+            while not self.crossed:
+                count = self._read_on()
+                self._near = count <= NEAR_RECORDS
+                self.lag = count
+                if self._near or count > before // 2:
+                    break
+                before = count
+        except BaseException:
+            self.lag = None
+            raise
+        finally:
+            self._reading.release()
+        return self.crossed
+
+    def _read_on(self) -> int:
+        """To the ends of the logs as they are met; returns how many records there were."""
+        count, known = 0, self.lag or 0
+        for record in self._log.records():
+            if self.crossed:  # of the own log, which is read elsewhere
+                break
+            try:
+                self.generation.cross(record)
+            except BaseException:
+                self.broken = True
+                raise
+            count += 1
+            if not self._near:
+                self.lag = max(known - count, NEAR_RECORDS + 1)
+        return count
+
+
+class CrossingThread:
+    """Has a crossing read on each `PERIOD_S`, until there is none. `failure` is why the last time did not succeed."""
+
+    def __init__(self, name: str, closed: threading.Event) -> None:
+        self.failure = ""
+        self._name = name
+        self._closed = closed
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def see_to(self, crossing: Callable[[], bool], advance: Callable[[], bool], arrive: Callable[[], None]) -> None:
+        """Run while `crossing()`, unless this does so already. Where `advance` says that all was read, `arrive`."""
+        with self._lock:
+            if self._thread is None and crossing() and not self._closed.is_set():
+                args = (crossing, advance, arrive)
+                self._thread = threading.Thread(target=self._run, args=args, name="cross", daemon=True)
+                self._thread.start()
+
+    def _run(self, crossing: Callable[[], bool], advance: Callable[[], bool], arrive: Callable[[], None]) -> None:
+        while True:
+            with self._lock:
+                if self._closed.is_set() or not crossing():
+                    self._thread, self.failure = None, ""
+                    return
+            failure = ""
+            try:
+                if advance():
+                    arrive()
+            except Exception as error:  # told, and done again: what is served goes on
+                failure = f"crossing to another log set: {error}"
+                if failure != self.failure and not self._closed.is_set():
+                    ours = isinstance(error, EaglerayError)
+                    logger.warning("%s: %s", self._name, failure, exc_info=None if ours else error)
+            self.failure = failure
+            self._closed.wait(PERIOD_S)

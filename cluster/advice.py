@@ -1,0 +1,182 @@
+"""When a collection would be better for a rebuild, and why. Pure functions of plain data.
+
+What seals and merges repair by themselves is no reason: those begin without anybody (`cluster.upkeep`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+from cluster.config import CollectionConfig, Upkeep
+from cluster.errors import Invalid
+from cluster.index_policy import plan_index
+from cluster.upkeep import POINTS_MAX, largest_build
+
+ReasonKind = Literal["growth", "scattered", "recall", "index_kind"]
+REASON_KINDS: tuple[ReasonKind, ...] = get_args(ReasonKind)
+SMALL_PART = 10  # a segment with less than this fraction of the points that one index could have is small
+KIND_SHARE = 0.8  # of the points must ask for another index as well: near a bound of the policy none is worth it
+CONFIGS_KEPT, PLANS_KEPT = 256, 4096
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One reason for a rebuild, in words and numbers."""
+
+    kind: ReasonKind
+    reason: str
+
+
+@dataclass(frozen=True)
+class IndexFacts:
+    """A segment: its rows, those of them that are live, and the kind of index that was planned for it and it has."""
+
+    count: int
+    live: int
+    planned: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class ObservedRecall:
+    """The recall of live queries, and its 95% interval (`actors.recall_observer`)."""
+
+    recall: float
+    low: float
+    high: float
+    queries: int
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """A shard as served. `tail_points` are in no segment. `upkeep_due`: a seal or a merge is going to change this.
+
+    `points_max` is the largest segment that would be made.
+    """
+
+    shard: int
+    segments: tuple[IndexFacts, ...] = ()
+    tail_points: int = 0
+    upkeep_due: bool = False
+    observed: ObservedRecall | None = None
+    points_max: int = POINTS_MAX
+
+    @property
+    def points(self) -> int:
+        return sum(segment.live for segment in self.segments) + self.tail_points
+
+    @property
+    def largest(self) -> IndexFacts:
+        """The segment that was trained on most points."""
+        return max(self.segments, key=lambda segment: segment.count)
+
+    @property
+    def whole(self) -> int:
+        """The points that one index of the shard would have."""
+        return min(self.points, self.points_max)
+
+
+@dataclass(frozen=True)
+class AdviceFacts:
+    config: CollectionConfig
+    shards: tuple[ShardFacts, ...]
+
+
+def rebuild_advice(facts: AdviceFacts, bounds: Upkeep) -> tuple[Advice, ...]:
+    """Every reason for a rebuild, in the order of `REASON_KINDS`; none where there is no reason."""
+    checks: dict[ReasonKind, Callable[[ShardFacts, CollectionConfig, Upkeep], str]] = {
+        "growth": _growth,
+        "scattered": _scattered,
+        "recall": _recall,
+        "index_kind": _index_kind,
+    }
+    found = []
+    for kind in REASON_KINDS:
+        reasons = {
+            shard.shard: reason for shard in facts.shards if (reason := checks[kind](shard, facts.config, bounds))
+        }
+        if reasons:
+            found.append(Advice(kind, _of_all(reasons, len(facts.shards))))
+    return tuple(found)
+
+
+def _of_all(reasons: dict[int, str], shards: int) -> str:
+    """What is said of the first shard, and of how many others the like is true."""
+    first = min(reasons)
+    others = f", and {len(reasons) - 1} more of {shards} shards" if len(reasons) > 1 else ""
+    return f"shard {first}: {reasons[first]}{others}"
+
+
+def _growth(shard: ShardFacts, config: CollectionConfig, bounds: Upkeep) -> str:
+    if not shard.segments or shard.whole <= bounds.rebuild_growth * shard.largest.count:
+        return ""
+    return (
+        f"its largest index was trained on {shard.largest.count:,} points, of {shard.points:,} that there are now; "
+        f"rebuild_growth is {bounds.rebuild_growth:g}"
+    )
+
+
+def _scattered(shard: ShardFacts, config: CollectionConfig, bounds: Upkeep) -> str:
+    """A tail that is not to be sealed yet is no reason: exact search of so many points was chosen for it."""
+    if shard.upkeep_due:
+        return ""
+    small = sum(segment.live for segment in shard.segments if SMALL_PART * segment.count < shard.whole)
+    deleted = sum(segment.count - segment.live for segment in shard.segments)
+    loose, rows = small + deleted + shard.tail_points, shard.points + deleted
+    if loose <= max(bounds.seal_points, bounds.rebuild_loose_share * rows):
+        return ""
+    return (
+        f"of {rows:,} rows {deleted:,} are deleted, {shard.tail_points:,} in no segment and {small:,} in small ones; "
+        f"rebuild_loose_share is {bounds.rebuild_loose_share:g}"
+    )
+
+
+def _recall(shard: ShardFacts, config: CollectionConfig, bounds: Upkeep) -> str:
+    """Where the whole interval lies below the target and the margin."""
+    observed, target = shard.observed, config.index.target_recall
+    if observed is None or observed.high >= target - bounds.rebuild_recall_margin:
+        return ""
+    return (
+        f"live queries have recall {observed.recall:.3f} ({observed.low:.3f} to {observed.high:.3f} with 95% "
+        f"confidence, {observed.queries:,} queries), the target is {target:g}"
+    )
+
+
+def _index_kind(shard: ShardFacts, config: CollectionConfig, bounds: Upkeep) -> str:
+    """Of the largest segment. What the builder made of a plan for the sake of its vectors it would do again."""
+    if not shard.segments:
+        return ""
+    here, now = shard.largest, kind_for(config, shard.whole)
+    if not now or now in (here.planned, here.kind) or kind_for(config, int(KIND_SHARE * shard.whole)) != now:
+        return ""
+    return (
+        f"{here.kind} was chosen for {here.count:,} points, {now} would be for the {shard.whole:,} that there are now"
+    )
+
+
+def kind_for(config: CollectionConfig, count: int) -> str:
+    """The kind of index that the policy chooses for about so many points; "" where nothing meets the bounds."""
+    return _kind_for(config, _rounded(count))
+
+
+@lru_cache(PLANS_KEPT)
+def _kind_for(config: CollectionConfig, count: int) -> str:
+    try:
+        return plan_index(count, config).spec.kind
+    except Invalid:
+        return ""
+
+
+def _rounded(count: int) -> int:
+    """Two digits: a count that changes with every write is planned for only now and then."""
+    unit: int = 10 ** max(0, len(str(count)) - 2)
+    return count // unit * unit
+
+
+@lru_cache(CONFIGS_KEPT)
+def largest_segment(config: CollectionConfig) -> int:
+    """`cluster.upkeep.largest_build`, which takes milliseconds, remembered."""
+    return largest_build(config)

@@ -1,0 +1,77 @@
+"""The jobs that look after what is stored, from their first to their last status: garbage collection and scrub."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Mapping
+
+from actors import ray_runtime
+from cluster.config import Settings
+from cluster.errors import Corrupt, Unavailable
+from cluster.manifest import ManifestLog
+from cluster.object_store import open_store
+from jobs.collect_garbage import CollectGarbageOptions, GarbageCollector
+from jobs.report import JobStatus
+from jobs.run import reporting, told_if_it_fails, workers
+from jobs.scrub import Scrubber, ScrubOptions
+
+TABLE_TIMEOUT_S = 30.0
+logger = logging.getLogger(__name__)
+
+
+def run_collect_garbage(settings: Settings, options: CollectGarbageOptions, status: JobStatus) -> None:
+    """List garbage, or delete it. Unavailable where some of it could not be deleted, or something not be read; what was
+    done until then is in the report all the same."""
+    store = open_store(settings.data)
+    with reporting(store, status) as reporter:
+        collector = GarbageCollector(store, options, lambda: _served(settings.namespace))
+        try:
+            report = collector.run(reporter)
+            if report["failed"]:
+                first = report["failures"][0]
+                raise Unavailable(
+                    f"{report['failed']} times an object failed; first {first['object']}: {first['message']}"
+                )
+        except BaseException as error:  # a cancelled job, SystemExit, has an end to report too
+            state = "failed" if isinstance(error, Exception) else "stopped"
+            told = {"error": type(error).__name__, "message": str(error) or "stopped; what it had deleted is gone"}
+            reporter.finish(state, collector.report | told)
+            raise
+        reporter.finish("succeeded", report)
+
+
+def run_scrub(settings: Settings, options: ScrubOptions, status: JobStatus) -> None:
+    """Check a collection. Corrupt where something is wrong: the report, which is written first, says what."""
+    store = open_store(settings.data)
+    log = ManifestLog(store, options.collection, lambda: uuid.uuid4().hex)
+    with reporting(store, status) as reporter:
+        with told_if_it_fails(reporter, "stopped; nothing was changed"):
+            scrubber = Scrubber(settings.data, store, log, options, workers(reporter), settings.cache_dir)
+            report = scrubber.run(reporter)
+        if report["sound"]:
+            reporter.finish("succeeded", report)
+            return
+        first = report["findings"][0]
+        message = f"{report['findings_total']} things are wrong; first {first['object']}: {first['problem']}"
+        reporter.finish("failed", report | {"error": "Corrupt", "message": message})
+        raise Corrupt(message)
+
+
+def _served(namespace: str) -> Mapping[str, int]:
+    """The version of each collection that searches go to; empty where no Eagleray runs, or it cannot be asked."""
+
+    async def table(directory: ray_runtime.RayDirectory) -> Mapping[str, int]:
+        async with asyncio.timeout(TABLE_TIMEOUT_S):
+            found = await directory.next_table(None)
+        return {name: served.version for name, served in found.collections.items()}
+
+    try:
+        supervisor = ray_runtime.find_supervisor(namespace)
+        if supervisor is None:
+            return {}
+        return asyncio.run(table(ray_runtime.RayDirectory(supervisor, namespace)))
+    except Exception:  # of any kind: what the manifests say is retained all the same
+        logger.warning("the supervisor could not be asked which versions are served", exc_info=True)
+        return {}

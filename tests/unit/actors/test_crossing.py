@@ -1,0 +1,493 @@
+"""One shard on its way to another log set: it reads the earlier logs beside what is served, then follows its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from actors.crossing import CrossingThread
+from actors.live_generation import LiveGeneration
+from actors.primary import Primary
+from actors.shard import Shard
+from cluster import wal as wal_module
+from cluster.errors import Fenced, Unavailable
+from cluster.ids import id_array
+from cluster.manifest import Manifest, ShardEntry
+from cluster.memory_store import MemoryStore
+from cluster.object_store import ObjectStore
+from cluster.routing import Routing
+from cluster.wal import Wal, WalRecord
+from cluster.write import PointWrite
+from tests.fakes import FaultyStore
+from tests.unit.actors.batches import LIMITS, UPKEEP, WAIT_S, delete, opened, record, upsert
+from tests.unit.actors.log_writer import Contents, LogWriter, contents
+from tests.unit.actors.points import manifest_log
+from tests.unit.actors.resharding import end, new_nonce, records, replayed, split
+
+SHARDS = 3
+Reshard = Callable[[ObjectStore, int], Manifest]
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wal_module, "APPEND_PAUSE_S", 0.0)
+
+
+@pytest.fixture
+def writer() -> LogWriter:
+    writer = LogWriter(MemoryStore())
+    writer.put(upsert(*range(40)))
+    writer.put(delete(0, 3))
+    return writer
+
+
+def part(live: Contents, shard: int, shards: int = SHARDS) -> Contents:
+    """What of it a shard holds."""
+    numbers = Routing(shards).shards_of_ids(id_array(list(live), "int64")).tolist()
+    return {point_id: at for (point_id, at), number in zip(live.items(), numbers, strict=True) if number == shard}
+
+
+def shard_of(writer: LogWriter, number: int, cache_dir: Path) -> Shard:
+    return Shard(writer.store, "words", number, cache_dir)
+
+
+def near(shard: Shard) -> Shard:
+    """It has read all there is."""
+    assert not shard.advance()
+    return shard
+
+
+def arrived(shard: Shard) -> Shard:
+    assert shard.advance()
+    shard.arrive()
+    return shard
+
+
+def mine(shard: int, first: int = 100, shards: int = SHARDS) -> int:
+    """An id that the shard takes."""
+    return next(n for n in range(first, 10_000) if Routing(shards).shards_of_ids(id_array([n], "int64"))[0] == shard)
+
+
+# --- on the way ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reshard", [replayed, split])
+def test_generation_of_another_log_set_reads_the_earlier_logs_beside_what_is_served(
+    reshard: Reshard, writer: LogWriter, tmp_path: Path
+) -> None:
+    shard = opened(writer.store, tmp_path)
+    manifest = reshard(writer.store, SHARDS)
+    writer.put(upsert(1, 2, at=500.0))
+    shard.load()
+    status = near(shard).status()
+    assert (status.state, status.versions, status.generations) == ("ready", (1, manifest.version), (1,))
+    assert list(status.crossing) == [2]
+    assert (status.log_set, status.log_ended, status.error) == (0, False, "")
+    with pytest.raises(Unavailable, match="generation 2 of 'words' is not loaded here"):
+        shard.view(2)
+    shard.receive(writer.push(upsert(41, 42)))
+    shard.catch_up()
+    assert contents(shard.view(1)) == writer.live, "what is served follows its log"
+    near(shard)
+    end(writer.store, manifest)
+    arrived(shard)
+    assert contents(shard.view(2)) == part(writer.live, 0)
+
+
+def test_all_shards_of_the_new_set_hold_every_point_once(writer: LogWriter, tmp_path: Path) -> None:
+    manifest = replayed(writer.store, SHARDS)
+    shards = [shard_of(writer, number, tmp_path) for number in range(SHARDS)]
+    for shard in shards:
+        shard.load()
+        assert (near(shard).status().generations, list(shard.status().crossing)) == ((), [2])
+    writer.put(upsert(*range(30, 60), at=7.0))
+    writer.put(delete(31))
+    start = end(writer.store, manifest)
+    assert [record.kind for record in records(writer.store, 0, 0, writer.lsn)] == ["claim", "end"]
+    for number, shard in enumerate(shards):
+        arrived(shard)
+        assert contents(shard.view(2)) == part(writer.live, number)
+        status = shard.status()
+        assert (status.lsn, status.log_start, status.log_set, status.log_ended) == (start, start, 1, False)
+        assert (status.generations, status.crossing) == ((2,), {})
+
+
+def test_lag_is_what_is_unread_until_little_is_left(
+    writer: LogWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.crossing.NEAR_RECORDS", 5)
+    replayed(writer.store, SHARDS)
+    writer.put_points(*range(100, 130))
+    shard = opened(writer.store, tmp_path)
+    lags = [shard.status().crossing[2]]
+    cross = LiveGeneration.cross
+
+    def crossing(self: LiveGeneration, record: WalRecord) -> None:
+        cross(self, record)
+        lags.append(shard.status().crossing[2])
+
+    monkeypatch.setattr(LiveGeneration, "cross", crossing)
+    near(shard)
+    assert lags[0] == writer.lsn + 5
+    assert lags == sorted(lags, reverse=True)
+    assert min(lags) > 5, "it is not near before it has read to the end"
+    assert shard.status().crossing == {2: 0}
+    writer.put_points(200, 201)
+    near(shard)
+    assert shard.status().crossing[2] <= 2
+
+
+def test_later_version_of_the_same_files_goes_on_where_the_crossing_is(
+    writer: LogWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = replayed(writer.store, SHARDS)
+    shard = near(opened(writer.store, tmp_path))
+    taken: list[int] = []
+    cross = LiveGeneration.cross
+
+    def crossing(self: LiveGeneration, record: WalRecord) -> None:
+        taken.append(record.lsn)
+        cross(self, record)
+
+    monkeypatch.setattr(LiveGeneration, "cross", crossing)
+    declared = manifest_log(writer.store, "words").declare_attributes({"name": "string"})
+    writer.put(upsert(50))
+    shard.load()
+    assert set(shard.status().versions) == {manifest.version, declared.version}
+    end(writer.store, manifest)
+    arrived(shard)
+    assert set(taken) <= {writer.lsn}, "nothing is read again"
+    assert shard.view(2).version == declared.version
+    assert list(shard.view(2).attributes) == ["name"]
+    assert contents(shard.view(2)) == part(writer.live, 0)
+
+
+def test_crossing_that_was_taken_back_is_dropped(writer: LogWriter, tmp_path: Path) -> None:
+    shard = opened(writer.store, tmp_path)
+    replayed(writer.store, SHARDS)
+    shard.load()
+    back = replayed(writer.store, 1)
+    shard.load()
+    status = near(shard).status()
+    assert (status.generations, list(status.crossing), set(status.versions)) == ((1,), [3], {1, 3})
+    writer.put(upsert(77))
+    start = end(writer.store, back)
+    arrived(shard)
+    assert contents(shard.view(3)) == contents(shard.view(1)) == writer.live
+    assert (shard.status().log_set, shard.status().log_start) == (2, start)
+    assert [record.kind for record in records(writer.store, 1, 0, start - 2)] == ["claim", "end"]
+
+
+# --- what fails there -----------------------------------------------------------------------------------------------
+
+
+def test_store_that_fails_while_crossing_harms_nothing_and_it_goes_on_afterwards(
+    writer: LogWriter, tmp_path: Path
+) -> None:
+    store = FaultyStore(writer.store)
+    shard = opened(store, tmp_path)
+    manifest = replayed(writer.store, SHARDS)
+    shard.load()
+    near(shard)
+    writer.put(upsert(50))
+    for _ in range(3):
+        store.at = store.calls + 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(wal_module, "READ_TRIES", 1)
+            with pytest.raises(Unavailable):
+                shard.advance()
+        status = shard.status()
+        assert (status.state, status.generations, status.versions, status.crossing) == ("ready", (1,), (1,), {})
+        assert contents(shard.view(1)).keys() == writer.live.keys() - {50}
+    shard.load()  # as the supervisor has it, for the version is not among those that are held
+    assert list(shard.status().crossing) == [2]
+    end(writer.store, manifest)
+    assert contents(arrived(shard).view(2)) == part(writer.live, 0)
+
+
+def test_crossing_that_applied_a_record_by_half_is_loaded_anew(
+    writer: LogWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = opened(writer.store, tmp_path)
+    manifest = replayed(writer.store, SHARDS)
+    shard.load()
+    with monkeypatch.context() as patch:
+        patch.setattr(LiveGeneration, "cross", lambda self, record: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            shard.advance()
+    assert (shard.crossing, shard.status().versions) == (None, (1,))
+    assert contents(shard.view(1)) == writer.live
+    shard.load()
+    near(shard)
+    end(writer.store, manifest)
+    assert contents(arrived(shard).view(2)) == part(writer.live, 0)
+
+
+def test_own_log_that_cannot_be_read_on_arrival_is_read_again(writer: LogWriter, tmp_path: Path) -> None:
+    store = FaultyStore(writer.store)
+    shard = opened(store, tmp_path)
+    manifest = replayed(writer.store, SHARDS)
+    shard.load()
+    start = end(writer.store, manifest)
+    Wal(writer.store, "words", 0, 1).claim(start, 9, new_nonce())
+    assert shard.advance()
+    shard.catch_up()
+    store.at = store.calls + 1
+    with pytest.raises(Unavailable):
+        shard.arrive()
+    assert (shard.status().generations, shard.status().log_ended) == ((1,), True)
+    shard.arrive()
+    assert (shard.status().generations, shard.status().lsn) == ((1, 2), start + 1)
+
+
+# --- arrival and after ------------------------------------------------------------------------------------------------
+
+
+def switched(writer: LogWriter, shard: Shard) -> int:
+    """Shard 0 has gone over; the LSN at which its log begins."""
+    manifest = replayed(writer.store, SHARDS)
+    shard.load()
+    start = end(writer.store, manifest)
+    arrived(shard)
+    return start
+
+
+def test_old_generation_stays_at_the_end_of_its_log_and_the_new_one_takes_records(
+    writer: LogWriter, tmp_path: Path
+) -> None:
+    shard = opened(writer.store, tmp_path)
+    writer.put(upsert(90))  # not applied yet
+    start = switched(writer, shard)
+    before, new = dict(writer.live), mine(0)
+    assert shard.view(1).lsn == start
+    primary = Primary.claim(shard, LIMITS, UPKEEP)
+    outcome = primary.write(upsert(new)).result(WAIT_S)
+    primary.stop()
+    assert outcome.lsn == start + 2
+    assert [record.kind for record in records(writer.store, 1, 0, start)] == ["claim", "write"]
+    assert contents(shard.view(1)) == before, "which has all that was written before the end, and nothing after"
+    assert contents(shard.view(2)) == part(before, 0) | {new: float(new)}
+    assert records(writer.store, 1, 0, start)[0].epoch > records(writer.store, 0, 0)[-1].epoch
+    shard.retire(2)
+    assert shard.status().generations == (2,)
+
+
+def test_replica_that_arrives_late_reads_what_another_wrote_meanwhile(writer: LogWriter, tmp_path: Path) -> None:
+    late, shard = opened(writer.store, tmp_path), opened(writer.store, tmp_path)
+    manifest = replayed(writer.store, SHARDS)
+    late.load()
+    start = switched_to(manifest, writer, shard)
+    primary = Primary.claim(shard, LIMITS, UPKEEP, push=late.receive)
+    new = mine(0)
+    primary.write(upsert(new)).result(WAIT_S)
+    assert (late.status().generations, late.status().log_ended) == ((1,), True), "its old log has ended"
+    arrived(late)
+    assert late.applied_lsn == start + 2
+    primary.write(upsert(mine(0, new + 1))).result(WAIT_S)
+    primary.stop()
+    assert late.applied_lsn == start + 3, "pushed records are applied from now on"
+    assert contents(late.view(2)) == contents(shard.view(2))
+
+
+def switched_to(manifest: Manifest, writer: LogWriter, shard: Shard) -> int:
+    shard.load()
+    start = end(writer.store, manifest)
+    arrived(shard)
+    return start
+
+
+@pytest.mark.parametrize("led", [False, True])
+def test_restart_after_the_switch_comes_to_the_same_state(led: bool, writer: LogWriter, tmp_path: Path) -> None:
+    shard = opened(writer.store, tmp_path)
+    start = switched(writer, shard)
+    if led:
+        primary = Primary.claim(shard, LIMITS, UPKEEP)
+        primary.write(upsert(mine(0))).result(WAIT_S)
+        primary.stop()
+    again = opened(writer.store, tmp_path)
+    assert contents(again.view(2)) == contents(shard.view(2))
+    status = again.status()
+    assert (status.generations, status.log_set, status.log_start, status.lsn) == ((2,), 1, start, shard.applied_lsn)
+    again.load(1)  # which is served until all have arrived
+    assert again.status().generations == (1, 2)
+    assert contents(again.view(1)) == contents(shard.view(1))
+    assert again.view(1).lsn == start
+    assert (again.status().log_set, again.applied_lsn, again.crossing) == (1, shard.applied_lsn, None)
+    Primary.claim(again, LIMITS, UPKEEP).stop()
+
+
+def test_restart_while_crossing_holds_nothing_until_the_served_version_is_loaded_beside_it(
+    writer: LogWriter, tmp_path: Path
+) -> None:
+    manifest = replayed(writer.store, SHARDS)
+    shard = opened(writer.store, tmp_path)
+    status = shard.status()
+    assert (status.state, status.generations, status.versions) == ("ready", (), (manifest.version,))
+    shard.load(1)
+    assert (shard.status().generations, list(shard.status().crossing)) == ((1,), [2])
+    primary = Primary.claim(shard, LIMITS, UPKEEP)
+    primary.write(upsert(70)).result(WAIT_S)
+    near(shard)
+    end(writer.store, manifest)
+    with pytest.raises(Fenced, match="another writer's claim"):
+        primary.write(upsert(71)).result(WAIT_S)
+    arrived(shard)
+    assert contents(shard.view(2)) == part(writer.live | {70: 70.0}, 0)
+
+
+def test_shard_that_was_away_until_the_new_set_was_sealed_goes_over_all_the_same(
+    writer: LogWriter, tmp_path: Path
+) -> None:
+    away, shard = opened(writer.store, tmp_path), opened(writer.store, tmp_path)
+    start = switched(writer, shard)
+    Primary.claim(shard, LIMITS, UPKEEP).stop()
+    log = manifest_log(writer.store, "words")
+    sealed = log.commit_shards(log.newest_live(), {0: ShardEntry(0, (), shard.applied_lsn, shard.epoch)})
+    away.load(sealed.version)
+    status = away.status()
+    assert (status.generations, status.log_set, status.log_start, status.lsn) == ((1, 2), 1, start, start + 1)
+    assert contents(away.view(1)) == writer.live
+    assert (opened(writer.store, tmp_path).status().log_start, away.view(2).points) == (start, 0)
+
+
+def test_version_of_the_new_set_that_was_not_sealed_is_brought_to_the_lsn_of_the_others(
+    writer: LogWriter, tmp_path: Path
+) -> None:
+    shard = opened(writer.store, tmp_path)
+    start = switched(writer, shard)
+    primary = Primary.claim(shard, LIMITS, UPKEEP)
+    new = mine(0)
+    primary.write(upsert(new)).result(WAIT_S)
+    declared = manifest_log(writer.store, "words").declare_attributes({"name": "string"})
+    shard.load(declared.version)
+    assert (shard.view(2).version, shard.view(2).lsn) == (declared.version, start + 2)
+    assert contents(shard.view(2)) == part(writer.live, 0) | {new: float(new)}
+    primary.write(upsert(mine(0, new + 1))).result(WAIT_S)
+    primary.stop()
+    assert shard.view(2).lsn == start + 3
+
+
+def test_log_sets_follow_one_another(writer: LogWriter, tmp_path: Path) -> None:
+    """1 -> 3 -> 2: what was written to each set is in the last one, and what came later counts."""
+    shards = {number: shard_of(writer, number, tmp_path) for number in range(SHARDS)}
+    three = replayed(writer.store, 3)
+    end(writer.store, three)
+    for number, shard in shards.items():
+        shard.load()
+        primary = Primary.claim(shard, LIMITS, UPKEEP)
+        point = next(iter(part(writer.live, number)))
+        primary.write(upsert(point, at=900.0)).result(WAIT_S)
+        gone = mine(number, 10) if number else point + 10_000
+        primary.write(delete(gone)).result(WAIT_S)
+        primary.stop()
+        writer.live[point] = 900.0
+        writer.live.pop(gone, None)
+    two = replayed(writer.store, 2)
+    start = end(writer.store, two)
+    for number in range(2):
+        shards[number].load()
+        assert shards[number].status().generations == (2, 3)
+        assert contents(shards[number].view(3)) == part(writer.live, number, 2)
+        assert (shards[number].status().log_set, shards[number].status().log_start) == (2, start)
+    assert max(record.lsn for number in range(3) for record in records(writer.store, 1, number, three_start(writer)))
+    assert not records(writer.store, 2, 0, start), "nobody has led it yet"
+
+
+def three_start(writer: LogWriter) -> int:
+    return records(writer.store, 0, 0)[-1].lsn
+
+
+# --- who leads a log that ends ----------------------------------------------------------------------------------------
+
+
+def test_primary_of_a_log_that_ends_acknowledges_nothing_more(writer: LogWriter, tmp_path: Path) -> None:
+    shard = opened(writer.store, tmp_path)
+    primary = Primary.claim(shard, LIMITS, UPKEEP)
+    manifest = replayed(writer.store, SHARDS)
+    start = end(writer.store, manifest)
+    with pytest.raises(Fenced):
+        primary.write(upsert(1)).result(WAIT_S)
+    with pytest.raises(Fenced):
+        primary.write(upsert(1))
+    assert "another writer's end" in primary.lost
+    shard.load()
+    primary.stop()
+    assert contents(shard.view(2)) == part(writer.live, 0)
+    assert records(writer.store, 1, 0, start) == []
+
+
+def test_claim_of_an_ended_log_is_fenced_and_writes_nothing(writer: LogWriter, tmp_path: Path) -> None:
+    shard = opened(writer.store, tmp_path)
+    end(writer.store, replayed(writer.store, SHARDS))
+    before = {info.key for info in writer.store.objects("")}
+    with pytest.raises(Fenced, match="ended at LSN 4"):
+        Primary.claim(shard, LIMITS, UPKEEP)
+    assert {info.key for info in writer.store.objects("")} == before
+    assert shard.status().epoch == 0
+
+
+def test_restart_at_a_manifest_that_names_the_end_of_the_log_knows_that_it_has_ended(
+    writer: LogWriter, tmp_path: Path
+) -> None:
+    last = Wal(writer.store, "words", 0, 0).finish(0, 0, new_nonce)
+    log = manifest_log(writer.store, "words")
+    log.commit_shards(log.newest_live(), {0: ShardEntry(0, (), last.lsn, last.epoch)})
+    shard = opened(writer.store, tmp_path)
+    assert shard.status().log_ended
+    pushed = record(last.lsn + 1, upsert(1)).encode(0, "words")
+    shard.receive(pushed)
+    assert (shard.applied_lsn, contents(shard.view(1))) == (last.lsn, {}), "what comes then is of another log"
+
+
+@pytest.mark.parametrize("write", [upsert(1), delete(1)])
+def test_write_that_was_split_by_another_routing_is_fenced(
+    write: PointWrite, writer: LogWriter, tmp_path: Path
+) -> None:
+    shard = opened(writer.store, tmp_path)
+    switched(writer, shard)
+    primary = Primary.claim(shard, LIMITS, UPKEEP)
+    with pytest.raises(Fenced, match="split over 1 shards, shard 0 is one of 3: nothing was applied"):
+        primary.write(PointWrite(write.upserts, write.deletes, shards=1))
+    primary.write(PointWrite(write.upserts, write.deletes, shards=3)).result(WAIT_S)
+    primary.stop()
+
+
+def test_whoever_leads_gives_up_before_the_log_changes(writer: LogWriter, tmp_path: Path) -> None:
+    shard = opened(writer.store, tmp_path)
+    primary = Primary.claim(shard, LIMITS, UPKEEP)
+    given_up: list[int] = []
+
+    def give_up() -> None:
+        given_up.append(shard.applied_lsn)
+        primary.stop()
+
+    shard.before_arrival = give_up
+    start = switched(writer, shard)
+    assert given_up == [writer.lsn + 1]
+    assert (shard.status().epoch, shard.applied_lsn) == (0, start)
+
+
+# --- the thread -------------------------------------------------------------------------------------------------------
+
+
+def test_thread_tells_why_a_crossing_fails_and_goes_on_until_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.crossing.PERIOD_S", 0.001)
+    thread, done = CrossingThread("words/0/0", threading.Event()), threading.Event()
+    outcomes: list[bool | None] = [None, None, False, True]
+    seen: list[str] = []
+
+    def advance() -> bool:
+        seen.append(thread.failure)
+        outcome = outcomes.pop(0)
+        if outcome is None:
+            raise Unavailable("the store is away")
+        return outcome
+
+    for _ in range(2):  # one thread is enough
+        thread.see_to(lambda: not done.is_set(), advance, done.set)
+    assert done.wait(WAIT_S)
+    failure = "crossing to another log set: the store is away"
+    assert (seen, outcomes) == (["", failure, failure, ""], [])

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from actors.replica_status import ReplicaStatus
+from actors.switch_facts import memory_of_switch
+from cluster.config import CollectionConfig
+from cluster.errors import Exhausted
+from cluster.index_policy import MEMORY_MARGIN
+from cluster.placement import ReplicaKey
+
+MIB = 1024**2
+CONFIG = CollectionConfig(8, replicas=2, shards=2)
+
+
+def status(node: str, available: int, *segments: tuple[int, int]) -> ReplicaStatus:
+    """A replica with segments of so many MiB and points, on a node with so many MiB."""
+    facts: tuple[dict[str, Any], ...] = tuple({"predicted_bytes": s * MIB, "count": count} for s, count in segments)
+    return ReplicaStatus("ready", node=node, segments=facts, node_memory=(available * MIB, 1_000 * MIB))
+
+
+def keyed(*statuses: ReplicaStatus) -> dict[ReplicaKey, ReplicaStatus]:
+    keys = [ReplicaKey("words", shard, number) for shard in range(2) for number in range(2)]
+    return dict(zip(keys, statuses, strict=False))
+
+
+def test_what_replicas_have_loaded_and_what_is_coming_is_index_and_ids() -> None:
+    statuses = keyed(status("a", 500, (10, MIB), (20, MIB)), status("b", 400), status("a", 450), status("b", 600))
+    told = memory_of_switch("words", CONFIG, statuses, [(100, MIB), (50 * MIB, 0)])
+    first, second = told.nodes
+    assert (first.node, first.replicas, first.loaded) == ("a", 2, 30 * MIB + 2 * 8 * MIB)
+    assert first.beside == pytest.approx((100 + 8 * MIB + 50 * MIB) * MEMORY_MARGIN, abs=2)
+    assert (first.available, second.available) == (400 * MIB, 350 * MIB)  # the least that was told, less the spare
+    assert (told.mode, told.unknown) == ("beside", 0)
+
+
+def test_more_shards_than_before_have_replicas_that_do_not_run_yet() -> None:
+    statuses = keyed(status("a", 100), status("b", 200))
+    told = memory_of_switch("words", replace(CONFIG, shards=3), statuses, [(10 * MIB, 0)] * 3)
+    assert sum(need.replicas for need in told.nodes) == 6
+    assert told.nodes[1].replicas > told.nodes[0].replicas
+    with pytest.raises(Exhausted, match="memory of the switch"):
+        memory_of_switch("words", replace(CONFIG, shards=3), statuses, [(80 * MIB, 0)] * 3)
+
+
+def test_replicas_that_do_not_tell_their_memory_refuse_nothing() -> None:
+    unknown = replace(status("a", 1), node_memory=None)
+    told = memory_of_switch("words", CONFIG, keyed(unknown, unknown), [(10**12, 0)] * 2)
+    assert (told.mode, told.nodes, told.unknown) == ("beside", (), 4)
