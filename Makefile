@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help env check test soak demo bench bench-peers bench-record bench-writes lock clean
+.PHONY: help env check test soak demo bench bench-peers bench-record bench-build bench-writes lock clean
 
 help: ## Show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -44,6 +44,9 @@ bench-peers: env ## Eagleray beside Chroma's server and a plain Ray Serve deploy
 
 bench-record: env ## Record the ratios to FAISS in process that tests/ray/test_speed_guard.py guards
 	$(BIN)/python -m benchmarks.speed_guard --record
+
+bench-build: env ## Building segments beside FAISS in process, and two shards at once beside one with two threads
+	$(BIN)/python -m benchmarks.build_throughput $(BENCH)
 
 bench-writes: env ## Acknowledged writes beside the store's own puts and FAISS's adds (BENCH="--help" for options)
 	$(BIN)/python -m benchmarks.writes $(BENCH)

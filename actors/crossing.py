@@ -9,31 +9,41 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable
 
-from actors.live_generation import LiveGeneration
+from actors.live_generation import VERSIONS_KEPT, LiveGeneration
 from cluster.entry_log import EntryLog
 from cluster.errors import EaglerayError
 from cluster.manifest import Manifest, ShardEntry
 from cluster.placement import NEAR_RECORDS
 
 PERIOD_S = 0.1  # how often the earlier logs are read on; writes wait as long once these have ended
+NEAR_S = 1.0  # what is left is near as well where it is read within this, and more writes come than let it get less
 logger = logging.getLogger(__name__)
 
 
 class Crossing:
     """`lag` is how many records were not read yet when that was last known, None where reading on failed.
 
+    It is at most `NEAR_RECORDS` where the earlier logs may end, and only there: what is left is read in a moment.
     `versions` are the manifests that it stands for. `broken`: a record was applied by half, and nothing can be done.
     """
 
-    def __init__(self, generation: LiveGeneration, entry: ShardEntry, log: EntryLog) -> None:
+    def __init__(
+        self,
+        generation: LiveGeneration,
+        entry: ShardEntry,
+        log: EntryLog,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.generation = generation
         self.versions = generation.versions
         self.broken = False
         self.lag: int | None = 0 if log.crossed else log.lag() + NEAR_RECORDS
         self._entry = entry
         self._log = log
+        self._clock = clock
         self._near = False
         self._newest: Manifest | None = None
         self._arrived = False
@@ -54,7 +64,7 @@ class Crossing:
         view, entry = self.generation.view, manifest.shards[self._entry.shard]
         if self.broken or (manifest.generation, manifest.config, entry) != (self.number, view.config, self._entry):
             return False
-        self.versions = (*self.versions, manifest.version)
+        self.versions = tuple(sorted({*self.versions, manifest.version})[-VERSIONS_KEPT:])
         if manifest.version > max(view.version, self._newest.version if self._newest else 0):
             self._newest = manifest
         return True
@@ -80,10 +90,13 @@ class Crossing:
         try:
             before = sys.maxsize
             while not self.crossed:
+                began = self._clock()
                 count = self._read_on()
-                self._near = count <= NEAR_RECORDS
-                self.lag = count
-                if self._near or count > before // 2:
+                gets_less = count <= before // 2
+                moment = self._clock() - began <= NEAR_S
+                self._near = count <= NEAR_RECORDS or (moment and not gets_less)
+                self.lag = min(count, NEAR_RECORDS) if self._near else count
+                if self._near or not gets_less:
                     break
                 before = count
         except BaseException:
@@ -95,7 +108,7 @@ class Crossing:
 
     def _read_on(self) -> int:
         """To the ends of the logs as they are met; returns how many records there were."""
-        count, known = 0, self.lag or 0
+        before, known = self._log.read, self.lag or 0
         for record in self._log.records():
             if self.crossed:  # of the own log, which is read elsewhere
                 break
@@ -104,10 +117,9 @@ class Crossing:
             except BaseException:
                 self.broken = True
                 raise
-            count += 1
             if not self._near:
-                self.lag = max(known - count, NEAR_RECORDS + 1)
-        return count
+                self.lag = max(known - (self._log.read - before), NEAR_RECORDS + 1)
+        return self._log.read - before
 
 
 class CrossingThread:

@@ -10,7 +10,7 @@ from actors.live_generation import LiveGeneration
 from actors.segment_loader import LoadedSegment, cached_path, load_segment
 from actors.shard_view import ShardView
 from cluster import paths
-from cluster.entry_log import EntryLog
+from cluster.entry_log import EntryLog, start_after
 from cluster.errors import Unavailable
 from cluster.manifest import Manifest, ShardEntry
 from cluster.object_store import ObjectStore
@@ -60,6 +60,11 @@ class GenerationFiles:
         generation.check()
         return generation
 
+    def may_begin(self, manifest: Manifest) -> bool:
+        """Whether nobody writes any more to the logs that the shard's entry is behind."""
+        behind = manifest.shards[self._shard].behind
+        return not behind or start_after(self._store, self._collection, behind) is not None
+
     def log_start(self, generation: LiveGeneration) -> int:
         """The LSN at which the own log of a generation begins: the one before its first record.
 
@@ -84,3 +89,8 @@ class GenerationFiles:
         """Where the files of views lie if they are cached; equal files are one."""
         segments = (segment for view in views for segment in view.segments)
         return {cached_path(self._cache_dir, entry) for s in segments for entry in s.description.files.values()}
+
+    def delete_unused(self, before: set[Path], views: Iterable[ShardView]) -> None:
+        """Delete cached files that were in use before and are not by these views; who has mapped one keeps it."""
+        for path in before - self.cached(views):
+            path.unlink(missing_ok=True)

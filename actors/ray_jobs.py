@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -15,14 +14,14 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from actors.background_task import run_in_background
+from actors.niceness import BACKGROUND
 from actors.ray_runtime import own_error
 from cluster.errors import NotFound, Unavailable
 
 TASK_RETRIES = 3  # of a task whose process or node died; errors of ours are not retried
 WAIT_TOLD_S = 60.0  # without any task running: say what is waited for, and again each time
 WAIT_MAX_S = 15 * 60.0  # without any task running: give up
-STARTED = "started"  # what every task yields first
-TASK_NICENESS = 10  # as a replica's own upkeep has it
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ def run_tasks(
     the CPUs it asks for `waiting` is told so ("" once one does), and after `WAIT_MAX_S` it ends with Unavailable.
     """
     options = {"num_returns": "streaming", "num_cpus": num_cpus, "max_retries": TASK_RETRIES}
-    task = ray.remote(_announced).options(name=function.__name__, **options)
+    task = ray.remote(run_in_background).options(name=function.__name__, **options)
     queue = deque(enumerate(items))
     running: dict[Any, int] = {}
     started: set[Any] = set()
@@ -73,7 +72,7 @@ def run_tasks(
         while queue or running:
             while queue and len(running) < in_flight:
                 number, item = queue.popleft()
-                running[task.remote(function, item)] = number
+                running[task.remote(ray.cloudpickle.dumps((function, item)))] = number
             ready = ray.wait(list(running), num_returns=1, timeout=WAIT_TOLD_S)[0]
             patience.look(bool(started), bool(ready))
             for stream in ready:
@@ -93,16 +92,6 @@ def run_tasks(
     finally:
         for stream in running:
             ray.cancel(stream)
-
-
-def _announced(function: Callable[[T], Iterator[Any]], item: T) -> Iterator[Any]:
-    """What the function yields, after a word that it runs at all; of a low priority: searches come first.
-
-    The process stays so: Ray gives it to other tasks of the same job only.
-    """
-    os.setpriority(os.PRIO_PROCESS, 0, max(TASK_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
-    yield STARTED
-    yield from function(item)
 
 
 class _Patience:
@@ -156,11 +145,11 @@ class JobServer:
         self._kept: Any = None
 
     def submit_job(self, job_id: str, entrypoint: str) -> None:
-        """Submit a Ray job that runs the same code as this process."""
+        """Submit a Ray job that runs the same code as this process, of a low priority from its first import on."""
         environment = dict(ray.get_runtime_context().runtime_env)
         kept = {name: environment[name] for name in ("working_dir", "py_modules", "env_vars") if environment.get(name)}
         with self._client(job_id) as client:
-            client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=kept)
+            client.submit_job(entrypoint=f"nice -n {BACKGROUND} {entrypoint}", submission_id=job_id, runtime_env=kept)
 
     def job_state(self, job_id: str) -> str | None:
         """Ray's state of a job: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; None where Ray does not know it."""

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors import ray_tls
 from actors.faiss_index import use_threads
 from actors.frames import BYTES_MAX
+from actors.niceness import work_in_background
 from actors.replica import Replica
 from actors.replica_upkeep import ReplicaUpkeep, Work
 from actors.scratch import private_folder
@@ -45,7 +46,6 @@ from cluster.write import PointWrite, WriteOutcome
 REPLICA_PREFIX = "replica:"
 PUSHES_WAITING = 4  # records that wait to be sent; one that finds no place is left to be found in the WAL
 PUSHES_IN_FLIGHT = 4  # to one replica; while it has not taken these it gets no more
-UPKEEP_NICENESS = 10  # of the process that seals or merges: searches come first
 SWITCH_INTERVAL_S = 0.0005  # of the GIL: see `ShardActor`
 UNKNOWN_S = 5.0  # how long a replica whose process was not found is not looked for again
 T = TypeVar("T")
@@ -279,7 +279,7 @@ def replica_name(key: ReplicaKey) -> str:
 
 def do_upkeep(settings: Settings, key: ReplicaKey, work: Work) -> int | None:
     """Seal or merge the shard of a replica, in this process; the manifest version that was committed."""
-    os.setpriority(os.PRIO_PROCESS, 0, max(UPKEEP_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+    work_in_background()
     use_threads(1)
     store, place = open_store(settings.data), (key.collection, key.shard)
     if isinstance(work, Seal):

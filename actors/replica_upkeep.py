@@ -63,6 +63,7 @@ class ReplicaUpkeep:
         self._run = run
         self._load = load
         self._clock = clock
+        self._generation = 0  # that was held at the last look
         self._known: tuple[int, ShardEntry, int] | None = None  # the version held, its entry, the largest segment
         self._kinds: dict[type[Work], _Kind] = {
             kind: _Kind(ThreadPoolExecutor(1, kind.__name__.lower())) for kind in (Seal, Merge)
@@ -78,6 +79,10 @@ class ReplicaUpkeep:
             return
         facts = self._facts(shard.number, held)
         now = self._clock()
+        if held.view.generation != self._generation:
+            self._generation = held.view.generation
+            for kind in self._kinds.values():  # what failed may have done so because this one was on its way
+                kind.pause_s = kind.not_before = 0.0
         waiting = {each for each, kind in self._kinds.items() if kind.busy or now < kind.not_before}
         for each in self._kinds.keys() - waiting:
             self._kinds[each].failure = ""

@@ -19,7 +19,7 @@ from actors.segment_builder import Progress
 from actors.segment_rows import LiveRows, SegmentPart, deleted_rows, open_part
 from actors.shard_place import Built, ShardPlace, no_progress
 from actors.tail_rows import TailRows, read_tail
-from cluster.entry_log import EntryLog
+from cluster.entry_log import EntryLog, start_after
 from cluster.errors import Conflict
 from cluster.manifest import Manifest, SegmentRef, ShardEntry
 from cluster.object_store import ObjectStore
@@ -51,16 +51,16 @@ def seal_tail(
     place = ShardPlace(store, collection, shard, cache_dir, new_nonce, threads, progress)
     first = place.log.newest_live()
     entry = place.entry(first)
+    if entry.behind and start_after(store, collection, entry.behind) is None:
+        raise Conflict(
+            f"shard {shard} of {collection!r} still reads logs of the generation before {first.generation}: "
+            "it can be sealed once that is served"
+        )
     log = EntryLog.of(store, first, shard)
     with tempfile.TemporaryDirectory(prefix="eagleray-seal-") as name:
         folder = Path(name)
         bounds = (UNBOUNDED, UNBOUNDED) if entry.behind else (points_max, SEAL_BYTES_MAX)
         tail = read_tail(log, first.config, folder, *bounds)
-        if not log.crossed:
-            raise Conflict(
-                f"shard {shard} of {collection!r} still reads logs of the generation before {first.generation}: "
-                "it can be sealed once that is served"
-            )
         if tail is None and not entry.behind:
             return None
         base = place.newest(first)  # after the records: it names the attributes that they were declared with

@@ -25,7 +25,6 @@ from actors.generation_files import GenerationFiles
 from actors.live_generation import NOTHING, Existed, LiveGeneration
 from actors.replica_status import ReplicaStatus, status_of
 from actors.shard_view import ShardView
-from cluster.entry_log import start_after
 from cluster.errors import EaglerayError, NotFound, Unavailable
 from cluster.manifest import Manifest, ManifestLog
 from cluster.object_store import ObjectStore
@@ -114,10 +113,12 @@ class Shard:
             held.stand_for((manifest.version,))
             return held.view
         before = self._files.cached(self._views())
-        if self.crossing is not None and self.crossing.number < manifest.generation:
+        crossing = self.crossing
+        if crossing is not None and crossing.number < manifest.generation:
             self.crossing = None
         later = bool(self._generations) and manifest.log_set > self._log_set
-        if later or (not self._generations and not self._may_begin(manifest)):
+        under_way = crossing is not None and crossing.number == manifest.generation
+        if later or under_way or (not self._generations and not self._files.may_begin(manifest)):
             view = self._cross(manifest)
         elif self._generations and manifest.log_set < self._log_set:
             view = self._keep_past(manifest)
@@ -126,13 +127,8 @@ class Shard:
             if not self._generations:
                 self._begin(fresh)
             view = self._join(fresh)
-        self._delete_unused(before)
+        self._files.delete_unused(before, self._views())
         return view
-
-    def _may_begin(self, manifest: Manifest) -> bool:
-        """Whether nobody writes any more to the logs that the shard's entry is behind."""
-        behind = manifest.shards[self.number].behind
-        return not behind or start_after(self._store, self.collection, behind) is not None
 
     def _wal_of(self, log_set: int) -> Wal:
         return self.wal if log_set == self._log_set else Wal(self._store, self.collection, self.number, log_set)
@@ -162,14 +158,14 @@ class Shard:
 
     def _cross(self, manifest: Manifest) -> ShardView:
         """Begin to read the earlier logs, or go on, and arrive if that can be. While they grow it is not held."""
-        if self.crossing is None or not self.crossing.stands_for(manifest):
-            self.crossing = self._files.crossing(manifest, self._views())
-            if not self._may_begin(manifest):
-                return self.crossing.generation.view
-        generation = self.crossing.generation
+        crossing = self.crossing  # another thread may drop it
+        if crossing is None or not crossing.stands_for(manifest):
+            self.crossing = crossing = self._files.crossing(manifest, self._views())
+            if not self._files.may_begin(manifest):
+                return crossing.generation.view
         if self.advance():
             self.arrive()
-        return generation.view
+        return crossing.generation.view
 
     def advance(self) -> bool:
         """Have the crossing read on; returns whether it can arrive. A broken one is dropped, to be loaded anew."""
@@ -279,8 +275,11 @@ class Shard:
 
         Nothing while this one leads.
         """
-        if self._generations and not self._led_as and not self._log_ended:
-            for record in self.wal.read_after(self._lsn, until):
+        with self._lock:  # the LSN is one of that log
+            follows = bool(self._generations) and not self._led_as and not self._log_ended
+            wal, lsn = self.wal, self._lsn
+        if follows:
+            for record in wal.read_after(lsn, until):
                 self._apply(record, own=False)
         return self._lsn
 
@@ -370,14 +369,10 @@ class Shard:
         before = self._files.cached(self._views())
         with self._lock:
             self._generations = {g: held for g, held in self._generations.items() if g >= generation}
-            if self.crossing is not None and self.crossing.number < generation:
+            crossing = self.crossing
+            if crossing is not None and crossing.number < generation:
                 self.crossing = None
-        self._delete_unused(before)
-
-    def _delete_unused(self, before: set[Path]) -> None:
-        """Delete cached files that were in use before and are not now; who has mapped one keeps it."""
-        for path in before - self._files.cached(self._views()):
-            path.unlink(missing_ok=True)
+        self._files.delete_unused(before, self._views())
 
     def _views(self) -> list[ShardView]:
         """Of all whose files are in use."""

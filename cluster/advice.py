@@ -146,14 +146,17 @@ def _recall(shard: ShardFacts, config: CollectionConfig, bounds: Upkeep) -> str:
 
 
 def _index_kind(shard: ShardFacts, config: CollectionConfig, bounds: Upkeep) -> str:
-    """Of the largest segment. What the builder made of a plan for the sake of its vectors it would do again."""
+    """Of the largest segment. What the builder made of a plan for the sake of its vectors it would do again; and so
+    it would where it found that its node cannot build the kind within `build_seconds`."""
     if not shard.segments:
         return ""
-    here, now = shard.largest, kind_for(config, shard.whole)
-    if not now or now in (here.planned, here.kind) or kind_for(config, int(KIND_SHARE * shard.whole)) != now:
+    here, now = shard.largest, kind_for(config, shard.points)
+    if not now or now in (here.planned, here.kind) or kind_for(config, int(KIND_SHARE * shard.points)) != now:
+        return ""
+    if config.index.build_seconds is not None and kind_for(config, here.count) != here.planned:
         return ""
     return (
-        f"{here.kind} was chosen for {here.count:,} points, {now} would be for the {shard.whole:,} that there are now"
+        f"{here.kind} was chosen for {here.count:,} points, {now} would be for the {shard.points:,} that there are now"
     )
 
 

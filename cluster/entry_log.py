@@ -25,7 +25,8 @@ class EntryLog:
     """Reads on from an entry, each time as far as the logs go. Every record that was handed out counts as read.
 
     `lsn` and `epoch` are those of the entry until all earlier sets were read (`crossed`), then of the own log's last
-    record read; `behind` has the positions in the earlier sets.
+    record read; `behind` has the positions in the earlier sets. `read` counts the records of these that were read,
+    whether or not they have ids of this shard.
     """
 
     def __init__(self, store: ObjectStore, collection: str, entry: ShardEntry, routing: Routing, log_set: int) -> None:
@@ -38,6 +39,7 @@ class EntryLog:
         self.behind = entry.behind
         self.lsn = entry.applied_lsn
         self.epoch = entry.epoch
+        self.read = 0
         self.start: int | None = None  # at which the own log begins, once the earlier sets were read here
 
     @classmethod
@@ -110,6 +112,7 @@ class EntryLog:
     def _move(self, number: int, at: LogPosition) -> None:
         first = self.behind[0]
         positions = (*first.positions[:number], at, *first.positions[number + 1 :])
+        self.read += 1
         self.behind = (replace(first, positions=positions), *self.behind[1:])
 
     def _log(self, number: int, shard: int) -> Wal:

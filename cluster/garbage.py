@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 from cluster import paths
@@ -44,7 +44,9 @@ MANIFESTS_KEPT = 100  # the newest numbers: commits that a writer would have to 
 JOB_KEPT_S = 30 * 24 * 3600.0  # statuses of jobs
 PUT_BACK_TRIES = 5
 BATCH_OBJECTS = 2_000  # between two looks at what is named
+BATCH_BYTES = 64 * 1024**2  # of the marks in a batch, which are in memory while they are away
 DELETES_AT_ONCE = 16
+MARKED = ("segment", "tombstones")  # each has a mark of its own
 EXAMPLES_MAX = 20
 JOBS = "jobs/"
 
@@ -150,7 +152,7 @@ def with_marks(items: Sequence[Item]) -> list[Item]:
     """Those whose marks are taken away first: segments, tombstone files, and the last record of each log, without which
     the others of the log are of no use to who goes back to a version that needs them."""
     last = {_log_of(item.name): item for item in items if item.name.kind == "wal"}
-    return [item for item in items if item.name.kind in ("segment", "tombstones")] + list(last.values())
+    return [item for item in items if item.name.kind in MARKED] + list(last.values())
 
 
 def _log_of(name: StoredObject) -> tuple[str, str, int, int]:
@@ -197,9 +199,17 @@ class Sweep:
         for number, folder in enumerate(folders):
             progress(number / len(folders))
             garbage = self._garbage(self._store.objects(folder))
-            while batch := list(islice(garbage, self._batch)):
+            while batch := self._next_batch(garbage):
                 self._take(batch, delete)
                 progress(number / len(folders))
+
+    def _next_batch(self, garbage: Iterator[Item]) -> list[Item]:
+        batch: list[Item] = []
+        size_bytes = 0
+        while len(batch) < self._batch and size_bytes < BATCH_BYTES and (item := next(garbage, None)) is not None:
+            batch.append(item)
+            size_bytes += item.mark.size_bytes if item.name.kind in MARKED else 0  # of a log it is one record in all
+        return batch
 
     def _garbage(self, objects: Iterable[ObjectInfo]) -> Iterator[Item]:
         """Items that nothing named when it was looked last; the others are counted."""

@@ -54,7 +54,8 @@ class Manifest:
 
     @property
     def behind(self) -> tuple[LogSet, ...]:
-        """The earlier sets of a shard that has to read some: all that have name the same ones."""
+        """The earlier sets of a shard that has to read some. Others may have read on further, or have crossed: to end
+        these ends the logs of all."""
         return next((entry.behind for entry in self.shards if entry.behind), ())
 
     @property

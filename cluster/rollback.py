@@ -24,7 +24,7 @@ from cluster.wal import Wal
 
 ROLLBACK_REPLAY_MAX = 20_000  # records that a replica reads: it applied 1,200 a second, of 10 points, on a busy machine
 ROLLBACK_REPLAY_BYTES_MAX = 256 * 1024**2  # of them: half of `tail_bytes_max`, at which writes are refused
-WHOLE_TOLD = 5  # generations that can be gone back to
+KEPT_TOLD = 5  # generations that can be gone back to
 logger = logging.getLogger(__name__)
 
 
@@ -66,8 +66,7 @@ def roll_back(store: ObjectStore, log: ManifestLog, generation: int | None = Non
     where that takes a long replay (`Replay.is_long`), or something else is committed first; NotFound where nothing is
     kept of the generation, or not all of it.
     """
-    rollback = plan_rollback(store, log, log.newest_live(), generation)
-    check_whole(store, log, rollback)
+    rollback = checked_plan(store, log, log.newest_live(), generation)
     replay = replay_of(store, rollback)
     if replay.is_long:
         raise Conflict(
@@ -76,6 +75,22 @@ def roll_back(store: ObjectStore, log: ManifestLog, generation: int | None = Non
             "rollback as a job, which seals them first"
         )
     return commit_rollback(store, log, rollback)
+
+
+def checked_plan(store: ObjectStore, log: ManifestLog, newest: Manifest, generation: int | None) -> Rollback:
+    """`plan_rollback`; NotFound, with the generations that are whole, also where files of the old one are gone.
+
+    No other one is taken in its place: what comes back must be what was asked for.
+    """
+    try:
+        rollback = plan_rollback(store, log, newest, generation)
+        check_kept(store, rollback.old, f"generation {rollback.old.generation} of {newest.collection!r}")
+        return rollback
+    except NotFound as error:
+        live = takewhile(lambda manifest: manifest.state == "live", log.generations(newest))
+        whole = (manifest.generation for manifest in live if not missing_objects(store, manifest))
+        kept = ", ".join(map(str, islice(whole, KEPT_TOLD)))
+        raise NotFound(f"{error}; {f'kept are generations {kept}' if kept else 'no earlier one is kept'}") from error
 
 
 def plan_rollback(store: ObjectStore, log: ManifestLog, newest: Manifest, generation: int | None) -> Rollback:
@@ -95,25 +110,10 @@ def plan_rollback(store: ObjectStore, log: ManifestLog, newest: Manifest, genera
     return Rollback(newest, old, entries, newest.log_set + 1)
 
 
-def check_whole(store: ObjectStore, log: ManifestLog, rollback: Rollback) -> None:
-    """NotFound, with those that are whole, where files of the old generation are gone.
-
-    No other one is taken in its place: what comes back must be what was asked for.
-    """
-    if not (missing := missing_objects(store, rollback.old)):
-        return
-    live = takewhile(lambda manifest: manifest.state == "live", log.generations(rollback.base))
-    whole = islice((manifest.generation for manifest in live if not missing_objects(store, manifest)), WHOLE_TOLD)
-    told = ", ".join(map(str, whole))
-    raise NotFound(
-        f"generation {rollback.old.generation} of {rollback.old.collection!r} is not kept: {len(missing)} of its files "
-        f"are gone, {missing[0]} among them: {f'take one that is whole: {told}' if told else 'restore a snapshot'}"
-    )
-
-
 def sets_since(log: ManifestLog, old: Manifest, newest: Manifest) -> dict[int, int]:
     """Number of shards of every log set after that of `old`, up to that of `newest`; NotFound where one is unknown."""
-    shards = {newest.log_set: newest.routing.shards} | {logs.number: logs.shards for logs in newest.behind}
+    shards = {logs.number: logs.shards for entry in newest.shards for logs in entry.behind}
+    shards[newest.log_set] = newest.routing.shards
     wanted = set(range(old.log_set + 1, newest.log_set + 1))
     for manifest in log.generations(newest, after=old.version):
         if wanted <= shards.keys():
@@ -212,7 +212,8 @@ def commit_rollback(
 ) -> Manifest:
     """Commit it, once `replay_of` has found all records; with other `entries` that hold more (sealed further on).
 
-    NotFound where something that they need is not kept. Conflict where another generation was committed first.
+    It is switched to as the newest generation was: where there was no memory for two, there is none now. NotFound where
+    something that they need is not kept. Conflict where another generation was committed first.
     """
     chosen = rollback.entries if entries is None else tuple(entries)
     what = f"generation {rollback.old.generation} of {rollback.old.collection!r}"
@@ -222,20 +223,20 @@ def commit_rollback(
         replay_of(store, replace(rollback, entries=chosen))
 
     check_kept(store, replace(rollback.old, shards=chosen), what)
-    committed = log.commit_generation(
-        rollback.base, rollback.old.config, chosen, rollback.attributes, log_set=rollback.log_set
-    )
+    committed = _commit(log, rollback, chosen)
     put_back_unless_kept(store, log, rollback.base, committed, check)
     return committed
+
+
+def _commit(log: ManifestLog, rollback: Rollback, entries: tuple[ShardEntry, ...]) -> Manifest:
+    base, config = rollback.base, rollback.old.config
+    return log.commit_generation(base, config, entries, rollback.attributes, base.switch, rollback.log_set)
 
 
 def check_kept(store: ObjectStore, manifest: Manifest, what: str) -> None:
     """NotFound where the store lacks a file that a manifest names."""
     if missing := missing_objects(store, manifest):
-        raise NotFound(
-            f"{what} is not kept: {len(missing)} of its files are gone, {missing[0]} among them: take a later one, or "
-            "another snapshot"
-        )
+        raise NotFound(f"{what} is not kept: {len(missing)} of its files are gone, {missing[0]} among them")
 
 
 def put_back_unless_kept(
@@ -251,7 +252,7 @@ def put_back_unless_kept(
         logger.warning("version %d could not be looked at again: %s", committed.version, error)
     except NotFound as error:
         back = plan_rollback(store, log, committed, base.generation)
-        again = log.commit_generation(committed, back.old.config, back.entries, back.attributes, log_set=back.log_set)
+        again = _commit(log, back, back.entries)
         raise NotFound(
             f"{error}. It was collected meanwhile: generation {base.generation} goes on as {again.generation}, and "
             f"{committed.generation} is none to go back to"

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from actors import ray_runtime
+from actors.niceness import work_in_background
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Invalid
 from cluster.garbage import GRACE_S
@@ -19,7 +20,7 @@ from jobs.export import ExportOptions
 from jobs.import_source import Columns
 from jobs.importer import DEFAULT_MEMORY_BYTES, ImportOptions
 from jobs.rebuild import RebuildOptions
-from jobs.report import JobStatus, new_job_id
+from jobs.report import JobStatus, check_job_id, new_job_id
 from jobs.rollback import RollbackOptions
 from jobs.run import run_compact, run_import, run_rebuild
 from jobs.run_care import run_collect_garbage, run_scrub
@@ -27,10 +28,13 @@ from jobs.run_snapshots import run_branch, run_export, run_restore, run_rollback
 from jobs.scrub import ScrubOptions
 from jobs.snapshots import BranchOptions, RestoreOptions, SnapshotOptions
 
-MEMORY_HELP = "Most bytes that the indexes being built at one time take on one node."
 Data = Annotated[str | None, typer.Option(help="Storage URL; taken from the running Eagleray if absent.")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join.")]
 Namespace = Annotated[str, typer.Option(help="Ray namespace of the Eagleray.")]
+MemoryBytes = Annotated[
+    int, typer.Option(help="Most bytes that the indexes being built at one time take on one node.", min=1)
+]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 JobId = Annotated[str | None, typer.Option(help="Name of this run; made up if absent.")]
 app = typer.Typer(help="Eagleray's jobs.", no_args_is_help=True, add_completion=False)
 
@@ -44,16 +48,16 @@ def jobs() -> None:
 def import_command(
     collection: Annotated[str, typer.Option(help="The collection to fill; created if it does not exist.")],
     source: Annotated[str, typer.Option(help="Parquet file, folder or object-storage URL.")],
-    data: Annotated[str | None, typer.Option(help="Storage URL; taken from the running Eagleray if absent.")] = None,
+    data: Data = None,
     id_column: Annotated[str, typer.Option(help="Column of ids.")] = "id",
     vector_column: Annotated[str, typer.Option(help="Column of vectors.")] = "vector",
     attribute_columns: Annotated[str, typer.Option(help="Comma-separated columns to keep, or 'all'.")] = "",
     create: Annotated[str, typer.Option(help="JSON config for a collection that does not exist yet.")] = "{}",
-    memory_bytes: Annotated[int, typer.Option(help=MEMORY_HELP, min=1)] = DEFAULT_MEMORY_BYTES,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
-    namespace: Annotated[str, typer.Option(help="Ray namespace of the Eagleray.")] = "eagleray",
-    job_id: Annotated[str | None, typer.Option(help="Name of this run; made up if absent.")] = None,
+    memory_bytes: MemoryBytes = DEFAULT_MEMORY_BYTES,
+    seed: Seed = 0,
+    address: Address = None,
+    namespace: Namespace = "eagleray",
+    job_id: JobId = None,
 ) -> None:
     """Import a Parquet file, folder or URL: all of it becomes the collection's points, or nothing does."""
     columns = Columns(id_column, vector_column, parse_attributes(attribute_columns))
@@ -66,11 +70,11 @@ def import_command(
 def compact_command(
     collection: Annotated[str, typer.Option(help="The collection to compact.")],
     shard: Annotated[int | None, typer.Option(help="Only this shard.", min=0)] = None,
-    data: Annotated[str | None, typer.Option(help="Storage URL; taken from the running Eagleray if absent.")] = None,
-    memory_bytes: Annotated[int, typer.Option(help=MEMORY_HELP, min=1)] = DEFAULT_MEMORY_BYTES,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
-    namespace: Annotated[str, typer.Option(help="Ray namespace of the Eagleray.")] = "eagleray",
-    job_id: Annotated[str | None, typer.Option(help="Name of this run; made up if absent.")] = None,
+    data: Data = None,
+    memory_bytes: MemoryBytes = DEFAULT_MEMORY_BYTES,
+    address: Address = None,
+    namespace: Namespace = "eagleray",
+    job_id: JobId = None,
 ) -> None:
     """Seal what was written into segments, and merge each shard's segments into one without deleted rows."""
     settings = _connected(address, data, namespace)
@@ -84,10 +88,12 @@ def rebuild_command(
     index: Annotated[str, typer.Option(help="Another index kind, or a JSON object of index fields.")] = "{}",
     target_recall: Annotated[float | None, typer.Option(help="Another target for recall@10.")] = None,
     shards: Annotated[int | None, typer.Option(help="Another number of shards.", min=1)] = None,
-    metric_report: Annotated[str | None, typer.Option(help="File for what the gate measured, as JSON.")] = None,
+    metric_report: Annotated[
+        str | None, typer.Option(help="File on the node that runs this, for what the gate measured, as JSON.")
+    ] = None,
     data: Data = None,
-    memory_bytes: Annotated[int, typer.Option(help=MEMORY_HELP, min=1)] = DEFAULT_MEMORY_BYTES,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    memory_bytes: MemoryBytes = DEFAULT_MEMORY_BYTES,
+    seed: Seed = 0,
     address: Address = None,
     namespace: Namespace = "eagleray",
     job_id: JobId = None,
@@ -192,8 +198,8 @@ def collect_garbage_command(
 def scrub_command(
     collection: Annotated[str, typer.Option(help="The collection to check.")],
     sample: Annotated[int, typer.Option(help="Queries that recall is measured with; 0: none.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    memory_bytes: Annotated[int, typer.Option(help=MEMORY_HELP, min=1)] = DEFAULT_MEMORY_BYTES,
+    seed: Seed = 0,
+    memory_bytes: MemoryBytes = DEFAULT_MEMORY_BYTES,
     data: Data = None,
     address: Address = None,
     namespace: Namespace = "eagleray",
@@ -217,6 +223,7 @@ def _connected(address: str | None, data: str | None, namespace: str) -> Setting
 def _first_status(kind: str, job_id: str | None, collection: str) -> JobStatus:
     submission_id = _submission_id()
     name = job_id or submission_id or new_job_id(kind)
+    check_job_id(name)
     return JobStatus(name, kind, collection, submitted=submission_id == name)
 
 
@@ -255,4 +262,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    work_in_background()
     main()

@@ -1,7 +1,8 @@
 """Where an export goes: a local folder or an object-storage URL, as pyarrow's file systems have it.
 
 A local folder gets its name when all files in it are complete. In object storage a file is there once it is complete;
-what an export that failed had written is deleted.
+what an export that failed had written is deleted. Its files have the job's name there, so that of two exports to one
+target at the same time at most one succeeds.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class ExportTarget:
         """Copy a complete local file to it. Unavailable where that fails."""
         filesystem, folder = resolve(self.url)
         try:
-            key = f"{self._folder(filesystem, folder)}/{name}"
+            key = f"{self._folder(filesystem, folder)}/{self._name(filesystem, name)}"
             with path.open("rb") as file, filesystem.open_output_stream(key) as sink:
                 while piece := file.read(COPIED_BYTES):
                     sink.write(piece)
@@ -64,15 +65,19 @@ class ExportTarget:
             raise Unavailable(f"target: {name} cannot be written to {self.url!r}: {error}") from error
 
     def finish(self, sizes: Mapping[str, int]) -> None:
-        """Every part (name -> bytes) is there: give the folder its name. Unavailable where one is not."""
+        """Every part (name -> bytes) is there: give the folder its name. Unavailable where one is not; Conflict where
+        others wrote to the target as well."""
         filesystem, folder = resolve(self.url)
         begun = self._folder(filesystem, folder)
+        ours = {self._name(filesystem, name): size for name, size in sizes.items()}
         try:
             found = {info.base_name: info.size for info in filesystem.get_file_info(fs.FileSelector(begun))}
-            if missing := sorted(name for name, size in sizes.items() if found.get(name) != size):
+            if others := sorted(found.keys() - ours.keys()):
+                raise Conflict(f"target {self.url!r} was written to by others: {others[0]}; name another")
+            if missing := sorted(name for name, size in ours.items() if found.get(name) != size):
                 raise Unavailable(
-                    f"target {self.url!r} lacks {missing[0]} and {len(missing) - 1} other files: a local folder must "
-                    "be one that all nodes share; take that, or an object-storage URL"
+                    f"target {self.url!r} lacks {len(missing)} of {len(ours)} files, {missing[0]} among them: a local "
+                    "folder must be one that all nodes share; take that, or an object-storage URL"
                 )
             if begun != folder:
                 filesystem.move(begun, folder)
@@ -87,11 +92,15 @@ class ExportTarget:
             if begun != folder:
                 filesystem.delete_dir(begun)
                 return
+            ours = {self._name(filesystem, name) for name in names}
             for info in filesystem.get_file_info(fs.FileSelector(begun, allow_not_found=True)):
-                if info.base_name in names:
+                if info.base_name in ours:
                     filesystem.delete_file(info.path)
         except OSError as error:
             raise Unavailable(f"target: files are left behind in {begun!r}: {error}") from error
+
+    def _name(self, filesystem: Any, name: str) -> str:
+        return name if isinstance(filesystem, fs.LocalFileSystem) else f"{self.job_id}-{name}"
 
     def _folder(self, filesystem: Any, folder: str) -> str:
         """Where parts are put: where a folder can be renamed, beside the target."""

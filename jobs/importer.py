@@ -91,18 +91,20 @@ class Importer:
         plan = self._plan()
         self._delete_staging(older_than_s=STALE_STAGING_S)
         try:
-            return self._commit(plan, self._build_all(plan, job_id, reporter), job_id, reporter)
-        finally:
-            self._clean_up("staging", job_id, self._delete_staging)
+            refs = self._build_all(plan, job_id, reporter)
+        except BaseException:  # cancelled, too: SystemExit
+            self._clean_up("segments", job_id, self._delete_segments)
+            raise
+        return self._commit(plan, refs, job_id, reporter)  # the last: who is stopped after it has committed
 
     def _build_all(self, plan: ImportPlan, job_id: str, reporter: JobReporter) -> dict[int, SegmentRef]:
+        """The segments; nothing is left of staging, however it ends."""
         try:
             pieces = self._partition(plan, job_id, reporter)
             plan = self._measured(plan, job_id, pieces, reporter)
             return self._build(plan, job_id, pieces, reporter)
-        except BaseException:  # cancelled, too: SystemExit
-            self._clean_up("segments", job_id, self._delete_segments)
-            raise
+        finally:
+            self._clean_up("staging", job_id, self._delete_staging)
 
     def _commit(self, plan: ImportPlan, refs: dict[int, SegmentRef], job_id: str, reporter: JobReporter) -> Manifest:
         reporter.phase("commit")

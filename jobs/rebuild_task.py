@@ -6,7 +6,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from actors.faiss_index import use_threads
 from actors.point_sums import sum_of_points
 from actors.scratch import private_folder
 from actors.segment_builder import BuildOptions, Progress, build_segment, publish_segment
+from actors.segment_loader import read_description
 from actors.segment_rows import HashRange, LiveRows, SegmentPart, attribute_types, open_part, open_span
 from actors.shard_place import ShardPlace
 from actors.tuner import HELD_OUT_MAX, tuning_queries
@@ -30,7 +31,7 @@ from cluster.index_costs import Rates
 from cluster.index_policy import IndexPlan
 from cluster.manifest import Manifest, SegmentRef, ShardEntry
 from cluster.object_store import ObjectStore, open_store
-from cluster.segment import Rows, SegmentDescription, rows_per_batch, rows_schema, write_rows
+from cluster.segment import Rows, rows_per_batch, rows_schema, write_rows
 from jobs.build_progress import shares_of
 
 READ_SHARE = 0.2  # of a partition's time, for the progress bar: reading the old rows and writing the new ones
@@ -94,8 +95,7 @@ def survey_segment(task: SurveyTask) -> Iterator[dict[str, Any]]:
     place = task.place
     with base_rows():
         part = open_part(place.store, place.collection, task.entry, task.ref, place.cache)
-        key = paths.segment_file(task.ref.home(place.collection), task.ref.segment_id, paths.DESCRIPTION)
-        description = SegmentDescription.decode(place.store.get(key), key)
+        description = read_description(place.store, place.collection, task.ref)
     points = sum_of_points(part.rows, part.live)
     yield {"survey": Survey(points, attribute_types(part.rows), int(description.spec["predicted_bytes"]))}
 
@@ -248,12 +248,14 @@ def catch_up(task: CatchUpTask) -> Iterator[dict[str, Any]]:
     use_threads(task.place.threads)
     place, shard = task.place, task.draft.entry.shard
     name, draft, sealed = f"{place.job_id}-{shard:06d}", task.draft, 0
-    here = (place.store, place.collection, shard, place.cache, lambda: uuid.uuid4().hex, place.threads)
+    # One for all rounds: the rows that it has opened are verified once.
+    here = ShardPlace(place.store, place.collection, shard, place.cache, lambda: uuid.uuid4().hex, place.threads)
     for number in range(CATCH_UP_ROUNDS):
         before = draft
 
         def round_(progress: Progress, draft: DraftEntry = draft) -> tuple[DraftEntry, int]:
-            return seal_entry(ShardPlace(*here, progress), draft, task.base, task.config, name, task.points_max)
+            at = replace(here, progress=progress)
+            return seal_entry(at, draft, task.base, task.config, name, task.points_max)
 
         shares = shares_of(round_)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -12,9 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cluster import paths
-from cluster.errors import Corrupt, EaglerayError, NotFound
+from cluster.errors import Corrupt, EaglerayError, Invalid, NotFound
 from cluster.object_store import ObjectStore
 
+JOB_ID = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 WRITE_PERIOD_S = 0.5
 FINISH_PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # between the attempts to write the outcome
 logger = logging.getLogger(__name__)
@@ -44,6 +46,12 @@ class JobStatus:
 
 def new_job_id(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex[:16]}"
+
+
+def check_job_id(job_id: str) -> None:
+    """Invalid where it is none: it is part of object keys, and of URLs."""
+    if not JOB_ID.fullmatch(job_id):
+        raise Invalid.at("job_id", f"{job_id!r} does not match {JOB_ID.pattern}")
 
 
 def read_status(store: ObjectStore, job_id: str) -> JobStatus:

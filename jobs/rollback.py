@@ -6,6 +6,7 @@ manifest is committed (`cluster.rollback`). A crash before that leaves garbage a
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,16 +20,19 @@ from actors.scratch import private_folder
 from actors.segment_rows import deleted_rows
 from actors.shard_place import ShardPlace
 from cluster.config import check_collection_name
+from cluster.errors import Conflict, EaglerayError, NotFound
 from cluster.manifest import Manifest, ManifestLog, ShardEntry
 from cluster.object_store import ObjectStore, open_store
-from cluster.rollback import Rollback, check_whole, commit_rollback, plan_rollback, replay_of
+from cluster.rollback import Rollback, checked_plan, commit_rollback, replay_of
 from cluster.upkeep import build_bytes, largest_build
 from jobs.build_plan import Workers, plan_builds
 from jobs.importer import DEFAULT_MEMORY_BYTES
 from jobs.report import JobReporter
 from jobs.sealing import seal_points
+from jobs.segment_task import delete_segments_of
 
 ROUNDS_MAX = 10  # of sealing what was written during the round before; the replicas replay what is left
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,20 @@ class RollbackJob:
         When this raises nothing is committed, unless it is Unavailable from the commit: then nobody knows.
         """
         reporter.phase("plan")
-        rollback = plan_rollback(self._store, self._log, self._log.newest_live(), self._options.generation)
-        check_whole(self._store, self._log, rollback)
+        rollback = checked_plan(self._store, self._log, self._log.newest_live(), self._options.generation)
         replay = replay_of(self._store, rollback)
-        entries = self._caught_up(rollback, job_id, reporter) if replay.is_long else None
+        try:
+            entries = self._caught_up(rollback, job_id, reporter) if replay.is_long else None
+        except BaseException:  # stopped, too: SystemExit
+            self._delete_segments(job_id)
+            raise
         reporter.phase("commit")
-        manifest = commit_rollback(self._store, self._log, rollback, entries)
+        try:
+            manifest = commit_rollback(self._store, self._log, rollback, entries)
+        except (Conflict, NotFound):  # only these say for sure that what was sealed is not in use
+            self._delete_segments(job_id)
+            raise
+        self._delete_segments(job_id)  # those whose points were all written again meanwhile
         report = {
             "version": manifest.version,
             "generation": manifest.generation,
@@ -93,6 +105,13 @@ class RollbackJob:
             "sealed": entries is not None,
         }
         return manifest, report
+
+    def _delete_segments(self, job_id: str) -> None:
+        """Delete what the job sealed and no manifest names. Where that fails it stays as garbage."""
+        try:
+            delete_segments_of(job_id, self._store, self._log, self._options.collection)
+        except EaglerayError as error:
+            logger.warning("the segments of job %s are left behind: %s", job_id, error)
 
     def _caught_up(self, rollback: Rollback, job_id: str, reporter: JobReporter) -> list[ShardEntry]:
         reporter.phase("seal")
@@ -119,7 +138,7 @@ def catch_up(task: CatchUpTask) -> Iterator[dict[str, Any]]:
     cache_dir = Path(task.cache_dir) if task.cache_dir else private_folder("cache")
     place = ShardPlace(store, base.collection, task.shard, cache_dir, lambda: uuid.uuid4().hex, task.threads)
     draft = draft_of(store, base.collection, task.rollback.entries[task.shard])
-    name, rounds, ids = f"{task.job_id}-{task.shard:04d}", 0, 0
+    name, rounds, ids = f"{task.job_id}-{task.shard:06d}", 0, 0  # as `is_segment_of` reads it
     while rounds < ROUNDS_MAX or ids >= task.points_max:
         before = draft
         draft, ids = seal_entry(place, draft, base, old.config, name, task.points_max, task.rollback.log_set)

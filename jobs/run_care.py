@@ -23,16 +23,19 @@ logger = logging.getLogger(__name__)
 
 def run_collect_garbage(settings: Settings, options: CollectGarbageOptions, status: JobStatus) -> None:
     """List garbage, or delete it. Unavailable where some of it could not be deleted, or something not be read; what was
-    done until then is in the report all the same."""
+    done until then is in the report all the same. Nothing is deleted before it is known which versions are served."""
     store = open_store(settings.data)
+    first: Mapping[str, int] = {}
     with reporting(store, status) as reporter:
-        collector = GarbageCollector(store, options, lambda: _served(settings.namespace))
+        collector = GarbageCollector(store, options, lambda: {**first, **_served(settings.namespace)})
         try:
+            first = _table(settings.namespace) if options.delete else {}
             report = collector.run(reporter)
             if report["failed"]:
                 first = report["failures"][0]
+                times = "once" if report["failed"] == 1 else f"{report['failed']} times"
                 raise Unavailable(
-                    f"{report['failed']} times an object failed; first {first['object']}: {first['message']}"
+                    f"an object could {times} not be read or deleted; first {first['object']}: {first['message']}"
                 )
         except BaseException as error:  # a cancelled job, SystemExit, has an end to report too
             state = "failed" if isinstance(error, Exception) else "stopped"
@@ -54,13 +57,25 @@ def run_scrub(settings: Settings, options: ScrubOptions, status: JobStatus) -> N
             reporter.finish("succeeded", report)
             return
         first = report["findings"][0]
-        message = f"{report['findings_total']} things are wrong; first {first['object']}: {first['problem']}"
+        total = report["findings_total"]
+        what = "one thing is" if total == 1 else f"{total} things are"
+        message = f"{what} wrong; first {first['object']}: {first['problem']}"
         reporter.finish("failed", report | {"error": "Corrupt", "message": message})
         raise Corrupt(message)
 
 
 def _served(namespace: str) -> Mapping[str, int]:
-    """The version of each collection that searches go to; empty where no Eagleray runs, or it cannot be asked."""
+    """The version of each collection that searches go to; empty where it cannot be told."""
+    try:
+        return _table(namespace)
+    except Unavailable:
+        logger.warning("what the manifests say, and what was served before, is retained all the same", exc_info=True)
+        return {}
+
+
+def _table(namespace: str) -> Mapping[str, int]:
+    """The version of each collection that searches go to; empty where no Eagleray runs. Unavailable where it cannot be
+    asked: it may serve an old version, for later ones could not be loaded."""
 
     async def table(directory: ray_runtime.RayDirectory) -> Mapping[str, int]:
         async with asyncio.timeout(TABLE_TIMEOUT_S):
@@ -72,6 +87,7 @@ def _served(namespace: str) -> Mapping[str, int]:
         if supervisor is None:
             return {}
         return asyncio.run(table(ray_runtime.RayDirectory(supervisor, namespace)))
-    except Exception:  # of any kind: what the manifests say is retained all the same
-        logger.warning("the supervisor could not be asked which versions are served", exc_info=True)
-        return {}
+    except Exception as error:  # of any kind
+        raise Unavailable(
+            f"the supervisor could not be asked which versions are served, and these must stay: {error!r}; try again"
+        ) from error

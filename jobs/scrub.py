@@ -43,6 +43,7 @@ from jobs.scrub_tasks import (
     verify_log,
     verify_shard,
 )
+from jobs.snapshots import check_not_deleted_since
 
 FINDINGS_MAX = 100  # that are told one by one
 SAMPLE_MAX = 10_000
@@ -114,7 +115,8 @@ class Scrubber:
     def run(self, reporter: JobReporter) -> dict[str, Any]:
         """Check everything; returns the report. `sound` is whether nothing was wrong.
 
-        NotFound without a collection; Corrupt where the newest manifest itself cannot be read.
+        NotFound without a collection, also where it is deleted meanwhile; Corrupt where the newest manifest itself
+        cannot be read.
         """
         started, found = self._clock(), _Found()
         reporter.phase("manifests")
@@ -123,6 +125,8 @@ class Scrubber:
         queries, stored = self._verify(versions, found, reporter)
         self._read_logs(newest, target, found, reporter)
         self._measure(versions, queries, stored, found, reporter)
+        if found.total:  # of a collection that was deleted meanwhile what is missing is no damage
+            check_not_deleted_since(self._log, newest.version, self._log.newest_live(), f"version {newest.version}")
         return {
             "version": newest.version,
             "generation": newest.generation,

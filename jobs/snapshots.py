@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -69,16 +70,23 @@ def take_snapshot(
 ) -> Snapshot:
     """Seal every shard, so that every write that was acknowledged before is in files, and name the version reached.
 
-    Conflict where the name has another version. What was sealed before an error stays sealed.
+    Conflict where the name has another version, NotFound where the collection is deleted meanwhile. What was sealed
+    before an error stays sealed.
     """
     check_snapshot_name(options.name)
     check_collection_name(options.collection)
     manifest = sealer.sealed(options.collection, reporter)
     reporter.phase("name")
     snapshot = create_snapshot(store, options.name, manifest, now())
-    if missing := missing_objects(store, manifest):  # collected before the name was there
-        delete_snapshot(store, options.collection, options.name)
-        raise Conflict(f"version {manifest.version}: {missing[0]} was collected meanwhile; take the snapshot again")
+    try:  # who deletes or collects looks for the name after that: one of the two sees the other
+        newest = sealer.log.newest() or manifest
+        check_not_deleted_since(sealer.log, manifest.version, newest, f"snapshot {options.name!r}")
+        if missing := missing_objects(store, manifest):
+            raise Conflict(f"version {manifest.version}: {missing[0]} was collected meanwhile; take the snapshot again")
+    except (NotFound, Conflict):
+        with suppress(NotFound):
+            delete_snapshot(store, options.collection, options.name)
+        raise
     return snapshot
 
 
@@ -113,13 +121,14 @@ def restore(store: ObjectStore, log: ManifestLog, options: RestoreOptions) -> Ma
     """Commit the snapshot's points as the next generation; returns its manifest.
 
     Writes that were acknowledged before this began are replaced, later ones stay on top, as with an import. It can be
-    rolled back. NotFound where there is no such snapshot, or a file of it is gone; Conflict while the collection is
-    being switched to another number of shards, or where something else was committed first.
+    rolled back, and is switched to as the newest generation was (`commit_rollback`). NotFound where there is no such
+    snapshot, or a file of it is gone; Conflict while the collection is being switched to another number of shards, or
+    where something else was committed first.
     """
     check_collection_name(options.collection)
+    base = log.newest_live()  # first: one that was deleted and created again since is found with the snapshot
     named = named_version(store, log, options.collection, options.snapshot)
     what = f"snapshot {options.snapshot!r} of {options.collection!r}"
-    base = log.newest_live()
     ends = log.wal_ends(base, len(named.shards))
     entries = tuple(
         replace(end, segments=entry.segments, tombstones=entry.tombstones)
@@ -131,7 +140,7 @@ def restore(store: ObjectStore, log: ManifestLog, options: RestoreOptions) -> Ma
         _check_named(store, options.collection, options.snapshot, named)
 
     check(named)
-    committed = log.commit_generation(base, named.config, entries, attribute_types_of(named))
+    committed = log.commit_generation(base, named.config, entries, attribute_types_of(named), base.switch)
     put_back_unless_kept(store, log, base, committed, check)
     return committed
 
@@ -162,14 +171,14 @@ def branch(
     before = check_branch(into, options)
     if origin.crossing:
         raise Conflict(f"version {origin.version} of {origin.collection!r} is being switched to: try again")
-    began = log.newest_live()
+    check_not_deleted_since(log, origin.version, log.newest_live(), f"version {origin.version}")
     ends = into.wal_ends(before, len(origin.shards))
     entries = tuple(
         _branched(store, origin, entry, options.into, end) for entry, end in zip(origin.shards, ends, strict=True)
     )
     committed = into.commit_generation(before, origin.config, entries, attribute_types_of(origin))
     try:
-        why = _lost(store, log, began, origin, committed, options)
+        why = _lost(store, log, origin, committed, options)
     except Unavailable as error:
         raise Unavailable(
             f"collection {options.into!r} was branched, but whether all of it is there could not be seen: {error}; "
@@ -201,7 +210,6 @@ def _branched(store: ObjectStore, origin: Manifest, entry: ShardEntry, into: str
 def _lost(
     store: ObjectStore,
     log: ManifestLog,
-    began: Manifest,
     origin: Manifest,
     committed: Manifest,
     options: BranchOptions,
@@ -211,7 +219,7 @@ def _lost(
     if newest is None or newest.state == "deleted":
         return f"collection {options.collection!r} was deleted"
     try:
-        check_not_deleted_since(log, began.version, newest, f"version {origin.version}")
+        check_not_deleted_since(log, origin.version, newest, f"version {origin.version}")
         if options.snapshot is not None:
             _check_named(store, options.collection, options.snapshot, origin)
     except NotFound as error:

@@ -12,8 +12,7 @@ from starlette.responses import Response
 
 from cluster.config import check_collection_name
 from cluster.errors import Conflict, Invalid, NotFound
-from cluster.manifest import Manifest, ManifestLog
-from cluster.object_store import ObjectStore
+from cluster.manifest import Manifest
 from cluster.rollback import roll_back
 from cluster.snapshots import check_snapshot_name, delete_snapshot, list_snapshots, read_snapshot
 from jobs.collect_garbage import CollectGarbageOptions
@@ -37,7 +36,6 @@ from serve.job_bodies import (
 )
 from serve.services import Services
 
-KEPT_VERSIONS_READ = 200  # to say which generations one can go back to
 WaitUntilServed = Callable[[Manifest], Awaitable[None]]
 
 
@@ -111,7 +109,7 @@ class JobRoutes:
         name = check_collection_name(request.path_params["collection"])
         body = decode(await self._body(request), RollbackNowBody)
         services = self._services
-        manifest = await asyncio.to_thread(roll_back_or_tell, services.store, services.log(name), body.generation)
+        manifest = await asyncio.to_thread(roll_back, services.store, services.log(name), body.generation)
         await self._wait_until_served(manifest)
         served = services.coordinator.table.collections.get(name) if services.coordinator.table else None
         answer = {"generation": manifest.generation, "version": manifest.version}
@@ -143,27 +141,3 @@ class JobRoutes:
 def _garbage_options(collection: str, body: CollectGarbageBody) -> CollectGarbageOptions:
     grace_s = CollectGarbageOptions.grace_s if body.grace_s is None else body.grace_s
     return CollectGarbageOptions(collection or None, body.delete, grace_s)
-
-
-def roll_back_or_tell(store: ObjectStore, log: ManifestLog, generation: int | None) -> Manifest:
-    """`roll_back`; where the generation is not kept NotFound says which ones are."""
-    newest = log.newest_live()
-    try:
-        return roll_back(store, log, generation)
-    except NotFound as error:
-        kept = kept_generations(log, newest)
-        told = f"kept are versions of {', '.join(map(str, kept))}" if kept else "no earlier one is kept"
-        raise NotFound(f"{error}; {told}") from None
-
-
-def kept_generations(log: ManifestLog, newest: Manifest) -> list[int]:
-    """The generations before the newest of which a version is kept, of the last `KEPT_VERSIONS_READ` versions."""
-    kept: set[int] = set()
-    for version in sorted((number for number in log.versions() if number < newest.version), reverse=True)[
-        :KEPT_VERSIONS_READ
-    ]:
-        manifest = log.read(version)
-        if manifest.state == "deleted":
-            break
-        kept.add(manifest.generation)
-    return sorted(kept - {newest.generation})

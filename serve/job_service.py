@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shlex
 import sys
 from dataclasses import asdict
@@ -14,10 +13,9 @@ import msgspec
 
 from cluster.errors import Invalid, NotFound, Unavailable
 from cluster.object_store import ObjectStore
-from jobs.report import JobStatus, new_job_id, newest_statuses, read_status, write_pending
+from jobs.report import JobStatus, check_job_id, new_job_id, newest_statuses, read_status, write_pending
 from serve.job_bodies import ImportBody, JobBody, RebuildBody, kind_of
 
-JOB_ID = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 LOG_LINES = 50
 JOBS_LISTED = 50
 LISTED = ("job_id", "kind", "collection", "state", "phase", "progress", "rate", "unit", "remaining_s")
@@ -67,7 +65,7 @@ class JobService:
 
         Unavailable where the job has written no end and Ray cannot be asked.
         """
-        _check_job_id(job_id)
+        check_job_id(job_id)
         answer, state = self._told(job_id)
         return answer | {
             "log": self._log_tail(job_id) if answer["state"] not in UNFINISHED and state is not None else []
@@ -115,13 +113,8 @@ class JobService:
             return []
 
     def stop(self, job_id: str) -> None:
-        _check_job_id(job_id)
+        check_job_id(job_id)
         self._runner.stop_job(job_id)
-
-
-def _check_job_id(job_id: str) -> None:
-    if not JOB_ID.fullmatch(job_id):
-        raise Invalid.at("job_id", f"{job_id!r} does not match {JOB_ID.pattern}")
 
 
 def _ray_says(written: JobStatus, state: str | None, unknown: Unavailable | None) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import msgspec
 
 from cluster.config import COLLECTION_NAME
 from cluster.snapshots import NAME as SNAPSHOT_NAME
+from jobs.report import JOB_ID
 from serve.arrow_bodies import ARROW
 from serve.job_bodies import JOB_BODIES, CollectGarbageBody, RollbackNowBody
-from serve.job_service import JOB_ID
 from serve.problems import PROBLEM
 from serve.schemas import CollectionBody
 from serve.search_bodies import FetchBody, SearchBody, SearchOptions

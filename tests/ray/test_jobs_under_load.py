@@ -15,7 +15,7 @@ pytestmark = pytest.mark.ray
 COLLECTION = "loaded"
 SHAPE = LoadShape()
 TARGET = 0.95
-QUIET_S = 5.0  # of searches, fetches and writes without a job
+QUIET_S = 3.0  # of searches, fetches and writes without a job
 JOBS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rebuild", {"kind": "rebuild"}),
     ("1 to 3", {"kind": "rebuild", "shards": 3}),

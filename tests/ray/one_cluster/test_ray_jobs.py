@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from actors import ray_jobs
+from actors.niceness import BACKGROUND
 from cluster.errors import Unavailable
 
 pytestmark = pytest.mark.ray
@@ -32,6 +33,10 @@ def die_after_one(marker: str) -> Iterator[str]:
     yield "two"
 
 
+def tell_priority(_: int) -> Iterator[int]:
+    yield min(os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task"))
+
+
 def die(_: int) -> Iterator[int]:
     os.kill(os.getpid(), signal.SIGKILL)
     yield 0
@@ -47,6 +52,11 @@ def test_cpus_of_a_cluster_are_those_of_its_nodes() -> None:
     cpus = ray_jobs.cluster_cpus()
     assert (cpus.total, cpus.largest_node) == (2, 2)
     assert 1 <= cpus.free <= 2
+
+
+def test_tasks_leave_the_processor_to_searches() -> None:
+    ((_, niceness),) = ray_jobs.run_tasks(tell_priority, [0], num_cpus=1, in_flight=1)
+    assert niceness >= BACKGROUND > os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def test_tasks_that_no_node_can_take_say_so_and_end(monkeypatch: pytest.MonkeyPatch) -> None:

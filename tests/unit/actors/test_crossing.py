@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.crossing import CrossingThread
+from actors.crossing import NEAR_S, Crossing, CrossingThread
+from actors.generation_files import GenerationFiles
 from actors.live_generation import LiveGeneration
 from actors.primary import Primary
 from actors.shard import Shard
@@ -21,7 +22,7 @@ from cluster.object_store import ObjectStore
 from cluster.routing import Routing
 from cluster.wal import Wal, WalRecord
 from cluster.write import PointWrite
-from tests.fakes import FaultyStore
+from tests.fakes import FaultyStore, ManualClock
 from tests.unit.actors.batches import LIMITS, UPKEEP, WAIT_S, delete, opened, record, upsert
 from tests.unit.actors.log_writer import Contents, LogWriter, contents
 from tests.unit.actors.points import manifest_log
@@ -140,6 +141,51 @@ def test_lag_is_what_is_unread_until_little_is_left(
     assert shard.status().crossing[2] <= 2
 
 
+@pytest.mark.parametrize("read_s", [0.5 * NEAR_S, 2.0 * NEAR_S])
+def test_what_is_left_under_heavy_writes_is_near_where_it_is_read_in_a_moment(
+    read_s: float, writer: LogWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many records come while some are read, so that the lag never gets less."""
+    monkeypatch.setattr("actors.crossing.NEAR_RECORDS", 3)
+    manifest = replayed(writer.store, SHARDS)
+    shard, clock = opened(writer.store, tmp_path), ManualClock()
+    crossing = shard.crossing
+    assert crossing is not None
+    monkeypatch.setattr(crossing, "_clock", clock)
+    read_on = Crossing._read_on
+
+    def reading(self: Crossing) -> int:
+        count = read_on(self)
+        clock.advance(read_s)
+        writer.put_points(*range(100, 105))
+        return count
+
+    monkeypatch.setattr(Crossing, "_read_on", reading)
+    for _ in range(3):
+        lag = near(shard).status().crossing[manifest.generation]
+    assert lag == (3 if read_s < NEAR_S else 5)
+
+
+def test_records_of_other_shards_count_for_what_is_unread_because_they_are_read_as_well(
+    writer: LogWriter, tmp_path: Path
+) -> None:
+    manifest = replayed(writer.store, SHARDS)
+    shard = near(opened(writer.store, tmp_path))
+    writer.put_points(*[mine(1, first) for first in range(100, 110)])
+    assert near(shard).status().crossing == {manifest.generation: 10}
+
+
+def test_crossing_that_is_loaded_again_and_again_keeps_a_bounded_list_of_versions(
+    writer: LogWriter, tmp_path: Path
+) -> None:
+    manifest = replayed(writer.store, SHARDS)
+    shard = opened(writer.store, tmp_path)
+    for _ in range(5):  # the supervisor has it loaded until it has arrived
+        shard.load(manifest.version)
+    assert shard.crossing is not None
+    assert shard.crossing.versions == (manifest.version,)
+
+
 def test_later_version_of_the_same_files_goes_on_where_the_crossing_is(
     writer: LogWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +289,29 @@ def test_own_log_that_cannot_be_read_on_arrival_is_read_again(writer: LogWriter,
     assert (shard.status().generations, shard.status().lsn) == ((1, 2), start + 1)
 
 
+def test_crossing_that_is_dropped_while_it_is_loaded_again_is_no_error(
+    writer: LogWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that reads on drops it where a record was applied by half."""
+    shard = opened(writer.store, tmp_path)
+    manifest = replayed(writer.store, SHARDS)
+    shard.load()
+    stands_for = Crossing.stands_for
+
+    def dropped_meanwhile(self: Crossing, manifest: Manifest) -> bool:
+        stands = stands_for(self, manifest)
+        shard.crossing = None
+        return stands
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Crossing, "stands_for", dropped_meanwhile)
+        shard.load()
+    shard.load()
+    near(shard)
+    end(writer.store, manifest)
+    assert contents(arrived(shard).view(2)) == part(writer.live, 0)
+
+
 # --- arrival and after ------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +405,61 @@ def test_restart_while_crossing_holds_nothing_until_the_served_version_is_loaded
         primary.write(upsert(71)).result(WAIT_S)
     arrived(shard)
     assert contents(shard.view(2)) == part(writer.live | {70: 70.0}, 0)
+
+
+def test_restart_while_crossing_goes_on_with_what_it_has_read_when_the_logs_have_ended(
+    writer: LogWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = replayed(writer.store, SHARDS)
+    shard = near(opened(writer.store, tmp_path))
+    crossing = shard.crossing
+    end(writer.store, manifest)
+    given_up: list[int] = []
+    shard.before_arrival = lambda: given_up.append(shard.applied_lsn)
+    monkeypatch.setattr(GenerationFiles, "generation", lambda *_: pytest.fail("it is loaded twice"))
+    shard.load(manifest.version)
+    assert crossing is not None
+    assert (shard.crossing, shard.newest()) == (None, crossing.generation)
+    shard.arrive()
+    assert given_up == [0], "it arrives once, before anybody can lead"
+    assert contents(shard.view(2)) == part(writer.live, 0)
+
+
+class Switching(Shard):
+    """Another thread has it arrive just when somebody looks which log it follows."""
+
+    armed = False
+
+    @property
+    def wal(self) -> Wal:
+        followed: Wal = self.__dict__["wal"]
+        if self.armed:
+            self.armed = False
+            other = threading.Thread(target=self.arrive)
+            other.start()
+            other.join(0.1)
+            self.arriving = other
+        return followed
+
+    @wal.setter
+    def wal(self, wal: Wal) -> None:
+        self.__dict__["wal"] = wal
+
+
+def test_claim_behind_the_end_of_a_log_is_not_taken_for_a_record_of_the_next_one(
+    writer: LogWriter, tmp_path: Path
+) -> None:
+    shard = Switching(writer.store, "words", 0, tmp_path)
+    shard.load()
+    manifest = replayed(writer.store, SHARDS)
+    shard.load()
+    start = end(writer.store, manifest)
+    assert shard.advance()
+    Wal(writer.store, "words", 0, 0).append(WalRecord(start + 1, 9, "claim", new_nonce()))  # it came too late
+    shard.armed = True
+    shard.catch_up()
+    shard.arriving.join()
+    assert (shard.status().log_set, shard.applied_lsn) == (1, start)
 
 
 def test_shard_that_was_away_until_the_new_set_was_sealed_goes_over_all_the_same(

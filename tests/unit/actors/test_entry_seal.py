@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from actors import entry_seal
+from actors import segment_upkeep
 from actors.entry_seal import DraftEntry, finished_entry, seal_entry
 from actors.point_sums import sum_of_points
 from actors.segment_rows import HashRange, LiveRows, open_part, open_span
@@ -101,7 +102,10 @@ def test_seal_of_a_shard_that_nothing_was_written_to_arrives_all_the_same(tmp_pa
     assert seal(collection, 1) is None
 
 
-def test_seal_while_earlier_logs_are_written_to_is_a_conflict(tmp_path: Path) -> None:
+def test_seal_while_earlier_logs_are_written_to_is_a_conflict_before_any_of_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment_upkeep, "read_tail", lambda *_: pytest.fail("for nothing, and again after each pause"))
     collection = Collection(CONFIG, tmp_path)
     collection.write(range(30))
     before = commit(collection, behind_all(collection, 2))

@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -223,6 +224,35 @@ def test_search_parameters_do_not_outlive_their_call() -> None:
     before = index.search(vectors[:5], 50, {"nprobe": 1})[0]
     index.search(vectors[:5], 50, {"nprobe": 8})
     np.testing.assert_array_equal(index.search(vectors[:5], 50, {"nprobe": 1})[0], before)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_index_with_reserved_memory_is_the_same_and_keeps_its_place(name: str) -> None:
+    """Where its codes lie in one array, that is not moved while it fills."""
+    vectors, queries = vectors_of("l2", COUNT, DIMENSION, 1), vectors_of("l2", QUERIES, DIMENSION, 2)
+    spec = spec_of(INDEXES[name], COUNT, DIMENSION)
+    plain = built_index(spec, "l2", vectors)
+    index = build_index(spec, DIMENSION, "l2", vectors[: spec.training_points(COUNT)], 3)
+    index.reserve(COUNT)
+    places = set()
+    for start in range(0, COUNT, 50):
+        index.add(vectors[start : start + 50])
+        places.add(place_of_codes(index))
+    assert len(places) == 1
+    if "hnsw" not in name.lower():  # whose links depend on what is added at one time
+        for found, expected in zip(
+            index.search(queries, 5, wide_open(index)), plain.search(queries, 5, wide_open(plain)), strict=True
+        ):
+            np.testing.assert_array_equal(found, expected)
+
+
+def place_of_codes(index: FaissIndex) -> int:
+    """The address of the codes; 0 of an index that keeps all of them in lists."""
+    level = faiss.downcast_index(index._index)
+    if isinstance(level, faiss.IndexHNSW):
+        level = faiss.downcast_index(level.storage)
+    level = faiss.downcast_index(getattr(level, "refine_index", level))
+    return int(level.codes.data()) if isinstance(level, faiss.IndexFlatCodes) else 0
 
 
 @pytest.mark.parametrize(("name", "metric"), BY_METRIC)

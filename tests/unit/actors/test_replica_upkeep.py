@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -202,4 +203,25 @@ def test_shard_that_holds_nothing_is_left_alone(tmp_path: Path) -> None:
     upkeep, work, _, _ = begun(tmp_path, POLICY)
     upkeep.look(Shard(MemoryStore(), "words", 0, tmp_path))
     assert (work.begun, upkeep.told()) == ([], "")
+    upkeep.close()
+
+
+def test_what_failed_under_another_generation_is_no_reason_to_wait(tmp_path: Path) -> None:
+    """Such as a seal while the newest generation, which this shard could not load yet, read the logs of earlier sets."""
+    upkeep, work, shard, _ = begun(tmp_path, Upkeep(seal_points=5))
+    write_points(shard, 6)
+    upkeep.look(shard)
+    work.wait(1)
+    work.ends[0].set_exception(Conflict("it can be sealed once that is served"))
+    while "failed" not in upkeep.told():
+        time.sleep(0.001)
+    upkeep.look(shard)
+    assert len(work.begun) == 1
+    log = manifest_log(shard._store, "words")
+    base = log.newest_live()
+    log.commit_generation(base, base.config, base.shards)
+    shard.load()
+    upkeep.look(shard)
+    work.wait(2)
+    work.ends[1].set_result(None)
     upkeep.close()

@@ -694,7 +694,9 @@ def test_replica_that_was_away_when_the_others_retired_does_so_when_it_is_back(t
         await until(lambda: len(eagleray.runtime.retired) == 3)
         eagleray.runtime.revive(key)
         await until(lambda: (key, 2) in eagleray.runtime.retired)
-        assert (await eagleray.runtime.status(key)).generations == (2,), "it drops nothing before it holds what is served"
+        assert (await eagleray.runtime.status(key)).generations == (2,), (
+            "it drops nothing before it holds what is served"
+        )
         await table_when(eagleray.directory, serves(2))
 
     with_serving(scenario, store, tmp_path)

@@ -108,6 +108,23 @@ def test_kind_that_was_named_or_that_the_vectors_asked_for_is_no_reason() -> Non
     assert "index_kind" in advised(one(replace(departed, planned="ivf_pq")), config=AUTO)
 
 
+def test_kind_is_that_for_the_whole_shard_also_where_it_has_many_segments() -> None:
+    """A rebuild gives all of them the kind that is chosen for the shard."""
+    bounded = replace(AUTO, index=IndexConfig(memory_bytes=200_000_000))
+    assert (kind_for(bounded, 200_000), kind_for(bounded, 1_000_000)) == ("hnsw", "ivf_pq")
+    shard = one(*[segment(200_000, kind="ivf_pq")] * 5, points_max=200_000)
+    assert "index_kind" not in advised(shard, config=bounded)
+
+
+def test_kind_that_measured_rates_have_ruled_out_is_no_reason() -> None:
+    """The builder knows how fast its node is, the supervisor does not."""
+    bounded = replace(AUTO, index=IndexConfig(build_seconds=30.0))
+    assert (kind_for(bounded, 200_000), kind_for(bounded, 480_000)) == ("hnsw", "ivf_pq")
+    slow = segment(200_000, kind="ivf_pq")
+    assert "index_kind" not in advised(one(slow), config=bounded)
+    assert "index_kind" in advised(one(segment(200_000), tail_points=400_000), config=bounded)
+
+
 def test_kind_that_nothing_fits_is_no_reason() -> None:
     tight = replace(AUTO, index=IndexConfig(memory_bytes=1_000))
     assert kind_for(tight, 500_000) == ""

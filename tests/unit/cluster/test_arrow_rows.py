@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 from cluster.arrow_rows import gather, vector_type, vectors_array, vectors_view
 
 
-def batch_of(numbers: list[int]) -> Any:
+def batch_of(numbers: list[int], nullable: bool = True) -> Any:
     vectors: NDArray[np.float32] = np.array([[n, n + 0.5] for n in numbers], dtype=np.float32).reshape(-1, 2)
-    return pa.record_batch({"number": pa.array(numbers, pa.int64()), "vector": vectors_array(vectors)})
+    lists = pa.field("vector", vector_type(2, "float32"), nullable=nullable)
+    schema = pa.schema([pa.field("number", pa.int64()), lists])
+    return pa.record_batch([pa.array(numbers, pa.int64()), vectors_array(vectors)], schema=schema)
 
 
-def batches_of(sizes: list[int]) -> tuple[list[Any], list[list[int]]]:
+def batches_of(sizes: list[int], nullable: bool = True) -> tuple[list[Any], list[list[int]]]:
     numbers = [list(range(100 * place, 100 * place + size)) for place, size in enumerate(sizes)]
-    return [batch_of(row) for row in numbers], numbers
+    return [batch_of(row, nullable) for row in numbers], numbers
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -58,13 +60,15 @@ def test_vector_type_has_the_dimension_and_the_element(dtype: str, value_type: p
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())
-def test_gather_is_a_lookup_per_row(sizes: list[int], data: st.DataObject) -> None:
-    batches, numbers = batches_of(sizes)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.booleans(), st.data())
+def test_gather_is_a_lookup_per_row(sizes: list[int], nullable: bool, data: st.DataObject) -> None:
+    batches, numbers = batches_of(sizes, nullable)
     places = [(which, row) for which, size in enumerate(sizes) for row in range(size)]
     asked = data.draw(st.lists(st.sampled_from(places), min_size=1, max_size=20))
     which, rows = (np.array(column, dtype=np.int64) for column in zip(*asked, strict=True))
     result = gather(batches, which, rows, ["vector", "number"])
+    assert result.schema == batches[0].select(["vector", "number"]).schema
+    assert gather(batches, which, rows, ["vector"]).column(0).equals(result.column(0))
     expected = [numbers[place][row] for place, row in asked]
     assert result.schema.names == ["vector", "number"]
     assert result.column("number").to_pylist() == expected

@@ -12,7 +12,7 @@ from math import ceil
 import numpy as np
 import pytest
 
-from cluster import paths
+from cluster import garbage, paths
 from cluster.entry_log import end_logs
 from cluster.errors import EaglerayError, NotFound, Unavailable
 from cluster.garbage import JOB_KEPT_S, MANIFESTS_KEPT, Sweep
@@ -268,6 +268,24 @@ def test_a_tombstone_file_that_the_next_seal_may_find_stays() -> None:
     assert [name.number for key in contents(store) if (name := parsed(key)) and name.kind == "tombstones"] == [2]
     write(store)
     assert_whole(store, seal(store))
+
+
+def test_what_is_in_memory_of_large_tombstone_files_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read before they are taken away, to be put back where they are named meanwhile."""
+    store = ClockStore()
+    log_of(store).create(CONFIG)
+    keys = [paths.tombstones("a", 0, f"segment-{number}", 0, "0" * 16) for number in range(12)]
+    for key in keys:
+        store.put(key, b"rows" * 25)
+    taken: list[int] = []
+    take = Sweep._take
+    monkeypatch.setattr(
+        Sweep, "_take", lambda self, batch, delete: taken.append(len(batch)) or take(self, batch, delete)
+    )
+    monkeypatch.setattr(garbage, "BATCH_BYTES", 300)
+    swept(store)
+    assert taken == [3, 3, 3, 3]
+    assert not contents(store).keys() & set(keys)
 
 
 def test_young_objects_stay() -> None:

@@ -238,14 +238,35 @@ def test_the_job_fails_and_says_what_it_did_where_something_cannot_be_read(table
     assert key in ended.report["failures"][0]["message"]
 
 
-def test_the_job_goes_on_without_a_supervisor(table: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_deleted_while_it_is_not_known_what_is_served(
+    table: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def away(namespace: str) -> None:
         raise Unavailable("it starts")
 
-    monkeypatch.setattr(ray_runtime, "find_supervisor", away)
     data, store = named_store()
-    aged(crowded(store))
-    assert run_job(data).state == "succeeded"
+    crowded(store)
+    served = log_of(store).read(2)
+    table["a"] = served.version
+    aged(store)
+    before = contents(store).keys()
+    with monkeypatch.context() as starting:
+        starting.setattr(ray_runtime, "find_supervisor", away)
+        assert run_job(data).state == "succeeded"
+        with pytest.raises(Unavailable, match=r"which versions are served, .*it starts"):
+            run_job(data, delete=True)
+        assert before <= contents(store).keys()
+    asked: list[str] = []
+
+    def gone_after_the_first(namespace: str) -> str:
+        asked.append(namespace)
+        if len(asked) > 1:
+            away(namespace)
+        return "a supervisor"
+
+    monkeypatch.setattr(ray_runtime, "find_supervisor", gone_after_the_first)
+    assert run_job(data, delete=True).report["removed"]["objects"] > 0
+    assert_whole(store, served)
 
 
 def test_a_deletion_without_grace_is_refused_before_anything_is_started() -> None:

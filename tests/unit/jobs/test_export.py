@@ -153,10 +153,11 @@ def test_attributes_of_all_segments_have_one_type_in_all_files(tmp_path: Path) -
     assert types == (pa.string(), pa.int64(), pa.list_(pa.string()))
     target = ExportTarget(str(tmp_path / "out"), "j")
     target.begin()
+    sizes = {}
     for number, entry_ref in enumerate([base.shards[0].segments[0], refs[0]]):
         task = export.PartTask(data, "words", target, f"p{number}.parquet", schema, shards[0], entry_ref, str(tmp_path))
-        list(write_part(task))
-    target.finish({})
+        sizes[task.name] = [*write_part(task)][-1]["bytes"]
+    target.finish(sizes)
     rows = {row["id"]: row for row in pq.read_table(tmp_path / "out").to_pylist()}
     assert rows[103]["rank"] == 3
     assert rows[103]["word"] == ["x"]
@@ -275,7 +276,7 @@ def test_parts_that_another_node_wrote_to_its_own_disk_are_missed(tmp_path: Path
         if function is write_part:
             (tmp_path / "out.export-1.unfinished" / "part-0001-0000.parquet").unlink()
 
-    with pytest.raises(Unavailable, match=r"lacks part-0001-0000.parquet .* that all nodes share"):
+    with pytest.raises(Unavailable, match=r"lacks 1 of 2 files, part-0001-0000.parquet .* that all nodes share"):
         run_export(data, tmp_path / "out", tmp_path, run_tasks=elsewhere)
     assert not (tmp_path / "out").exists()
 
@@ -293,6 +294,24 @@ def test_target_that_others_write_to_meanwhile_is_left_to_them(tmp_path: Path) -
         run_export(data, tmp_path / "out", tmp_path, run_tasks=others)
     assert files_in(tmp_path / "out") == ["theirs.parquet"]
     assert not (tmp_path / "out.export-1.unfinished").exists()
+
+
+def test_of_two_exports_to_one_bucket_at_most_one_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have found it empty; parts of one in the place of the other's would be a mixture of two versions."""
+    use_remote(monkeypatch, tmp_path / "bucket")
+    name, part = "part-0000-0000.parquet", tmp_path / "part"
+    first, second = ExportTarget("out", "export-1"), ExportTarget("out", "export-2")
+    for target in (first, second):
+        target.check_empty()
+    for target in (first, second):
+        part.write_bytes(target.job_id.encode())
+        target.begin()
+        target.put(part, name)
+    with pytest.raises(Conflict, match=f"was written to by others: export-2-{name}"):
+        first.finish({name: 8})
+    first.discard([name])
+    second.finish({name: 8})
+    assert [path.read_bytes() for path in (tmp_path / "bucket" / "out").iterdir()] == [b"export-2"]
 
 
 @pytest.mark.parametrize("count", [59, 61])

@@ -1097,6 +1097,19 @@ def test_store_that_fails_at_any_call_leaves_the_old_collection_or_the_whole_new
         assert stored(inner, again).by_id() == expected(small.new_table, "l2", "float32")
 
 
+def test_nothing_is_left_to_do_after_the_commit_for_who_is_stopped_then_has_committed(tmp_path: Path) -> None:
+    data, source = new_data_url(), write(tmp_path / "a.parquet", random_table(10))
+    store = open_store(data)
+    staged: dict[str, int] = {}
+
+    def listener(status: JobStatus) -> None:
+        staged[status.phase] = len(list(store.objects(paths.staging_prefix("words"))))
+
+    run_import(data, source, listener=listener)
+    assert staged["build"] > 0
+    assert staged["commit"] == 0
+
+
 def test_import_that_committed_succeeds_though_its_staging_cannot_be_deleted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

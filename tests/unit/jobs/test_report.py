@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+import jobs.__main__ as jobs_main
 from cluster import paths
-from cluster.errors import Corrupt, NotFound
+from cluster.errors import Corrupt, Invalid, NotFound
 from cluster.memory_store import MemoryStore
 from jobs.progress_bar import duration_text, progress_note
 from jobs.report import FINISH_PAUSES_S, WRITE_PERIOD_S, JobReporter, JobStatus, read_status, write_pending
@@ -18,6 +19,13 @@ def test_status_is_written_at_once_and_read_back() -> None:
     store = MemoryStore()
     JobReporter(store, START, clock=ManualClock())
     assert read_status(store, "job-1") == START
+
+
+@pytest.mark.parametrize("job_id", ["a/b", "../jobs", "nightly.1", "a\n", "x" * 129])
+def test_name_of_a_run_that_is_no_part_of_a_key_is_refused_before_anything_is_done(job_id: str) -> None:
+    with pytest.raises(Invalid, match=r"job_id: .* does not match"):
+        jobs_main._first_status("rebuild", job_id, "words")
+    assert jobs_main._first_status("rebuild", "nightly_1", "words").job_id == "nightly_1"
 
 
 def test_progress_is_written_no_more_often_than_its_period() -> None:

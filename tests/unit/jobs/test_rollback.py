@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from cluster import paths, rollback
 from cluster.errors import Conflict, Invalid, NotFound, Unavailable
+from cluster.garbage import Sweep
 from cluster.manifest import Manifest
 from cluster.memory_store import MemoryStore
 from cluster.object_store import ObjectStore
@@ -164,6 +169,14 @@ def test_attributes_and_config_of_the_old_generation_come_back(tmp_path: Path) -
     assert manifest.attributes == {"a": "int64", "b": "string", "c": "bool"}
 
 
+def test_memory_that_did_not_suffice_for_two_generations_does_not_on_the_way_back(tmp_path: Path) -> None:
+    made = history(tmp_path)
+    base = made.newest
+    ends = made.log.wal_ends(base, 2)
+    made.log.commit_generation(base, base.config, ends, switch="one_at_a_time")
+    assert roll_back(made.store, made.log).switch == "one_at_a_time"
+
+
 def test_entries_behind_are_as_of_the_old_positions() -> None:
     shards = (ShardEntry(0, (), 7, 2), ShardEntry(1, (), 9, 1))
     old = Manifest("c", 1, CONFIG, Routing(2), 1, shards, "", "w", log_set=4)
@@ -231,7 +244,7 @@ def test_file_that_was_collected_is_named_and_nothing_is_committed(name: str, tm
     made.import_ids([1])
     version = made.newest.version
     made.store.delete(key)
-    with pytest.raises(NotFound, match=f"generation 2 .* {key} .*: take one that is whole: 1$"):
+    with pytest.raises(NotFound, match=f"generation 2 .* {key} .*; kept are generations 1$"):
         roll_back(made.store, made.log)
     assert made.newest.version == version
 
@@ -302,7 +315,7 @@ def test_what_is_collected_between_check_and_commit_brings_back_what_was_newest(
     assert made.newest.generation == before.generation + 2
     made.went_back(made.newest, before.generation)
     made.assert_held()
-    with pytest.raises(NotFound, match=r"generation 4 .* take one that is whole: 3, 1$"):
+    with pytest.raises(NotFound, match=r"generation 4 .* kept are generations 3, 1$"):
         roll_back(made.store, made.log)
     go_back(made, 1)
 
@@ -356,9 +369,11 @@ def test_rollback_through_a_failing_store_is_whole_or_nothing(fault: Fault, tmp_
 # --- as a job -------------------------------------------------------------------------------------------------------
 
 
-def run_job(made: History, monkeypatch: pytest.MonkeyPatch, replay_max: int) -> Manifest:
+def run_job(
+    made: History, monkeypatch: pytest.MonkeyPatch, replay_max: int, run_tasks: Any = run_tasks_here
+) -> Manifest:
     before = made.newest
-    workers = Workers(run_tasks_here, 2)
+    workers = Workers(run_tasks, 2)
     job = RollbackJob("memory://x", made.store, made.log, RollbackOptions("words"), workers, str(made.folder))
     reporter = JobReporter(made.store, JobStatus("rollback-1", "rollback", "words"), clock=ManualClock())
     with monkeypatch.context() as patched:
@@ -396,6 +411,35 @@ def test_job_seals_what_a_replica_would_replay(
     go_back(made)
 
 
+@pytest.mark.parametrize("at", ["seal", "commit"])
+def test_job_that_another_generation_comes_before_leaves_no_segments(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = history(tmp_path)
+    made.import_ids(range(200, 210))
+    made.write(range(100, 140), [5, 6])
+    sealed = list[str]()
+
+    def run(function: object, items: object, num_cpus: float, in_flight: int) -> Iterator[tuple[int, Any]]:
+        for number, event in run_tasks_here(function, items, num_cpus, in_flight):  # type: ignore[arg-type]
+            sealed[:] = [name for name in segment_ids(made) if name.startswith("rollback-1-")]
+            if at == "seal" and sealed:
+                made.import_ids([1])
+            yield number, event
+        if at == "commit":
+            made.import_ids([1])
+
+    with pytest.raises(Conflict):
+        run_job(made, monkeypatch, replay_max=1, run_tasks=run)
+    assert sealed
+    named = {name for number in made.log.versions() for name in made.log.read(number).segments}
+    assert segment_ids(made) == named
+
+
+def segment_ids(made: History) -> set[str]:
+    return set(made.store.folders(paths.segments_prefix("words")))
+
+
 def test_job_with_little_to_replay_commits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = history(tmp_path)
     made.import_ids(range(200, 210))
@@ -408,7 +452,8 @@ def test_job_with_little_to_replay_commits_at_once(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("round_", range(4))
-def test_any_history_can_be_rolled_back(round_: int, tmp_path: Path) -> None:
+def test_any_history_can_be_rolled_back(round_: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the generation before always, whatever was collected; to others as long as they are kept."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     dice = random.Random(seed)
@@ -418,7 +463,7 @@ def test_any_history_can_be_rolled_back(round_: int, tmp_path: Path) -> None:
         made.write(dice.sample(range(30), dice.randint(0, 6)), dice.sample(range(30, 45), 2))
         newest = made.newest
         pending = newest.log_set != made.log_set
-        what = dice.choice(["import", "reshard", "seal", "seal", "back", "back", "switch"])
+        what = dice.choice(["import", "reshard", "seal", "seal", "back", "far", "job", "collect", "switch"])
         if what == "import" and not pending:
             made.import_ids(dice.sample(range(45), 8))
         elif what == "reshard" and not pending:
@@ -426,7 +471,14 @@ def test_any_history_can_be_rolled_back(round_: int, tmp_path: Path) -> None:
         elif what == "seal" and not pending:
             made.seal(dice.randrange(len(newest.shards)))
         elif what == "back" and newest.generation > 1:
-            go_back(made, dice.choice([None, dice.randint(1, newest.generation - 1)]))
+            go_back(made)
+        elif what == "far" and newest.generation > 1:
+            with suppress(NotFound):
+                go_back(made, dice.randint(1, newest.generation - 1))
+        elif what == "job" and newest.generation > 1:
+            run_job(made, monkeypatch, replay_max=0)
+        elif what == "collect":
+            Sweep(made.store, time.time() + 1.0, 0.0).run("words", delete=True)
         else:
             made.switch()
         made.assert_held()

@@ -210,6 +210,7 @@ def test_conflicts_with_the_shards_own_upkeep_are_tried_again(made: History, mon
 
 
 def test_long_tail_is_sealed_bit_by_bit(made: History, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealing, "SEAL_POINTS_MIN", 1)
     monkeypatch.setattr(sealing, "SEAL_POINTS_MAX", 5)
     for number in range(8):
         made.write([number, 40 + number, 60 + number])
@@ -217,6 +218,25 @@ def test_long_tail_is_sealed_bit_by_bit(made: History, monkeypatch: pytest.Monke
     snapshot = take(made)
     assert snapshot.version > version + 3
     assert made.held(made.log.read(snapshot.version), replayed=False) == contents
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_snapshot_of_a_collection_that_is_deleted_before_it_has_its_name_is_taken_back(
+    again: bool, made: History
+) -> None:
+    """The deletion has looked for snapshots before this one was there, and deletes the files next."""
+
+    def delete() -> None:
+        made.log.delete()
+        if again:
+            made.log.create(made.config)
+
+    left = [delete]
+    store = StoreWith(made.store, lambda key: left.pop()() if "/snapshots/" in key and left else None)
+    with pytest.raises(NotFound, match="snapshot 'before' is of a collection 'words' that was deleted"):
+        take(made, store=store)
+    assert not left
+    assert list_snapshots(made.store, "words") == []
 
 
 @pytest.mark.parametrize("fault", ["fail", "lose_answer", "die"])
@@ -383,6 +403,31 @@ def test_snapshot_of_a_collection_that_was_deleted_since_is_not_restored(made: H
         restore(made.store, made.log, RestoreOptions("words", "before"))
 
 
+def test_memory_that_did_not_suffice_for_two_generations_does_not_for_a_snapshot(made: History) -> None:
+    take(made)
+    base = made.newest
+    made.log.commit_generation(base, base.config, made.log.wal_ends(base, 2), switch="one_at_a_time")
+    assert restore(made.store, made.log, RestoreOptions("words", "before")).switch == "one_at_a_time"
+
+
+def test_restore_during_which_the_collection_is_created_again_is_refused(made: History) -> None:
+    """Its deletion has not come to the snapshots yet."""
+    take(made)
+    calls = list[int]()
+
+    class CreatedAgain(ManifestLog):
+        def newest_live(self) -> Manifest:
+            calls.append(1)
+            if len(calls) == 2:
+                made.log.delete()
+                made.log.create(made.config)
+            return super().newest_live()
+
+    with pytest.raises(NotFound, match="snapshot 'before' is of a collection 'words' that was deleted"):
+        restore(made.store, CreatedAgain(made.store, "words", new_nonce), RestoreOptions("words", "before"))
+    assert made.newest.segments == {}
+
+
 def test_snapshot_that_is_deleted_meanwhile_brings_back_what_was_newest(made: History) -> None:
     take(made)
     made.write([99])
@@ -540,6 +585,19 @@ def test_collection_that_is_created_meanwhile_stays(made: History) -> None:
 def delete_and_create(made: History) -> None:
     made.log.delete()
     made.log.create(CONFIG)
+
+
+@pytest.mark.parametrize("snapshot", [None, "before"])
+def test_version_of_a_collection_that_was_created_again_is_not_branched(snapshot: str | None, made: History) -> None:
+    """Its files are still there: its deletion has looked already who names them, and deletes them next."""
+    take(made)
+    origin = made.newest
+    made.log.delete()
+    made.log.create(made.config)
+    into = ManifestLog(made.store, "other", new_nonce)
+    with pytest.raises(NotFound, match=f"version {origin.version} is of a collection 'words' that was deleted"):
+        branch(made.store, made.log, into, origin, BranchOptions("words", "other", snapshot))
+    assert into.newest() is None
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,8 @@ from cluster.arrow_rows import vectors_array
 from cluster.config import COLLECTION_NAME, CollectionConfig, IndexConfig
 from cluster.snapshots import NAME as SNAPSHOT_NAME
 from cluster.snapshots import create_snapshot
-from jobs.report import JobReporter, JobStatus
+from jobs.report import JOB_ID, JobReporter, JobStatus
 from serve.arrow_bodies import ARROW
-from serve.job_service import JOB_ID
 from serve.openapi import openapi_document
 from tests.unit.actors.points import manifest_log, random_points
 from tests.unit.serve.endpoint import Endpoint, arrow_stream, memory_url, running_endpoint, stream_of

@@ -71,7 +71,7 @@ def test_rollback_to_what_is_not_kept_says_what_is(tmp_path: Path) -> None:
         version = next(v for v in manifest_log(endpoint.store, "words").versions() if generation(endpoint, v) == 2)
         endpoint.store.delete(f"collections/words/manifest/{version:020d}.json")
         told = problem(await endpoint.http.post(f"{WORDS}:rollback", json={"generation": 2}), 404)
-        assert told["detail"].endswith("kept are versions of 1, 3")
+        assert told["detail"].endswith("kept are generations 3, 1")
         problem(await endpoint.http.post(f"{WORDS}:rollback", json={"generation": 4}), 400, "generation")
         problem(await endpoint.http.post(f"{WORDS}:rollback", json={"to": 1}), 400, "to")
         problem(await endpoint.http.post("/v1/collections/nothing:rollback", json={}), 404)
