@@ -23,6 +23,7 @@ from tests.fakes import Serving
 from tests.unit.actors.batches import delete, upsert
 
 PATIENT_S = 15.0
+PAUSE_S = 0.004  # between the requests of one client, so that what is tested gets time of the processor
 GONE = -1.0  # where a deleted point lies
 
 
@@ -101,6 +102,7 @@ class Load:
             for point_id in some:
                 self.acknowledged[point_id] = GONE if gone else at
             self.writes += 1
+            await asyncio.sleep(PAUSE_S)
 
     async def acknowledge(self, write: PointWrite) -> None:
         while True:
@@ -127,7 +129,7 @@ class Load:
                     self.wrong.append(f"{point_id} at {at} was never written")
                 if self.monotonic and 0.0 < at < before.get(point_id, 0.0):
                     self.wrong.append(f"{point_id} at {at}, acknowledged before was {before[point_id]}")
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(PAUSE_S)
 
     async def found(self, min_lsn: dict[int, int] | None = None) -> dict[int, float]:
         """Every live point by an exact search; one that is found twice is an error."""

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors import entry_seal
-from actors import segment_upkeep
+from actors import entry_seal, segment_upkeep
 from actors.entry_seal import DraftEntry, finished_entry, seal_entry
 from actors.point_sums import sum_of_points
 from actors.segment_rows import HashRange, LiveRows, open_part, open_span

@@ -207,7 +207,7 @@ def test_shard_that_holds_nothing_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_what_failed_under_another_generation_is_no_reason_to_wait(tmp_path: Path) -> None:
-    """Such as a seal while the newest generation, which this shard could not load yet, read the logs of earlier sets."""
+    """Such as a seal while the newest generation, which this shard could not load yet, was on its way."""
     upkeep, work, shard, _ = begun(tmp_path, Upkeep(seal_points=5))
     write_points(shard, 6)
     upkeep.look(shard)
