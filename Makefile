@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help env check test soak demo bench bench-peers bench-record bench-build bench-writes lock clean
+.PHONY: help env check test soak demo bench bench-peers bench-record bench-build bench-rebuild bench-writes lock clean
 
 help: ## Show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -47,6 +47,9 @@ bench-record: env ## Record the ratios to FAISS in process that tests/ray/test_s
 
 bench-build: env ## Building segments beside FAISS in process, and two shards at once beside one with two threads
 	$(BIN)/python -m benchmarks.build_throughput $(BENCH)
+
+bench-rebuild: env ## Latency of searches before and during rebuilds (BENCH="--help" for options)
+	$(BIN)/python -m benchmarks.rebuild_under_load $(BENCH)
 
 bench-writes: env ## Acknowledged writes beside the store's own puts and FAISS's adds (BENCH="--help" for options)
 	$(BIN)/python -m benchmarks.writes $(BENCH)

@@ -143,7 +143,7 @@ def test_import_with_a_bad_row_names_it_and_changes_nothing(
     pq.write_table(table, tmp_path / "bad.parquet", row_group_size=50)
     failed = server.cli("import", str(tmp_path / "bad.parquet"), "--collection", words, "--json")
     assert failed.returncode == 1
-    message = problem_of(failed.stdout)["message"]
+    message = problem_of(failed.stdout)["report"]["message"]
     assert "bad.parquet, row group 1, row 7" in message
     assert "NaN" in message
     assert server.client.collection(words)["version"] == version

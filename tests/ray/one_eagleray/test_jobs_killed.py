@@ -30,16 +30,12 @@ ENDED = ("succeeded", "failed", "stopped")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    folder = tmp_path_factory.mktemp("data")
-    server = RunningServer(folder / "data")
-    server.start()
-    try:
-        SHAPE.import_into(server.client, COLLECTION, folder / "points.parquet", index={"kind": "hnsw"})
-        yield server
-    finally:
-        server.stop()
-        server.client.close()
+def server(eagleray: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    SHAPE.import_into(
+        eagleray.client, COLLECTION, tmp_path_factory.mktemp("points") / "points.parquet", index={"kind": "hnsw"}
+    )
+    yield eagleray
+    eagleray.client.call("DELETE", f"/v1/collections/{COLLECTION}")
 
 
 class Killing:

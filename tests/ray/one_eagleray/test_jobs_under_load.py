@@ -27,17 +27,11 @@ GENERATIONS = 4  # that they make
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    folder = tmp_path_factory.mktemp("data")
-    server = RunningServer(folder / "data")
-    server.start()
-    try:
-        index = {"kind": "hnsw", "target_recall": TARGET}
-        SHAPE.import_into(server.client, COLLECTION, folder / "points.parquet", index=index)
-        yield server
-    finally:
-        server.stop()
-        server.client.close()
+def server(eagleray: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    index = {"kind": "hnsw", "target_recall": TARGET}
+    SHAPE.import_into(eagleray.client, COLLECTION, tmp_path_factory.mktemp("points") / "points.parquet", index=index)
+    yield eagleray
+    eagleray.client.call("DELETE", f"/v1/collections/{COLLECTION}")
 
 
 def test_jobs_under_load_fail_no_search_and_lose_no_write(server: RunningServer) -> None:

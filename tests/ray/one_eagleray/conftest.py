@@ -1,0 +1,20 @@
+"""One Eagleray, started as a user does, for all modules of this folder: each has a collection of its own on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.ray.server import RunningServer
+
+
+@pytest.fixture(scope="package")
+def eagleray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    server = RunningServer(tmp_path_factory.mktemp("data") / "data")
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        server.client.close()
