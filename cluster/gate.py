@@ -15,7 +15,6 @@ from cluster.errors import Conflict
 
 GATE_K = 10  # recall@10 is what operating points promise
 ONE_SIDED_99 = 2.326  # standard normal quantile: one of a hundred sound generations would be refused
-REAL_QUERIES_MIN = 100  # fewer recent queries are told of, and decide nothing
 LATENCY_FACTOR = 2.0
 LATENCY_FLOOR_MS = 1.0  # of difference: medians of less are noise
 SUM_BITS = 64

@@ -24,7 +24,6 @@ from cluster.config import CollectionConfig
 from cluster.errors import Corrupt, EaglerayError
 from cluster.gate import (
     GATE_K,
-    REAL_QUERIES_MIN,
     GateFacts,
     MeasuredLatency,
     MeasuredRecall,
@@ -304,7 +303,7 @@ def _query_sets(candidate: Candidate) -> list[tuple[str, Vectors, bool]]:
     sets = [("rows with noise", candidate.made[: candidate.asked], not candidate.tuned_on_real)]
     if candidate.real is not None:
         asked = candidate.real[: candidate.asked]
-        sets.append(("recent queries", asked, len(candidate.real) >= REAL_QUERIES_MIN))
+        sets.append(("recent queries", asked, candidate.tuned_on_real))
     return [each for each in sets if len(each[1])]
 
 

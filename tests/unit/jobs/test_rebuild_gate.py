@@ -173,17 +173,15 @@ def test_recall_is_that_of_the_whole_generation(
     assert measured["deviation"] == pytest.approx(np.std(recalls, ddof=1))
 
 
-@pytest.mark.parametrize(
-    ("count", "binding"), [(30, []), (150, ["rows with noise", "recent queries"]), (600, ["recent queries"])]
-)
-def test_recent_queries_decide_where_there_are_enough(count: int, binding: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "binding"), [(150, "rows with noise"), (600, "recent queries")])
+def test_what_the_index_was_tuned_with_decides(count: int, binding: str, tmp_path: Path) -> None:
     collection = filled(tmp_path)
     vectors = random_vectors(HARD, count, 9)
     store_queries(collection.store, "words", "a-coordinator", QuerySample(vectors, "l2"))
     told = run_rebuild(collection, index={"kind": "ivf_flat"})["gate"]["recall"]
     assert [each["asked"] for each in told] == ["rows with noise", "recent queries"]
     assert [each["queries"] for each in told] == [500, min(count, gate.GATE_QUERIES)]
-    assert [each["asked"] for each in told if each["binding"]] == (binding or ["rows with noise"])
+    assert [each["asked"] for each in told if each["binding"]] == [binding]
 
 
 def test_points_are_summed_whatever_is_written_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
