@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -93,7 +92,7 @@ class Importer:
         try:
             refs = self._build_all(plan, job_id, reporter)
         except BaseException:  # cancelled, too: SystemExit
-            self._clean_up("segments", job_id, self._delete_segments)
+            self._delete_segments(job_id)
             raise
         return self._commit(plan, refs, job_id, reporter)  # the last: who is stopped after it has committed
 
@@ -104,7 +103,7 @@ class Importer:
             plan = self._measured(plan, job_id, pieces, reporter)
             return self._build(plan, job_id, pieces, reporter)
         finally:
-            self._clean_up("staging", job_id, self._delete_staging)
+            self._clean_up_staging(job_id)
 
     def _commit(self, plan: ImportPlan, refs: dict[int, SegmentRef], job_id: str, reporter: JobReporter) -> Manifest:
         reporter.phase("commit")
@@ -113,7 +112,7 @@ class Importer:
                 plan.parent, plan.config, _shard_entries(plan, refs), plan.source.attributes
             )
         except Conflict:  # only this says for sure that the manifest was not written
-            self._clean_up("segments", job_id, self._delete_segments)
+            self._delete_segments(job_id)
             raise
 
     def _plan(self) -> ImportPlan:
@@ -214,12 +213,12 @@ class Importer:
             seed=self._options.seed,
         )
 
-    def _clean_up(self, what: str, job_id: str, delete: Callable[[str], None]) -> None:
-        """Delete the job's own objects. Where that fails the outcome stays what it was, and they stay as garbage."""
+    def _clean_up_staging(self, job_id: str) -> None:
+        """Delete the job's own pieces. Where that fails the outcome stays what it was, and they stay as garbage."""
         try:
-            delete(job_id)
+            self._delete_staging(job_id)
         except EaglerayError as error:
-            logger.warning("the %s of job %s are left behind: %s", what, job_id, error)
+            logger.warning("the staging of job %s is left behind: %s", job_id, error)
 
     def _delete_segments(self, job_id: str) -> None:
         delete_segments_of(job_id, self._store, self._log, self._options.collection)

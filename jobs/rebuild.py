@@ -9,7 +9,6 @@ the order of one range's rows, then one index (docs/decisions/0007-jobs.md).
 
 from __future__ import annotations
 
-import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from actors.segment_rows import HashRange
 from actors.shard_place import ShardPlace, newest_of_generation
 from actors.switch_facts import Statuses, memory_of_switch
 from cluster.config import ALL_OPTIONS, CollectionConfig, check_collection_name
-from cluster.errors import Conflict, EaglerayError
+from cluster.errors import Conflict
 from cluster.gate import GateFacts, GateFailed, PointSum, gate_report, refusals
 from cluster.index_policy import MEMORY_MARGIN
 from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry
@@ -56,7 +55,6 @@ from jobs.segment_task import delete_segments_of
 
 SEALED, PLANNED, BUILT, CAUGHT_UP, GATED = 0.05, 0.1, 0.8, 0.85, 0.99  # shares of the whole, for the progress bar
 CATCH_UP_ROUNDS = 5  # over all shards: then the replicas replay the rest
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -352,11 +350,8 @@ class Rebuilder:
         return report
 
     def _delete_segments(self, job_id: str) -> None:
-        """Delete what the job built and no manifest names. Where that fails it stays as garbage."""
-        try:
-            delete_segments_of(job_id, self._store, self._log, self._options.collection)
-        except EaglerayError as error:
-            logger.warning("the segments of job %s are left behind: %s", job_id, error)
+        """Delete what the job built and no manifest names."""
+        delete_segments_of(job_id, self._store, self._log, self._options.collection)
 
 
 def changed_config(config: CollectionConfig, options: RebuildOptions) -> CollectionConfig:

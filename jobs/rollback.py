@@ -6,7 +6,6 @@ manifest is committed (`cluster.rollback`). A crash before that leaves garbage a
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from actors.scratch import private_folder
 from actors.segment_rows import deleted_rows
 from actors.shard_place import ShardPlace
 from cluster.config import check_collection_name
-from cluster.errors import Conflict, EaglerayError, NotFound
+from cluster.errors import Conflict, NotFound
 from cluster.manifest import Manifest, ManifestLog, ShardEntry
 from cluster.object_store import ObjectStore, open_store
 from cluster.rollback import Rollback, checked_plan, commit_rollback, replay_of
@@ -32,7 +31,6 @@ from jobs.sealing import seal_points
 from jobs.segment_task import delete_segments_of
 
 ROUNDS_MAX = 10  # of sealing what was written during the round before; the replicas replay what is left
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,8 @@ class RollbackJob:
         return manifest, report
 
     def _delete_segments(self, job_id: str) -> None:
-        """Delete what the job sealed and no manifest names. Where that fails it stays as garbage."""
-        try:
-            delete_segments_of(job_id, self._store, self._log, self._options.collection)
-        except EaglerayError as error:
-            logger.warning("the segments of job %s are left behind: %s", job_id, error)
+        """Delete what the job sealed and no manifest names."""
+        delete_segments_of(job_id, self._store, self._log, self._options.collection)
 
     def _caught_up(self, rollback: Rollback, job_id: str, reporter: JobReporter) -> list[ShardEntry]:
         reporter.phase("seal")

@@ -6,11 +6,11 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from actors import ray_jobs, ray_runtime
 from actors.switch_facts import Statuses
@@ -27,6 +27,7 @@ from jobs.report import JobReporter, JobStatus
 
 SERVED_TIMEOUT_S = 600.0
 REFRESH_TIMEOUT_S = 10.0
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -40,13 +41,7 @@ def run_import(settings: Settings, options: ImportOptions, status: JobStatus) ->
     with reporting(store, status) as reporter:
         with told_if_it_fails(reporter, "stopped before it was committed"):
             manifest = Importer(settings.data, store, log, options, workers(reporter)).run(status.job_id, reporter)
-        report = {"points": manifest.points, "version": manifest.version, "generation": manifest.generation}
-        served: dict[str, Any] = {"served": False, "message": "committed; the job was stopped before it was served"}
-        try:
-            reporter.phase("serve")
-            served = wait_until_served(settings.namespace, manifest)
-        finally:
-            reporter.finish("succeeded", report | served)
+        finish_served(settings, reporter, manifest, {"points": manifest.points})
 
 
 def run_compact(settings: Settings, options: CompactOptions, status: JobStatus) -> None:
@@ -81,13 +76,8 @@ def run_rebuild(settings: Settings, options: RebuildOptions, status: JobStatus) 
             except GateFailed as error:
                 write_metric_report(options.metric_report, error.report)
                 raise
-        served: dict[str, Any] = {"served": False, "message": "committed; the job was stopped before it was served"}
-        try:
-            reporter.phase("serve")
-            write_metric_report(options.metric_report, report["gate"])
-            served = wait_until_served(settings.namespace, manifest)
-        finally:
-            reporter.finish("succeeded", report | served)
+        told = partial(write_metric_report, options.metric_report, report["gate"])
+        finish_served(settings, reporter, manifest, report, told)
 
 
 def write_metric_report(path: str | None, gate: dict[str, Any]) -> None:
@@ -129,6 +119,24 @@ def workers(reporter: JobReporter) -> Workers:
     return Workers(partial(ray_jobs.run_tasks, waiting=reporter.waiting), cpus.total, cpus.largest_node, cpus.free)
 
 
+def finish_served(
+    settings: Settings,
+    reporter: JobReporter,
+    manifest: Manifest,
+    report: dict[str, Any],
+    first: Callable[[], None] = lambda: None,
+) -> None:
+    """What was committed has succeeded, whatever comes after it: the report's `served` tells whether it is served."""
+    report = {"version": manifest.version, "generation": manifest.generation} | report
+    served: dict[str, Any] = {"served": False, "message": "committed; the job was stopped before it was served"}
+    try:
+        reporter.phase("serve")
+        first()
+        served = wait_until_served(settings.namespace, manifest)
+    finally:
+        reporter.finish("succeeded", report | served)
+
+
 def wait_until_served(namespace: str, manifest: Manifest) -> dict[str, Any]:
     """For the report: `served`, and a `message` where it is not."""
     try:
@@ -141,33 +149,33 @@ def wait_until_served(namespace: str, manifest: Manifest) -> dict[str, Any]:
     return {"served": True}
 
 
+def ask_supervisor(
+    namespace: str, ask: Callable[[ray_runtime.RayDirectory], Awaitable[T]], timeout_s: float
+) -> T | None:
+    """What the supervisor answers; None where no Eagleray runs. Whatever goes wrong is raised."""
+
+    async def answer(directory: ray_runtime.RayDirectory) -> T:
+        async with asyncio.timeout(timeout_s):
+            return await ask(directory)
+
+    supervisor = ray_runtime.find_supervisor(namespace)
+    return None if supervisor is None else asyncio.run(answer(ray_runtime.RayDirectory(supervisor, namespace)))
+
+
 def replica_statuses(namespace: str, collection: str) -> Statuses:
     """Of a collection's replicas, as the supervisor has them; none where it cannot be asked."""
 
-    async def describe(directory: ray_runtime.RayDirectory) -> Statuses:
-        async with asyncio.timeout(REFRESH_TIMEOUT_S):
-            statuses: Statuses = (await directory.describe(collection))["statuses"]
-            return statuses
-
     try:
-        supervisor = ray_runtime.find_supervisor(namespace)
-        if supervisor is not None:
-            return asyncio.run(describe(ray_runtime.RayDirectory(supervisor, namespace)))
+        told = ask_supervisor(namespace, lambda directory: directory.describe(collection), REFRESH_TIMEOUT_S)
     except Exception:  # of any kind: what is not known refuses nothing
         logger.warning("the replicas of %r are not known: the memory of the switch", collection, exc_info=True)
-    return {}
+        return {}
+    return told["statuses"] if told is not None else {}
 
 
 def tell_supervisor(namespace: str, collection: str) -> None:
     """Of a commit that keeps the generation; where that fails it is found a few seconds later."""
-
-    async def refresh(directory: ray_runtime.RayDirectory) -> None:
-        async with asyncio.timeout(REFRESH_TIMEOUT_S):
-            await directory.refresh(collection)
-
     try:
-        supervisor = ray_runtime.find_supervisor(namespace)
-        if supervisor is not None:
-            asyncio.run(refresh(ray_runtime.RayDirectory(supervisor, namespace)))
+        ask_supervisor(namespace, lambda directory: directory.refresh(collection), REFRESH_TIMEOUT_S)
     except Exception:  # of any kind: the job has done its work
         logger.warning("the supervisor could not be told of the new version of %r", collection, exc_info=True)

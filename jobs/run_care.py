@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import uuid
 from collections.abc import Mapping
 
-from actors import ray_runtime
 from cluster.config import Settings
 from cluster.errors import Corrupt, Unavailable
 from cluster.manifest import ManifestLog
 from cluster.object_store import open_store
 from jobs.collect_garbage import CollectGarbageOptions, GarbageCollector
 from jobs.report import JobStatus
-from jobs.run import reporting, told_if_it_fails, workers
+from jobs.run import ask_supervisor, reporting, told_if_it_fails, workers
 from jobs.scrub import Scrubber, ScrubOptions
 
 TABLE_TIMEOUT_S = 30.0
@@ -76,17 +74,9 @@ def _served(namespace: str) -> Mapping[str, int]:
 def _table(namespace: str) -> Mapping[str, int]:
     """The version of each collection that searches go to; empty where no Eagleray runs. Unavailable where it cannot be
     asked: it may serve an old version, for later ones could not be loaded."""
-
-    async def table(directory: ray_runtime.RayDirectory) -> Mapping[str, int]:
-        async with asyncio.timeout(TABLE_TIMEOUT_S):
-            found = await directory.next_table(None)
-        return {name: served.version for name, served in found.collections.items()}
-
     try:
-        supervisor = ray_runtime.find_supervisor(namespace)
-        if supervisor is None:
-            return {}
-        return asyncio.run(table(ray_runtime.RayDirectory(supervisor, namespace)))
+        table = ask_supervisor(namespace, lambda directory: directory.next_table(None), TABLE_TIMEOUT_S)
+        return {name: served.version for name, served in table.collections.items()} if table is not None else {}
     except Exception as error:  # of any kind
         raise Unavailable(
             f"the supervisor could not be asked which versions are served, and these must stay: {error!r}; try again"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import asdict
-from typing import Any
 
 from cluster.config import Settings
 from cluster.manifest import Manifest, ManifestLog
@@ -12,7 +11,7 @@ from cluster.object_store import ObjectStore, open_store
 from jobs.export import SEAL_SHARE, Exporter, ExportOptions
 from jobs.report import JobReporter, JobStatus
 from jobs.rollback import RollbackJob, RollbackOptions
-from jobs.run import reporting, tell_supervisor, told_if_it_fails, wait_until_served, workers
+from jobs.run import finish_served, reporting, tell_supervisor, told_if_it_fails, workers
 from jobs.sealing import Sealer
 from jobs.snapshots import (
     BranchOptions,
@@ -36,7 +35,7 @@ def run_rollback(settings: Settings, options: RollbackOptions, status: JobStatus
             log, tasks = _log(store, options.collection), workers(reporter)
             job = RollbackJob(settings.data, store, log, options, tasks, settings.cache_dir)
             manifest, report = job.run(status.job_id, reporter)
-        _finish_served(settings, reporter, manifest, report)
+        finish_served(settings, reporter, manifest, report)
 
 
 def run_snapshot(settings: Settings, options: SnapshotOptions, status: JobStatus) -> None:
@@ -59,7 +58,7 @@ def run_restore(settings: Settings, options: RestoreOptions, status: JobStatus) 
         with told_if_it_fails(reporter, NOTHING_DONE):
             reporter.phase("commit")
             manifest = restore(store, _log(store, options.collection), options)
-        _finish_served(settings, reporter, manifest, {"snapshot": options.snapshot})
+        finish_served(settings, reporter, manifest, {"snapshot": options.snapshot})
 
 
 def run_branch(settings: Settings, options: BranchOptions, status: JobStatus) -> None:
@@ -73,7 +72,7 @@ def run_branch(settings: Settings, options: BranchOptions, status: JobStatus) ->
             reporter.phase("commit")
             manifest = branch(store, log, into, origin, options)
         report = {"collection": options.into, "origin": options.collection, "origin_version": origin.version}
-        _finish_served(settings, reporter, manifest, report)
+        finish_served(settings, reporter, manifest, report)
 
 
 def run_export(settings: Settings, options: ExportOptions, status: JobStatus) -> None:
@@ -102,17 +101,6 @@ def _version(
     if snapshot is not None:
         return named_version(store, _log(store, collection), collection, snapshot)
     return _sealer(settings, store, collection, reporter).sealed(collection, reporter, share)
-
-
-def _finish_served(settings: Settings, reporter: JobReporter, manifest: Manifest, report: dict[str, Any]) -> None:
-    """What was committed has succeeded, whatever comes after it: the report's `served` tells whether it is served."""
-    report = {"version": manifest.version, "generation": manifest.generation} | report
-    served: dict[str, Any] = {"served": False, "message": "committed; the job was stopped before it was served"}
-    try:
-        reporter.phase("serve")
-        served = wait_until_served(settings.namespace, manifest)
-    finally:
-        reporter.finish("succeeded", report | served)
 
 
 def _sealer(settings: Settings, store: ObjectStore, collection: str, reporter: JobReporter) -> Sealer:

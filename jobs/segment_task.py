@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 import uuid
@@ -21,7 +22,7 @@ from actors.segment_builder import BuildOptions, Progress, build_segment, publis
 from cluster import paths
 from cluster.arrow_rows import gather, vectors_view
 from cluster.config import CollectionConfig
-from cluster.errors import Invalid
+from cluster.errors import EaglerayError, Invalid
 from cluster.garbage import GRACE_S
 from cluster.index_costs import Rates
 from cluster.index_policy import IndexPlan
@@ -34,6 +35,7 @@ from jobs.import_source import Unit
 from jobs.row_reader import SOURCE_ROW, SOURCE_ROW_GROUP, describe_place
 
 GATHER_SHARE = 0.2  # of a segment's time, for the progress bar: reading pieces and writing rows
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,15 @@ def is_segment_of(job_id: str, segment_id: str) -> bool:
 
 def delete_segments_of(job_id: str, store: ObjectStore, log: ManifestLog, collection: str) -> None:
     """Delete what a job published, half or whole; never what a manifest of any collection names: an earlier job of
-    that name built it. Where what others name cannot be read, it stays as garbage."""
+    that name built it. Where what others name cannot be read, or this fails, it stays as garbage: the job's outcome is
+    what it was."""
+    try:
+        _delete_segments_of(job_id, store, log, collection)
+    except EaglerayError as error:
+        logger.warning("the segments of job %s are left behind: %s", job_id, error)
+
+
+def _delete_segments_of(job_id: str, store: ObjectStore, log: ManifestLog, collection: str) -> None:
     found = {name for name in store.folders(paths.segments_prefix(collection)) if is_segment_of(job_id, name)}
     unnamed = found - log.named_segments() if found else found
     newest = log.newest() if unnamed else None
