@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help env check test soak demo bench bench-peers bench-record bench-build bench-rebuild bench-writes lock clean
+.PHONY: help env check test soak demo bench bench-peers bench-record bench-build bench-rebuild bench-writes bench-gpu test-gpu lock clean
 
 help: ## Show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -53,6 +53,15 @@ bench-rebuild: env ## Latency of searches before and during rebuilds (BENCH="--h
 
 bench-writes: env ## Acknowledged writes beside the store's own puts and FAISS's adds (BENCH="--help" for options)
 	$(BIN)/python -m benchmarks.writes $(BENCH)
+
+# FAISS for GPUs is not what `make env` installs: name the Python of an environment with eagleray[gpu] and pytest.
+GPU_PYTHON ?= python3
+
+test-gpu: ## Tests that need a GPU (GPU_PYTHON=... with eagleray[gpu] and pytest)
+	$(GPU_PYTHON) -m pytest -s tests/gpu
+
+bench-gpu: ## Raw FAISS and cuVS beside shard, actor and endpoint on a GPU (GPU_PYTHON=..., BENCH="--help" for options)
+	$(GPU_PYTHON) -m benchmarks.gpu $(BENCH)
 
 lock: ## Resolve pyproject.toml afresh into requirements-dev.lock
 	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock

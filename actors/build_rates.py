@@ -13,8 +13,7 @@ from actors.exact_search import nearest
 from actors.faiss_index import build_index
 from cluster.config import Metric
 from cluster.index_costs import REFERENCE, Rates
-from cluster.index_policy import HNSW_EF_CONSTRUCTION, HNSW_M
-from cluster.index_spec import IndexSpec
+from cluster.index_spec import HNSW_EF_CONSTRUCTION, HNSW_M, IndexSpec
 
 SAMPLE_POINTS = REFERENCE.graph_points
 SAMPLE_MIN = 2_000  # of fewer points a graph is built too quickly to tell

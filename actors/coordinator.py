@@ -204,7 +204,7 @@ class Coordinator:
         hits = parts[0] if len(parts) == 1 else merge_hits(parts, query.k, served.config.metric)
         self._remember(collection, served, query)
         lsn = {shard: part.lsn for shard, part in answers.items()}
-        return SearchResult(_complete(hits, columns, served), coverage, served.generation, lsn)
+        return SearchResult(_complete(hits, columns, served), coverage, served.generation, lsn, hits.degraded)
 
     async def _search_shards(
         self, collection: str, served: ServedCollection, query: Query, columns: tuple[str, ...], timeout_s: float

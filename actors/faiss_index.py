@@ -14,13 +14,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.faiss_library import check_faiss_installation, let_threads_sleep
+from actors.faiss_library import check_faiss_installation, let_gpus_be_numbered_by_bus, let_threads_sleep
 from cluster.config import Metric
 from cluster.errors import Corrupt, Invalid
 from cluster.index_spec import TRAINING_POINTS_PER_CENTROID, IndexSpec, fewest_training_points
 from cluster.row_selection import RowSelection
 
 let_threads_sleep()
+let_gpus_be_numbered_by_bus()
 check_faiss_installation()  # a missing or doubled FAISS says so, instead of failing in ways that hide the cause
 import faiss  # noqa: E402
 
@@ -35,6 +36,7 @@ BLAS_THRESHOLD = int(faiss.cvar.distance_compute_blas_threshold)  # floats of qu
 ParamsKey = tuple[tuple[str, float], ...]
 PARAMETERS_KEPT = 256  # objects of FAISS for the parameters of searches; operating points, as widened, are few
 ROOM_ABOVE = 1.1  # of the links above the lowest level of a graph, whose number is random
+GRAPH_KNOBS_ON_GPU = ("itopk_size", "search_width")
 COARSE_EF_MIN = 64  # candidates kept by a graph over the centroids: at least, and at least twice the lists asked for
 
 
@@ -54,19 +56,11 @@ class SearchableIndex(Protocol):
         """Inverted lists; 0 where it has none."""
         ...
 
-    def reserve(self, count: int) -> None:
-        """Take the memory of `count` points beforehand: growing by blocks would take up to three times as much."""
-        ...
-
-    def add(self, vectors: Vectors) -> None: ...
-
     def check(self, params: dict[str, float]) -> None: ...
 
     def search(
         self, queries: Vectors, k: int, params: dict[str, float], selection: RowSelection | None = None
     ) -> tuple[Rows, Vectors]: ...
-
-    def save(self, path: Path) -> None: ...
 
 
 def use_threads(threads: int) -> None:
@@ -189,9 +183,11 @@ class FaissIndex:
         self._known: dict[ParamsKey, Any] = {}
         self._known_of: tuple[RowSelection | None, dict[ParamsKey, Any]] = None, {}  # for the last selection
         self.count = int(index.ntotal)
+        self.kind = spec.kind
         levels = _levels(index)
         innermost = levels[-1]
         self._flat = isinstance(innermost, faiss.IndexFlat)
+        self._ignored = GRAPH_KNOBS_ON_GPU if spec.kind == "cagra" else ()
         self.lists = int(innermost.nlist) if isinstance(innermost, faiss.IndexIVF) else 0
         self.knobs = (
             *(("nprobe",) if self.lists else ()),
@@ -266,14 +262,24 @@ class FaissIndex:
         return faiss.IDSelectorAll() if self._flat and self._metric == "l2" else None  # see `blas_threshold`
 
     def check(self, params: dict[str, float]) -> None:
-        """Invalid, by name, where a parameter is not one of `knobs`."""
-        unknown = params.keys() - set(self.knobs)
-        if unknown:
-            known = ", ".join(self.knobs) or "none"
-            raise Invalid.at(f"params.{min(unknown)}", f"does not fit a {self._spec.kind} index; it takes: {known}")
+        """Invalid, by name, where a parameter is not one of `knobs`. The twin of a graph leaves its GPU's own alone."""
+        check_knobs(params, (*self.knobs, *self._ignored), self._spec.kind)
+
+    @property
+    def faiss_object(self) -> Any:
+        """FAISS's own object, for what copies it to a GPU. It lives no longer than this one, and a copy may need it."""
+        return self._index
 
     def save(self, path: Path) -> None:
         faiss.write_index(self._index, str(path))
+
+
+def check_knobs(params: dict[str, float], knobs: tuple[str, ...], kind: str) -> None:
+    """Invalid, by name, where a parameter is not one of the knobs of an index."""
+    unknown = params.keys() - set(knobs)
+    if unknown:
+        known = ", ".join(knobs) or "none"
+        raise Invalid.at(f"params.{min(unknown)}", f"does not fit a {kind} index; it takes: {known}")
 
 
 def _keep_room(numbers: Any, size: int) -> None:

@@ -1,4 +1,4 @@
-"""What comes before FAISS is imported: whether exactly one is installed, and how its threads wait."""
+"""What comes before FAISS is imported: that exactly one is installed, how its threads wait, how GPUs are numbered."""
 
 from __future__ import annotations
 
@@ -28,6 +28,20 @@ def let_threads_sleep() -> None:
     (docs/decisions/0006-speed.md).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def let_gpus_be_numbered_by_bus() -> None:
+    """CUDA numbers GPUs as the driver does, and so Ray, unless the environment says otherwise; before CUDA is started.
+
+    By default it has the fastest first: on a node with different ones a process would ask the driver about another
+    GPU than the one it works on.
+    """
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
+def gpus_are_supported() -> bool:
+    """Whether the installed FAISS has cuVS, as only one of them does."""
+    return check_faiss_installation() == "faiss-gpu-cuvs"
 
 
 def one_faiss(installed: list[str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MAGIC = 0x5245  # "ER" in the stream
-VERSION = 2
+VERSION = 3
 PREFIX = struct.Struct("<HBBIQII")  # magic, version, kind, time left in ms, call, bytes of head and of body
 ALIGNMENT = 16
 SCRATCH_BYTES = 64 * 1024  # small frames are received many at a time

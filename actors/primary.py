@@ -160,10 +160,10 @@ class Primary:
                 elif not self._stopped.is_set():
                     self._look_for_another()
         except (Fenced, Unavailable) as error:
-            self._lose(str(error))
+            self._lose(_reason(error))
         except Exception as error:
             logger.exception("the primary of shard %d of %r ends", self._shard.number, self._shard.collection)
-            self._lose(f"{type(error).__name__}: {error}")
+            self._lose(_reason(error))
         finally:
             self._durable.put(None)
 
@@ -191,6 +191,7 @@ class Primary:
             record = WalRecord(self._next_lsn, self.epoch, "write", self._shard.new_nonce(), upserts, deletes)
             self._push(self._made_durable(record, group))
         except BaseException as error:
+            self._lose(_reason(error))  # first: who is told so finds a primary that leads no more
             _fail(group, error if isinstance(error, Fenced) else _in_doubt(error))
             raise
         self._next_lsn += 1
@@ -228,8 +229,8 @@ class Primary:
                 _acknowledge(record, group, self._shard.apply_own(record))
             except Exception as error:
                 logger.exception("record %d of shard %d", record.lsn, self._shard.number)
-                _fail(group, _in_doubt(error))
                 self._lose(f"record {record.lsn} could not be applied: {error}")
+                _fail(group, _in_doubt(error))
 
     def _lose(self, reason: str) -> None:
         """Lead no more. Writes that wait were never put: nothing of them was applied."""
@@ -243,6 +244,10 @@ class Primary:
             self._changed.notify_all()
         self._shard.follow(self.epoch)
         _fail(group, Fenced(reason))
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, Fenced | Unavailable) else f"{type(error).__name__}: {error}"
 
 
 def _in_doubt(error: BaseException) -> Unavailable:

@@ -12,16 +12,21 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.background_task import run_in_background
+from actors.faiss_library import gpus_are_supported
+from actors.gpu_probe import seen_gpus
 from actors.niceness import BACKGROUND
 from actors.ray_runtime import own_error
+from cluster.cluster_gpus import NO_GPUS, ClusterGpus
 from cluster.errors import NotFound, Unavailable
 
 TASK_RETRIES = 3  # of a task whose process or node died; errors of ours are not retried
 WAIT_TOLD_S = 60.0  # without any task running: say what is waited for, and again each time
 WAIT_MAX_S = 15 * 60.0  # without any task running: give up
+PROBE_S = 20.0  # for the driver of a node to tell of its GPUs; else their memory is not known
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -44,10 +49,49 @@ class ClusterCpus:
 
 
 def cluster_cpus() -> ClusterCpus:
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    # Not documented, though a DeveloperAPI: what is documented sums over the nodes, and no task runs on two of them.
-    free = [resources.get("CPU", 0.0) for resources in ray._private.state.available_resources_per_node().values()]
-    return ClusterCpus.of(nodes, free)
+    return ClusterCpus.of([node.get("CPU", 0.0) for node in _nodes().values()], _free("CPU"))
+
+
+def cluster_gpus() -> ClusterGpus:
+    """GPUs of all nodes; a task on each node that has some asks their driver, and waits for no GPU."""
+    nodes = {node: resources["GPU"] for node, resources in _nodes().items() if resources.get("GPU", 0.0) > 0}
+    if not nodes:
+        return NO_GPUS
+    asked = [
+        ray.remote(_seen_memory)
+        .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        .remote()
+        for node in nodes
+    ]
+    answered, late = ray.wait(asked, num_returns=len(asked), timeout=PROBE_S)
+    seen: list[tuple[int, str]] = []
+    for reference in (*answered, *late):
+        try:
+            seen += ray.get(reference, timeout=0)
+        except (RayError, GetTimeoutError) as error:  # what is not known bounds nothing
+            logger.warning("a node does not tell of its GPUs: %s", error)
+            ray.cancel(reference, force=True)
+    return ClusterGpus.of(nodes.values(), _free("GPU"), seen)
+
+
+def counted_gpus() -> ClusterGpus:
+    """GPUs as Ray counts them; no driver is asked, so that nothing is known of their memory."""
+    return ClusterGpus.of([node.get("GPU", 0.0) for node in _nodes().values()], _free("GPU"), ())
+
+
+def _seen_memory() -> list[tuple[int, str]]:
+    """Of the GPUs of this node; of none where the FAISS that is installed here cannot use them."""
+    return [(gpu.total_bytes, gpu.name) for gpu in seen_gpus()] if gpus_are_supported() else []
+
+
+def _nodes() -> dict[str, dict[str, float]]:
+    """Resources of the nodes that are alive, by their id."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+def _free(resource: str) -> list[float]:
+    """Of each node. Not documented, though a DeveloperAPI: what is documented sums over the nodes."""
+    return [free.get(resource, 0.0) for free in ray._private.state.available_resources_per_node().values()]
 
 
 def run_tasks(
@@ -55,19 +99,22 @@ def run_tasks(
     items: Sequence[T],
     num_cpus: float,
     in_flight: int,
+    num_gpus: float = 0.0,
     waiting: Callable[[str], None] = lambda message: None,
 ) -> Iterator[tuple[int, Any]]:
     """Run a generator function on every item in Ray tasks, `in_flight` at a time; yields (item number, what it yields).
 
     The first error ends everything: it is raised here, and the other tasks are cancelled. While none of them gets
-    the CPUs it asks for `waiting` is told so ("" once one does), and after `WAIT_MAX_S` it ends with Unavailable.
+    the CPUs and GPUs it asks for `waiting` is told so ("" once one does), and after `WAIT_MAX_S` it ends with
+    Unavailable.
     """
-    options = {"num_returns": "streaming", "num_cpus": num_cpus, "max_retries": TASK_RETRIES}
+    asked = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    options = {"num_returns": "streaming", "max_retries": TASK_RETRIES, **asked}
     task = ray.remote(run_in_background).options(name=function.__name__, **options)
     queue = deque(enumerate(items))
     running: dict[Any, int] = {}
     started: set[Any] = set()
-    patience = _Patience(num_cpus, waiting)
+    patience = _Patience(num_cpus, num_gpus, waiting)
     try:
         while queue or running:
             while queue and len(running) < in_flight:
@@ -97,8 +144,9 @@ def run_tasks(
 class _Patience:
     """With tasks that Ray does not start: says why, and at last gives up."""
 
-    def __init__(self, num_cpus: float, waiting: Callable[[str], None]) -> None:
+    def __init__(self, num_cpus: float, num_gpus: float, waiting: Callable[[str], None]) -> None:
         self._num_cpus = num_cpus
+        self._num_gpus = num_gpus
         self._waiting = waiting
         self._since = time.monotonic()
         self._told = False
@@ -106,23 +154,38 @@ class _Patience:
     def look(self, some_run: bool, some_ready: bool) -> None:
         """Called after each wait; Unavailable when nothing has run for too long."""
         now = time.monotonic()
-        # A task that began may have lost its node, and wait for another one that has as many CPUs, for ever.
-        if some_ready or (some_run and cluster_cpus().largest_node >= self._num_cpus):
+        # A task that began may have lost its node, and wait for another one that has as much, for ever.
+        if some_ready or (some_run and self._has_a_node()):
             self._since = now
             if self._told:
                 self._waiting("")
             self._told = False
             return
-        free = ray.available_resources().get("CPU", 0.0)
-        message = (
-            f"waiting for a node with {self._num_cpus:g} free CPUs for {now - self._since:.0f} s: "
-            f"{free:g} are free in the whole cluster, {cluster_cpus().largest_node} is all of the largest node"
-        )
+        message = self._message(now - self._since)
         if now - self._since >= WAIT_MAX_S:
             raise Unavailable(f"given up {message}; replicas hold CPUs (shard_cpus): add nodes, or wait for other jobs")
         logger.warning(message)
         self._waiting(message)
         self._told = True
+
+    def _has_a_node(self) -> bool:
+        return any(
+            max(1, int(node.get("CPU", 0.0))) >= self._num_cpus and node.get("GPU", 0.0) >= self._num_gpus
+            for node in _nodes().values()
+        )
+
+    def _message(self, waited_s: float) -> str:
+        free, largest = ray.available_resources(), cluster_cpus().largest_node
+        if not self._num_gpus:
+            return (
+                f"waiting for a node with {self._num_cpus:g} free CPUs for {waited_s:.0f} s: "
+                f"{free.get('CPU', 0.0):g} are free in the whole cluster, {largest} is all of the largest node"
+            )
+        return (
+            f"waiting for a node with {self._num_cpus:g} free CPUs and {self._num_gpus:g} free GPUs for "
+            f"{waited_s:.0f} s: {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs are free in the whole "
+            f"cluster, {largest} CPUs is all of the largest node"
+        )
 
 
 def _lost(name: str, error: RayError) -> Unavailable:

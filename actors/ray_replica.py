@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors import ray_tls
 from actors.faiss_index import use_threads
 from actors.frames import BYTES_MAX
+from actors.gpu_device import GpuDevice
 from actors.niceness import work_in_background
 from actors.replica import Replica
 from actors.replica_upkeep import ReplicaUpkeep, Work
@@ -82,23 +83,27 @@ class ShardActor:
     to a fifth (docs/decisions/0006-speed.md); where no thread is busy in Python it changes nothing.
     """
 
-    def __init__(self, settings: Settings, key: ReplicaKey, shards: int) -> None:
+    def __init__(self, settings: Settings, key: ReplicaKey, shards: int, num_gpus: float = 0.0) -> None:
+        """`num_gpus` is what Ray gave it of a GPU; one that cannot be used is told in its status."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._settings = settings
         self._key = key
+        self._device, self._no_gpu = open_gpu(key, num_gpus)
         threads = search_threads(shards, settings, node_cores())
         pushes = PeerPushes(key, settings.namespace, lambda: self._replica.replicas)
         upkeep = ReplicaUpkeep(
             str(key), settings.upkeep, self._manifest, self._run, lambda v: self._replica.begin_load(v)
         )
-        self._replica = Replica(key, self._open, settings, threads, pushes.push, upkeep)
+        self._replica = Replica(key, self._open, settings, threads, pushes.push, upkeep, device=self._device)
         self._replica.keep_ticking()
         self._endpoint = listen_directly(self._replica, key, settings)
 
     def _open(self) -> Shard:
         cache_dir = cache_folder(self._settings)
         sweep_cache(cache_dir, time.time())
-        return Shard(open_store(self._settings.data), self._key.collection, self._key.shard, cache_dir)
+        store = open_store(self._settings.data)
+        place = (store, self._key.collection, self._key.shard, cache_dir)
+        return Shard(*place, device=self._device, on_cpus=self._key.device == "cpu")
 
     def _manifest(self, version: int) -> Manifest:
         return ManifestLog(open_store(self._settings.data), self._key.collection, _new_nonce).read(version)
@@ -140,7 +145,19 @@ class ShardActor:
         await self._replica.lead()
 
     async def status(self) -> ReplicaStatus:
-        return replace(self._replica.status(), endpoint=self._endpoint)
+        status = replace(self._replica.status(), endpoint=self._endpoint)
+        return replace(status, degraded=self._no_gpu) if status.degraded and self._no_gpu else status
+
+
+def open_gpu(key: ReplicaKey, share: float) -> tuple[GpuDevice | None, str]:
+    """The GPU of a replica's process, or why it has none, though it should: then the twins of its indexes answer."""
+    if key.device == "cpu":
+        return None, ""
+    try:
+        return GpuDevice.open(share), ""
+    except Unavailable as error:
+        logger.error("%s goes on without a GPU: %s", key, error)
+        return None, str(error)
 
 
 def listen_directly(replica: Replica, key: ReplicaKey, settings: Settings) -> ShardEndpoint | None:
@@ -198,7 +215,9 @@ class ActorShardClient:
 
 
 class PeerPushes:
-    """Sends records to the other replicas of a shard, of which there are `replicas()` in all.
+    """Sends records to the other replicas of a shard on the same device, of which there are `replicas()` in all.
+
+    Those on another device are there while the collection goes over to it, and read the WAL.
 
     `push` never blocks and promises nothing: a replica that is missing, slow or dead finds the record in the WAL. A
     thread sends, for Ray takes milliseconds to find an actor by its name; handles are kept until their actor died.
@@ -235,7 +254,7 @@ class PeerPushes:
                 logger.exception("%s: pushing a record", self._key)
 
     def _send(self, data: bytes) -> None:
-        peers = [ReplicaKey(self._key.collection, self._key.shard, number) for number in range(self._replicas())]
+        peers = [replace(self._key, replica=number) for number in range(self._replicas())]
         willing = [peer for peer in peers if peer != self._key and self._takes(peer)]
         reference = ray.put(data) if len(willing) > 1 else data  # one copy for all
         for peer in willing:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import ray
@@ -59,6 +59,7 @@ class RayRuntime:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.handles: dict[ReplicaKey, Any] = {}
+        self._asked: dict[ReplicaKey, WantedReplica] = {}  # what was started here, not by an earlier supervisor
 
     def existing(self) -> list[ReplicaKey]:
         for name in _named_actors(self._settings.namespace):
@@ -76,15 +77,25 @@ class RayRuntime:
             "num_gpus": wanted.num_gpus,
         }
         actor = ray.remote(ShardActor).options(**options)
-        self.handles[key] = actor.remote(self._settings, key, wanted.shards)
+        self._asked[key] = wanted
+        self.handles[key] = actor.remote(self._settings, key, wanted.shards, wanted.num_gpus)
 
     def stop(self, key: ReplicaKey) -> None:
         handle = self.handles.pop(key, None)
+        self._asked.pop(key, None)
         if handle is not None:
             ray.kill(handle)
 
     async def status(self, key: ReplicaKey) -> ReplicaStatus:
         return await answer(self._handle(key).status.remote(), f"replica {key}", dead=NotFound)
+
+    async def waits_for(self, key: ReplicaKey) -> str:
+        """What Ray may lack to start it: such as GPUs, for which an actor waits until a node with some joins."""
+        wanted = self._asked.get(key)
+        asked = {"GPU": 1.0 if key.device == "gpu" else 0.0}  # of what an earlier supervisor started: about
+        if wanted is not None:
+            asked = {"CPU": wanted.num_cpus, "GPU": wanted.num_gpus}
+        return await asyncio.to_thread(_lacking, asked)
 
     async def load(self, key: ReplicaKey, version: int) -> None:
         await answer(self._handle(key).load.remote(version), f"replica {key}", dead=NotFound)
@@ -99,6 +110,17 @@ class RayRuntime:
         if key not in self.handles:
             raise NotFound(f"no process for replica {key}")
         return self.handles[key]
+
+
+def _lacking(asked: Mapping[str, float]) -> str:
+    """Of the resources that a replica asks for, those of which the whole cluster has not as much free; "": none."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    short = [
+        f"{amount:g} {name}, {free.get(name, 0.0):g} of the cluster's {there.get(name, 0.0):g} are free"
+        for name, amount in asked.items()
+        if amount > free.get(name, 0.0)
+    ]
+    return f"Ray has no place for it yet: it asks for {'; and for '.join(short)}" if short else ""
 
 
 def _detached(name: str, namespace: str) -> dict[str, Any]:
@@ -258,12 +280,17 @@ def wait_until_served(namespace: str, collection: str, generation: int, timeout_
 
 async def _wait_until_served(directory: RayDirectory, collection: str, generation: int, timeout_s: float) -> None:
     reason = "it loads"
+
+    def hear(why: str) -> None:
+        nonlocal reason
+        reason = why or reason
+
     try:
         async with asyncio.timeout(timeout_s):
             while True:
                 try:
                     await directory.refresh(collection)
-                    return await _served(directory, collection, generation)
+                    return await _served(directory, collection, generation, hear)
                 except Unavailable as error:  # the supervisor starts, or is being replaced
                     reason = str(error)
                     await asyncio.sleep(SUPERVISOR_RETRY_S)
@@ -272,14 +299,15 @@ async def _wait_until_served(directory: RayDirectory, collection: str, generatio
         raise Unavailable(f"{committed}: {reason}") from None
 
 
-async def _served(directory: RayDirectory, collection: str, generation: int) -> None:
-    """Until the serving table has that generation, on all replicas."""
+async def _served(directory: RayDirectory, collection: str, generation: int, tell: Callable[[str], None]) -> None:
+    """Until the serving table has that generation, on all replicas; `tell` hears what it waits for, such as GPUs."""
     stamp = None
     while True:
         table = await directory.next_table(stamp)
         served = table.collections.get(collection)
         if served is not None and served.generation >= generation and collection not in table.unready:
             return
+        tell(table.unready.get(collection, ""))
         stamp = table.stamp
 
 

@@ -1,9 +1,9 @@
 """Truth in production: a small share of live queries is answered exactly as well, and the recall seen is kept.
 
 Only queries at the tuned operating point of the collection's own target are sampled: knobs, targets and `exact` of a
-request say nothing about the index. What is told is recall@min(k, 10), k as each query asked: of the best min(k, 10)
-points that the shard held, the share that it answered. Held at that moment: the truth is asked of the very view that
-answered, for the next write may change it.
+request say nothing about the index, nor do answers that a GPU should have given and its twin did. What is told is
+recall@min(k, 10), k as each query asked: of the best min(k, 10) points that the shard held, the share that it answered.
+Held at that moment: the truth is asked of the very view that answered, for the next write may change it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class RecallObserver:
         """
         try:
             for group, outcome in zip(request.groups, outcomes, strict=True):
-                if isinstance(outcome, Hits) and group.params == AS_TUNED:
+                if isinstance(outcome, Hits) and group.params == AS_TUNED and not outcome.degraded:
                     self._pass_over(request, group, outcome, search)
         except Exception:
             logger.exception("sampling queries for the observed recall")

@@ -2,7 +2,8 @@
 
 Searches run one at a time in a thread, for FAISS uses several by itself; only what is known to take no more than a
 moment is done at once. Loads and claims have another thread, records of other writers a third. Calls only wait for
-these, so that the event loop is free to tell the status at any time.
+these, so that the event loop is free to tell the status at any time. A search of a GPU waits for the thread of that,
+which a load may have: meanwhile none is done at once.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from typing import Any, Protocol
 
 from actors.crossing import CrossingThread
 from actors.faiss_index import use_threads
+from actors.gpu_device import GpuDevice
 from actors.node_memory import WatchedMemory
 from actors.primary import Primary
 from actors.recall_observer import RecallObserver
+from actors.replica_gpu import ReplicaGpu
 from actors.search_thread import SearchThread
 from actors.search_times import SearchTimes
 from actors.shard import ReplicaStatus, Shard
 from actors.shard_client import CALL_TIMEOUT_S
+from actors.waiter import Waiter, done_until
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Fenced, Unavailable
 from cluster.placement import ReplicaKey
@@ -59,7 +63,7 @@ class Replica:
     """The constructor loads the newest version and replays the WAL; it leads only once it is told to.
 
     `open_shard` may fail, and is called again by the next `load`. `push` is given what the primary has written, for
-    the other replicas; it must not block.
+    the other replicas; it must not block. `device` is the GPU that the shard's indexes are on.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Replica:
         threads: int,
         push: Callable[[bytes], None] = lambda data: None,
         upkeep: ShardUpkeep | None = None,
+        device: GpuDevice | None = None,
     ) -> None:
         self._key = key
         self._open_shard = open_shard
@@ -81,11 +86,12 @@ class Replica:
         self._primary: Primary | None = None
         self._searcher = SearchThread(lambda: use_threads(threads), f"replica {key} ends")
         self._loader = ThreadPoolExecutor(1, "load", initializer=use_threads, initargs=(threads,))
+        self._gpu = ReplicaGpu(str(key), device, self._loader, self._promote)
         self._follower = ThreadPoolExecutor(1, "follow", initializer=use_threads, initargs=(1,))
         self._times = SearchTimes()
         self._observer = RecallObserver(settings.observed_share, settings.observed_duty)
         self._observing = threading.Lock()  # what is searched at once, and in the thread, is sampled by one at a time
-        self._waiters: set[_Waiter] = set()
+        self._waiters: set[Waiter] = set()
         self._pushed = threading.Semaphore(PUSHED_MAX)
         self._catching_up: Future[None] | None = None
         self._closed = threading.Event()
@@ -104,7 +110,7 @@ class Replica:
     async def search(self, request: ShardSearch) -> Outcomes:
         """One outcome per group. Unavailable where the generation is not held, or `min_lsn` not reached in time."""
         await self._reach(request.generation, request.min_lsn, request.timeout_s)
-        if self._closed.is_set() or self._times.predicted_s(request) > AT_ONCE_S:
+        if self._closed.is_set() or self._gpu.busy or self._times.predicted_s(request) > AT_ONCE_S:
             return await self._searcher.run(self._search, request)
         use_threads(self._threads)  # of whichever thread this is: 0.2 us
         return self._search(request)
@@ -140,7 +146,7 @@ class Replica:
         if min_lsn == 0 or shard.view(generation).lsn >= min_lsn:
             return
         deadline, pause_s = time.monotonic() + timeout_s, WAIT_FIRST_S
-        waiter = _Waiter()
+        waiter = Waiter()
         self._waiters.add(waiter)
         try:
             while (applied := shard.view(generation).lsn) < min_lsn:
@@ -166,7 +172,7 @@ class Replica:
         primary, deadline = self._primary, time.monotonic() + timeout_s
         queued = [self._queue(primary, write, deadline) for write in writes]
         waiting = [one for one in queued if isinstance(one, Future)]
-        await _done_until(deadline, waiting)
+        await done_until(deadline, waiting)
         if primary is not None and not all(one.done() for one in waiting):
             primary.drop_expired()
         return tuple(_outcome(one, timeout_s) if isinstance(one, Future) else one for one in queued)
@@ -194,7 +200,8 @@ class Replica:
             raise Unavailable(f"replica {self._key} has loaded nothing: {self.status().error}")
         self._primary = None
         try:
-            primary = Primary.claim(shard, self._settings.limits, self._settings.upkeep, self._push)
+            with self._gpu.used():  # it may load what was sealed since
+                primary = Primary.claim(shard, self._settings.limits, self._settings.upkeep, self._push)
         except Fenced:
             shard.catch_up()
             if shard.log_ended:  # its status says so: it is asked to lead again once it follows the next one
@@ -264,22 +271,27 @@ class Replica:
             self.catch_up()
         elif self._upkeep is not None:
             self._upkeep.look(self._opened())
+        self._gpu.look()
 
     # --- control ------------------------------------------------------------------------------------------------
 
     def _load(self, version: int | None) -> None:
         try:
-            if self._shard is None:
-                shard = self._open_shard()
-                shard.before_arrival = self._give_up_lead
-                self._shard = shard
-            self._shard.load(version)
+            with self._gpu.used():
+                if self._shard is None:
+                    shard = self._open_shard()
+                    shard.before_arrival = self._give_up_lead
+                    self._shard = shard
+                self._shard.load(version)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
             raise
         finally:
             self._see_to_crossing()
         self._error = ""
+
+    def _promote(self) -> list[str]:
+        return self._shard.promote() if self._shard is not None else []
 
     def _see_to_crossing(self) -> None:
         """While a generation of another log set is on its way, a thread has it read on."""
@@ -313,12 +325,15 @@ class Replica:
             self._give_up_lead()
         shard.retire(generation)
         self._observer.retire(generation)
+        self._gpu.soon()
 
     def status(self) -> ReplicaStatus:
         status = self._shard.status() if self._shard is not None else ReplicaStatus("failed")
         primary = self._primary
         return replace(
             status,
+            gpu=self._gpu.facts,
+            degraded=self._gpu.lost or status.degraded,
             threads=self._threads,
             pid=os.getpid(),
             node=socket.gethostname(),
@@ -351,38 +366,6 @@ class Replica:
         self._searcher.close()
         for executor in (self._loader, self._follower):
             executor.shutdown(wait=False, cancel_futures=True)
-
-
-class _Waiter:
-    """A coroutine that waits for the replica to move on; any thread may wake it."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._moved = asyncio.Event()
-
-    def wake(self) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._moved.set)
-        except RuntimeError as error:  # its event loop has ended meanwhile
-            logger.debug("nobody waits any more: %s", error)
-
-    async def wait(self, most_s: float) -> None:
-        try:
-            async with asyncio.timeout(most_s):
-                await self._moved.wait()
-        except TimeoutError:
-            return
-        self._moved.clear()
-
-
-async def _done_until(deadline: float, outcomes: Sequence[Future[WriteOutcome]]) -> None:
-    """Wait for all, at most until the deadline. They are only looked at: none is cancelled with who waits here."""
-    waiter = _Waiter()
-    for outcome in outcomes:
-        outcome.add_done_callback(lambda _: waiter.wake())
-    for outcome in outcomes:
-        while not outcome.done() and (left_s := deadline - time.monotonic()) > 0.0:
-            await waiter.wait(left_s)
 
 
 def _outcome(answer: Future[WriteOutcome], timeout_s: float) -> WriteOutcome | EaglerayError:

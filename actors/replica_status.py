@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors.crossing import Crossing
 from actors.live_generation import LiveGeneration
@@ -26,7 +26,8 @@ class ReplicaStatus:
     follows or leads, which begins behind `log_start`; `log_ended`: nothing more can be written to that one, and nothing
     of a later set is here. `crossing` has the generation that still reads the logs of earlier sets, and how many
     records it lacks: it is in `versions`, but not in `generations`. `node_memory` is what of its node's memory can be
-    had, and all of it, in bytes; None where nobody knows.
+    had, and all of it, in bytes; None where nobody knows. `gpu` has the facts of its GPU (`GpuDevice.facts`), None
+    without one; `degraded` is why the twin of an index answers that a GPU should, "" where none does.
     """
 
     state: ReplicaState
@@ -51,9 +52,21 @@ class ReplicaStatus:
     log_ended: bool = False
     crossing: dict[int, int] = field(default_factory=dict)
     node_memory: tuple[int, int] | None = None
+    gpu: dict[str, Any] | None = None
+    degraded: str = ""
 
 
-def status_of(held: Sequence[LiveGeneration], crossing: Crossing | None, failure: str) -> ReplicaStatus:
+class LogFacts(NamedTuple):
+    """What a status tells of the log that a replica follows or leads."""
+
+    lsn: int
+    epoch: int
+    log_set: int
+    log_start: int
+    log_ended: bool
+
+
+def status_of(held: Sequence[LiveGeneration], crossing: Crossing | None, failure: str, log: LogFacts) -> ReplicaStatus:
     """Of generations, in order; with `failure` where there is none."""
     lag = {crossing.number: crossing.lag} if crossing is not None and crossing.lag is not None else {}
     versions = {version for one in held for version in one.versions}
@@ -74,11 +87,20 @@ def status_of(held: Sequence[LiveGeneration], crossing: Crossing | None, failure
         tail_points=newest.tail_points,
         tombstones=newest.tombstones,
         crossing=lag,
+        degraded=_degraded(views),
+        **log._asdict(),
     )
 
 
+def _degraded(views: Sequence[ShardView]) -> str:
+    """Why the first of the segments that are not on the GPU is not, of the newest view first."""
+    twins = [(s.description.segment_id, s.twin) for view in reversed(views) for s in view.segments]
+    reasons = (f"segment {name}: {twin.why}" for name, twin in twins if twin is not None and twin.why)
+    return next(reasons, "")
+
+
 def _segment_status(segment: LoadedSegment, view: ShardView) -> dict[str, Any]:
-    description, selection = segment.description, view.selection(segment)
+    description, selection, twin = segment.description, view.selection(segment), segment.twin
     return {
         "segment_id": description.segment_id,
         "count": description.count,
@@ -95,4 +117,5 @@ def _segment_status(segment: LoadedSegment, view: ShardView) -> dict[str, Any]:
         "operating_points": [vars(point) for point in description.operating_points],
         "attributes": description.attributes,
         "built": description.built,
-    }
+        "device": segment.spec.device,
+    } | ({} if twin is None else {"cpu_twin": description.cpu_twin} | twin.facts())

@@ -17,6 +17,7 @@ from actors.shard import Shard
 from cluster.config import Upkeep
 from cluster.errors import EaglerayError
 from cluster.manifest import Manifest
+from cluster.manifest_format import added_on
 from cluster.shard_entry import ShardEntry
 from cluster.upkeep import Merge, Seal, ShardFacts, largest_build, segment_facts, wanted_upkeep
 
@@ -95,8 +96,9 @@ class ReplicaUpkeep:
     def _facts(self, shard: int, held: LiveGeneration) -> ShardFacts:
         view = held.view
         if self._known is None or self._known[0] != view.version:
-            entry = self._read(view.version).shards[shard]
-            self._known = view.version, entry, largest_build(view.config)
+            manifest = self._read(view.version)
+            most = largest_build(manifest.built_for, gpu=added_on(manifest.device))
+            self._known = view.version, manifest.shards[shard], most
         _, entry, points_max = self._known
         tombstones = {name: rows.count - rows.kept for name, rows in view.selections.items()}
         tail_bytes = view.tail.size_bytes if view.tail is not None else 0

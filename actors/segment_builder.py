@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from numpy.typing import NDArray
 from actors.code_check import CHECKED_ROWS, codes_fit
 from actors.exact_search import blocks_until, exact_search
 from actors.faiss_index import build_index, library_facts, use_threads
+from actors.gpu_device import GpuDevice, GpuLost, GpuMemoryFull
+from actors.gpu_index import build_on_gpu
 from actors.segment_searcher import SegmentSearcher
+from actors.self_test import GpuWrong, problem_on_gpu, recall_of
 from actors.tuner import (
     HELD_OUT_MAX,
     TUNING_K,
@@ -24,11 +28,14 @@ from actors.tuner import (
     held_out_count,
     tune,
     tune_near_and_far,
+    tune_with_twin,
     tuning_queries,
 )
 from cluster import index_costs, paths
 from cluster.config import Codes, CollectionConfig, Metric
+from cluster.errors import Unavailable
 from cluster.free_memory import give_back_memory
+from cluster.gpu_memory import GpuFacts
 from cluster.index_costs import REFERENCE, Rates
 from cluster.index_policy import IndexPlan, like, plan_index, stronger, with_codes, with_store
 from cluster.index_spec import IndexSpec
@@ -43,12 +50,14 @@ from cluster.segment import (
     checksum_bytes,
     checksum_file,
 )
-from cluster.topk import recall_at_k, smaller_is_better
+from cluster.topk import smaller_is_better
 
 REAL_QUERIES_MIN = 500  # fewer say less about the next ones than rows with noise do
 SELF_TEST_ROWS = 32
+SPREAD_ROWS, LAST_ROWS = 48, 16  # of the self-test of an index for GPUs: all over the segment, and at its end
 ROUGH_EF_SEARCH = 64  # orders queries by their distance from the rows well enough
 Progress = Callable[[float], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,8 @@ class BuildOptions:
     """How to build: FAISS threads, the seed of every random choice, and a callback told the share done, 0 to 1.
 
     `plan` is the choice for the mean segment of an import; all its segments take that kind (None: as this one's count
-    has it). `rates` are what its times were predicted with. `queries` (n, d) are real ones to tune with.
+    has it). `rates` are what its times were predicted with. `queries` (n, d) are real ones to tune with. `gpu` is what
+    is known of the GPUs that will serve it, where there is no plan; `device` is one to build on.
     """
 
     threads: int = 1
@@ -65,17 +75,22 @@ class BuildOptions:
     plan: IndexPlan | None = None
     rates: Rates = REFERENCE
     queries: NDArray[np.float32] | None = None
+    gpu: GpuFacts | None = None
+    device: GpuDevice | None = None
 
 
 def build_segment(
     folder: Path, segment_id: str, config: CollectionConfig, count: int, per_batch: int, options: BuildOptions
 ) -> SegmentDescription:
-    """Index the `count` rows of `folder/rows.arrow`; writes `index.faiss` and `segment.json` beside them."""
+    """Index the `count` rows of `folder/rows.arrow`; writes `index.faiss` and `segment.json` beside them.
+
+    Invalid where nothing meets the bounds. Unavailable where the GPU fails to and `gpu_full` forbids to step down.
+    """
     use_threads(options.threads)
     rows = Rows(folder / paths.ROWS, count, config.dimension, per_batch)
-    plan = options.plan or plan_index(count, config, options.rates)
-    spec = _spec(rows, config, plan, options.plan is not None)
-    built = _build_best(rows, spec, config, options, folder / paths.INDEX)
+    plan = options.plan or plan_index(count, config, options.rates, options.gpu)
+    spec = _spec(rows, config, plan, options)
+    built = _build_or_step_down(rows, spec, config, options, folder / paths.INDEX)
     give_back_memory()  # this process may build another one
     files = {name: checksum_file(folder / name) for name in (paths.ROWS, paths.INDEX)}
     description = SegmentDescription(
@@ -93,6 +108,7 @@ def build_segment(
         files=files,
         built=_build_facts(built, options),
         considered=tuple(candidate.to_dict() for candidate in plan.considered),
+        cpu_twin=built.cpu_twin,
     )
     (folder / paths.DESCRIPTION).write_bytes(description.encode())
     return description
@@ -105,42 +121,70 @@ class _Built:
     spec: IndexSpec
     points: tuple[OperatingPoint, ...]
     self_test: SelfTest
-    predicted_s: float
+    predicted_s: float | None
     build_s: float  # train and add
     tune_s: float
     tuned_on: str
+    cpu_twin: dict[str, Any] = field(default_factory=dict)
+    gpu: dict[str, Any] = field(default_factory=dict)
 
 
 def _build_facts(built: _Built, options: BuildOptions) -> dict[str, Any]:
-    return library_facts() | {
-        "predicted_seconds": round(built.predicted_s, 3),
-        "rates_measured": options.rates.measured,
-        "seconds": round(built.build_s, 3),
-        "tuning_seconds": round(built.tune_s, 3),
-        "tuned_on": built.tuned_on,
-        "threads": options.threads,
-        "seed": options.seed,
-    }
+    predicted = {} if built.predicted_s is None else {"predicted_seconds": round(built.predicted_s, 3)}
+    return (
+        library_facts()
+        | predicted
+        | {
+            "rates_measured": options.rates.measured,
+            "seconds": round(built.build_s, 3),
+            "tuning_seconds": round(built.tune_s, 3),
+            "tuned_on": built.tuned_on,
+            "threads": options.threads,
+            "seed": options.seed,
+        }
+        | built.gpu
+    )
 
 
-def _spec(rows: Rows, config: CollectionConfig, plan: IndexPlan, for_the_mean: bool) -> IndexSpec:
+def _spec(rows: Rows, config: CollectionConfig, plan: IndexPlan, options: BuildOptions) -> IndexSpec:
     """The planned kind with parameters for this segment's own count, and codes that its vectors survive.
 
     Hashing gives segments slightly different counts: choosing by them could mix kinds, or find the last too large.
     """
     spec = like(plan.spec, rows.count, config)
-    if for_the_mean:
+    if options.plan is not None:
         spec = replace(spec, reason=f"for the mean shard: {spec.reason}")
-    if config.index.kind != "auto" and (spec.kind != "hnsw" or config.index.codes is not None):
+    if config.index.kind != "auto" and (spec.kind not in ("hnsw", "cagra") or config.index.codes is not None):
         return spec  # what was asked for by name
     sample = rows.vectors(0, min(rows.count, CHECKED_ROWS))
     lossy_store = spec.rerank_store
     if lossy_store in ("float16", "sq8") and not codes_fit(sample, lossy_store, config.metric):
         spec = with_store(spec, "rows", rows.count, config, f"{lossy_store} would lose neighbours of these vectors")
-    if spec.kind == "hnsw" and not codes_fit(sample, spec.codes, config.metric):
-        fitting: Codes = "sq8" if spec.codes == "float16" and codes_fit(sample, "sq8", config.metric) else "float32"
-        spec = with_codes(spec, fitting, rows.count, config, f"{spec.codes} would lose neighbours of these vectors")
+    if (spec.kind == "hnsw" or spec.device == "gpu") and not codes_fit(sample, spec.codes, config.metric):
+        eight = spec.kind == "hnsw" and spec.codes == "float16" and codes_fit(sample, "sq8", config.metric)
+        codes: Codes = "sq8" if eight else "float32"
+        why = f"{spec.codes} would lose neighbours of these vectors"
+        spec = with_codes(spec, codes, rows.count, config, why, options.gpu)
     return spec
+
+
+def _build_or_step_down(
+    rows: Rows, spec: IndexSpec, config: CollectionConfig, options: BuildOptions, path: Path
+) -> _Built:
+    """As planned. On the CPU where the GPU has no room for it after all, is lost or wrong; what only a GPU builds is
+    then another kind.
+    """
+    try:
+        return _build_best(rows, spec, config, options, path)
+    except (GpuMemoryFull, GpuLost, GpuWrong) as error:
+        failed = f"{options.device.name if options.device else 'the GPU'} failed to build {spec.kind}: {error}"
+    if config.index.gpu_full == "refuse":
+        raise Unavailable(f"{failed}; with gpu_full step_down another index would be built")
+    logger.warning("%s: the CPU builds", failed)
+    if spec.kind == "cagra":
+        spec = plan_index(rows.count, config, options.rates, replace(options.gpu or GpuFacts(), builds=False)).spec
+    spec = replace(spec, reason=f"{spec.reason}; {failed}")
+    return _build_best(rows, spec, config, replace(options, device=None), path)
 
 
 def _build_best(rows: Rows, spec: IndexSpec, config: CollectionConfig, options: BuildOptions, path: Path) -> _Built:
@@ -150,9 +194,10 @@ def _build_best(rows: Rows, spec: IndexSpec, config: CollectionConfig, options: 
     """
     best = _build_tuned(rows, spec, config, options, path)
     spent_s = best.build_s
-    while not best.points[0].met and (better := stronger(best.spec, rows.count, config)) is not None:
+    while not best.points[0].met and (better := stronger(best.spec, rows.count, config, options.gpu)) is not None:
         seconds = index_costs.build_seconds(better, rows.count, config.dimension, options.rates)
-        if config.index.build_seconds is not None and spent_s + seconds > config.index.build_seconds:
+        longer_s = spent_s + (2.0 * best.build_s if seconds is None else seconds)  # a stronger one is twice the work
+        if config.index.build_seconds is not None and longer_s > config.index.build_seconds:
             break
         aside = path.with_suffix(".again")
         again = _build_tuned(rows, better, config, options, aside)
@@ -167,6 +212,8 @@ def _build_best(rows: Rows, spec: IndexSpec, config: CollectionConfig, options: 
 
 def _build_tuned(rows: Rows, spec: IndexSpec, config: CollectionConfig, options: BuildOptions, path: Path) -> _Built:
     """Rows are in hash order, so that the first ones are a random training sample and the last ones a random test."""
+    if spec.device == "gpu" and options.device is not None:
+        return _build_on_gpu(options.device, rows, spec, config, options, path)
     clock = time.perf_counter
     started = clock()
     sample = rows.vectors(0, spec.training_points(rows.count))
@@ -186,14 +233,63 @@ def _build_tuned(rows: Rows, spec: IndexSpec, config: CollectionConfig, options:
     if known < rows.count:
         index.add(rows.vectors(known, rows.count))
     build_s = added - started + clock() - tuned
-    self_test = _self_test(searcher, rows, config, points[0])
+    self_test = _self_test(searcher, spec, config, points[0])
     index.save(path)
     return _Built(spec, points, self_test, _predicted_s(spec, rows, options), build_s, tuned - added, tuned_on)
 
 
-def _predicted_s(spec: IndexSpec, rows: Rows, options: BuildOptions) -> float:
-    """Rates that were not measured here are those of other threads than this build's."""
+def _build_on_gpu(
+    device: GpuDevice, rows: Rows, spec: IndexSpec, config: CollectionConfig, options: BuildOptions, path: Path
+) -> _Built:
+    """The index has all rows before it is tuned: what a CPU can read is made of it once.
+
+    GpuMemoryFull, GpuLost; GpuWrong where its scores are not those of the rows.
+    """
+    clock, metric = time.perf_counter, config.metric
+    started = clock()
+    cpu, gpu = build_on_gpu(
+        device, spec, rows.dimension, metric, rows, options.seed, lambda share: options.progress(0.8 * share)
+    )
+    try:
+        added = clock()
+        searcher, twin = SegmentSearcher(gpu, spec, rows, metric), SegmentSearcher(cpu, spec, rows, metric)
+        truth = _Truth(rows, rows.count, metric, not spec.is_exact)
+        asked, tuned_on = _asked_on_gpu(truth, options)
+        knobs = Knobs(spec.tuned_knobs, rows.count, gpu.lists)
+        points, twins = tune_with_twin(searcher, twin, knobs, asked, config.index.target_recall)
+        tuned = clock()
+        options.progress(0.95)
+        self_test = _self_test(searcher, spec, config, points[0])
+        if problem := problem_on_gpu(searcher, cpu, spec, config.metric, self_test, points[0].params):
+            raise GpuWrong(f"its self-test failed: {problem}")
+        found = recall_of(twin, self_test, points[0].params) if twins else self_test.recall
+        cpu.save(path)
+        facts = {
+            "gpu": device.name,
+            "gpu_predicted_bytes": gpu.predicted_bytes,
+            "gpu_measured_bytes": gpu.measured_bytes,
+        }
+    finally:
+        gpu.close()
+    told = {"recall": found, "operating_points": [asdict(point) for point in twins]} if twins else {}
+    return _Built(spec, points, self_test, None, added - started, tuned - added, tuned_on, told, facts)
+
+
+def _asked_on_gpu(truth: _Truth, options: BuildOptions) -> tuple[TuningSet, str]:
+    """(what an index is tuned with that has seen all rows, in words): real queries, or the last rows with noise."""
+    rows, real = truth.rows, options.queries
+    if real is not None and len(real) >= REAL_QUERIES_MIN:
+        return truth.of(real[-HELD_OUT_MAX:]), f"{min(len(real), HELD_OUT_MAX)} recent queries"
+    last = rows.vectors(rows.count - max(held_out_count(rows.count), min(10, rows.count)), rows.count)
+    noisy = tuning_queries(last, rows.vectors(0, min(rows.count, HELD_OUT_MAX)), truth.metric, options.seed)
+    return truth.of(noisy), f"{len(noisy)} rows with noise"
+
+
+def _predicted_s(spec: IndexSpec, rows: Rows, options: BuildOptions) -> float | None:
+    """Rates that were not measured here are those of other threads than this build's. None for a GPU's index."""
     seconds = index_costs.build_seconds(spec, rows.count, rows.dimension, options.rates)
+    if seconds is None:
+        return None
     return seconds if options.rates.measured else seconds * options.rates.threads / options.threads
 
 
@@ -242,15 +338,19 @@ class _Truth:
         return TuningSet(queries, *exact_search(queries, blocks, TUNING_K, self.metric))
 
 
-def _self_test(searcher: SegmentSearcher, rows: Rows, config: CollectionConfig, point: OperatingPoint) -> SelfTest:
-    """Record the exact neighbours of the last rows, and the recall the finished index has on them."""
-    first = max(0, rows.count - SELF_TEST_ROWS)
-    queries = rows.vectors(first, rows.count)
-    truth, _ = exact_search(queries, rows.blocks(), TUNING_K, config.metric)
-    found, _ = searcher.search(queries, TUNING_K, point.params)
-    recall = float(recall_at_k(found, truth).mean())
+def _self_test(searcher: SegmentSearcher, spec: IndexSpec, config: CollectionConfig, point: OperatingPoint) -> SelfTest:
+    """Record the exact neighbours of some rows, and the recall the finished index has on them.
+
+    They are the last ones; of an index for GPUs, which may be wrong from some row on, they lie all over the segment.
+    """
+    rows = searcher.rows
+    asked = np.arange(max(0, rows.count - (LAST_ROWS if spec.device == "gpu" else SELF_TEST_ROWS)), rows.count)
+    if spec.device == "gpu":
+        asked = np.union1d(np.linspace(0, rows.count - 1, SPREAD_ROWS).astype(np.int64), asked)
+    truth, _ = exact_search(rows.gather_vectors(asked), rows.blocks(), TUNING_K, config.metric)
     neighbours = tuple(tuple(row for row in line if row >= 0) for line in truth.tolist())
-    return SelfTest(tuple(range(first, rows.count)), neighbours, recall)
+    test = SelfTest(tuple(asked.tolist()), neighbours)
+    return replace(test, recall=recall_of(searcher, test, point.params))
 
 
 def publish_segment(store: ObjectStore, collection: str, folder: Path, segment_id: str) -> SegmentRef:

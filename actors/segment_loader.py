@@ -7,21 +7,22 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from math import ceil, log10
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from actors.faiss_index import SearchableIndex, load_index
-from actors.segment_searcher import SegmentSearcher
-from actors.ties import found_with_ties
+from actors.faiss_index import FaissIndex, load_index
+from actors.gpu_device import GpuDevice
+from actors.gpu_placement import NO_GPU, GpuPlacement
+from actors.loaded_segment import LoadedSegment, widened
+from actors.self_test import SLACK, asked_of, truth_of
+from actors.twin_index import TwinIndex
 from cluster import paths
 from cluster.config import Metric
-from cluster.errors import Corrupt, Invalid, Unavailable
-from cluster.index_spec import FAR_EF_SEARCH, FAR_SCORE, IndexSpec
+from cluster.errors import Corrupt, Unavailable
+from cluster.index_spec import IndexSpec
 from cluster.manifest import SegmentRef
 from cluster.object_store import ObjectStore
 from cluster.query import SearchParams
@@ -29,7 +30,6 @@ from cluster.row_selection import RowSelection
 from cluster.segment import (
     Checksum,
     FileEntry,
-    OperatingPoint,
     Rows,
     SegmentDescription,
     check_entry,
@@ -39,118 +39,55 @@ from cluster.segment import (
 )
 from cluster.topk import recall_at_k
 
-SELF_TEST_SLACK = 0.02  # another instruction set may order near-equal distances differently
 SELF_TEST_FLOATS = 20_000_000  # that the self-test of an exact index scans: some milliseconds
 FILES_AT_ONCE = 4
 OPEN_TRIES = 3
 CACHE_UNUSED_S = 7 * 24 * 3600.0
 T = TypeVar("T")
 
-
-class LoadedSegment:
-    """One searchable segment: memory-mapped rows and index, and the ids in memory."""
-
-    def __init__(self, description: SegmentDescription, rows: Rows, index: SearchableIndex, metric: Metric) -> None:
-        self.description = description
-        self.rows = rows
-        self.metric = metric
-        self.spec = IndexSpec.from_dict(description.spec)
-        self.ids = rows.ids()
-        self._id_numbers = self.ids.to_numpy() if pa.types.is_integer(self.ids.type) else None
-        self.searcher = SegmentSearcher(index, self.spec, rows, metric)
-
-    def ids_of(self, rows: NDArray[np.int64]) -> Any:
-        """The ids of some rows (n,) as an Arrow array."""
-        if self._id_numbers is None:
-            return self.ids.take(pa.array(rows))
-        return pa.array(self._id_numbers[rows])
-
-    def search(
-        self, queries: NDArray[np.float32], k: int, params: SearchParams, selection: RowSelection | None = None
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(rows, scores), both (n, width), best first, row -1 where there is none; rows of the selection only.
-
-        Width is min(k, count), or more where points tie with the k-th: the caller orders them by id and cuts.
-        """
-        return found_with_ties(lambda asked, width: self._found(asked, width, k, params, selection), queries, k)
-
-    def _found(
-        self,
-        queries: NDArray[np.float32],
-        width: int,
-        k: int,
-        params: SearchParams,
-        selection: RowSelection | None,
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The best `width` rows by brute force, by the operating point, which always fills up k, or by raw knobs.
-
-        A raw knob replaces that of the operating point; the answer then is as it comes.
-        """
-        if params.exact:
-            return self.searcher.exact(queries, width, selection)
-        given = params.given
-        knobs = widened(self.operating_point_for(params.target_recall).params, k) | given
-        if "ef_search" in given:  # for every query, however far it is
-            knobs = {name: value for name, value in knobs.items() if name not in (FAR_EF_SEARCH, FAR_SCORE)}
-        rows, scores = self.searcher.search(queries, width, knobs, selection)
-        if given or not np.count_nonzero(rows < 0):
-            return rows, scores
-        wanted = min(k, rows.shape[1], selection.kept if selection else rows.shape[1])
-        short: NDArray[np.bool_] = np.asarray((rows[:, :wanted] < 0).any(axis=1))
-        if short.any():  # the tuned lists hold fewer points than asked for, or a graph reached fewer
-            if self.spec.exhaustive_params is not None and selection is None:
-                knobs = knobs | self.spec.exhaustive_params
-                more = self.searcher.search(queries[short], width, knobs)
-            else:
-                more = self.searcher.exact(queries[short], width, selection)
-            columns = more[0].shape[1]
-            rows[short, :columns], scores[short, :columns] = more
-        return rows, scores
-
-    def operating_point_for(self, target_recall: float | None) -> OperatingPoint:
-        """The cheapest tuned point for a target: the lowest that is no lower; Invalid above the highest that was met.
-
-        None takes the collection's own.
-        """
-        if target_recall is None or self.spec.is_exact:
-            return self.operating_point
-        points = sorted(self.description.operating_points, key=lambda point: point.target_recall)
-        for point in points:
-            if point.target_recall >= target_recall and point.met:
-                return point
-        met = [point.target_recall for point in points if point.met]
-        reached = f"up to {max(met):g}" if met else "none"
-        raise Invalid.at(
-            "params.target_recall", f"{target_recall:g} is not reached here; tuned are targets {reached}: or ask exact"
-        )
-
-    @property
-    def operating_point(self) -> OperatingPoint:
-        """The tuned point of the collection's own target."""
-        return self.description.operating_points[0]
-
-
-def widened(params: dict[str, float], k: int) -> dict[str, float]:
-    """Tuned parameters, which hold for k = 10, for a larger k (docs/decisions/0002-index-policy.md)."""
-    if k <= 10:
-        return params
-    wider = dict(params)
-    for name in ("ef_search", FAR_EF_SEARCH):
-        if name in params:
-            wider[name] = k + params[name]
-    if "nprobe" in params:
-        wider["nprobe"] = ceil(params["nprobe"] * (1.0 + log10(k / 10.0)))
-    return wider
+__all__ = [
+    "LoadedSegment",
+    "cached_path",
+    "load_on_host",
+    "load_segment",
+    "opened",
+    "read_description",
+    "sweep_cache",
+    "verified_file",
+    "widened",
+]
 
 
 def load_segment(
-    store: ObjectStore, collection: str, ref: SegmentRef, metric: Metric, cache_dir: Path
+    store: ObjectStore,
+    collection: str,
+    ref: SegmentRef,
+    metric: Metric,
+    cache_dir: Path,
+    device: GpuDevice | None = None,
+    cpu_twin: bool = True,
 ) -> LoadedSegment:
-    """Load and verify; Corrupt, naming the object, unless every byte and the self-test are as at build time."""
+    """Load and verify; Corrupt, naming the object, unless every byte and the self-test are as at build time.
+
+    What was built for a GPU is placed on `device`. Where that cannot be, or its self-test there fails, the index on the
+    host answers; without `cpu_twin` that is Unavailable.
+    """
+    segment = load_on_host(store, collection, ref, metric, cache_dir, cpu_twin)
+    GpuPlacement(device).place(segment)
+    return segment
+
+
+def load_on_host(
+    store: ObjectStore, collection: str, ref: SegmentRef, metric: Metric, cache_dir: Path, cpu_twin: bool = True
+) -> LoadedSegment:
+    """Load and verify; Corrupt, naming the object, unless every byte and the self-test are as at build time.
+
+    What was built for a GPU is not placed on one (`GpuPlacement.place`); without `cpu_twin` it answers nothing yet.
+    """
     description, home = read_description(store, collection, ref), ref.home(collection)
     name = paths.segment_file(home, ref.segment_id, paths.INDEX)
 
-    def mapped() -> LoadedSegment:
+    def mapped() -> tuple[LoadedSegment, FaissIndex]:
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             rows_path, index_path = pool.map(
                 lambda file: verified_file(store, home, description, file, cache_dir), (paths.ROWS, paths.INDEX)
@@ -158,11 +95,13 @@ def load_segment(
         spec = IndexSpec.from_dict(description.spec)
         rows = Rows(rows_path, description.count, description.dimension, description.rows_per_batch)
         index = load_index(index_path, spec, description.dimension, metric, description.count, name)
-        return LoadedSegment(description, rows, index, metric)
+        return LoadedSegment(description, rows, index, metric), index
 
-    segment = opened(mapped, name)
+    segment, cpu = opened(mapped, name)
     segment.rows.forget_pages()  # of ids and hashes, which lie all over the file and are in memory now
     _run_self_test(segment, name)
+    if segment.spec.device == "gpu":
+        segment.searcher.index = TwinIndex(cpu, None, NO_GPU, cpu_twin)
     return segment
 
 
@@ -240,14 +179,10 @@ def _run_self_test(segment: LoadedSegment, name: str) -> None:
     test = segment.description.self_test
     if not test.rows:
         return
-    width = max(len(line) for line in test.truth)
-    truth = np.full((len(test.rows), width), -1, dtype=np.int64)
-    for position, line in enumerate(test.truth):
-        truth[position, : len(line)] = line
-    queries = segment.rows.vectors(test.rows[0], test.rows[-1] + 1)
-    recall = float(recall_at_k(_self_test_answers(segment, queries, truth), truth).mean())
-    if recall < test.recall - SELF_TEST_SLACK:
-        raise Corrupt(f"{name}: the self-test found {recall:.3f} of the neighbours, {test.recall:.3f} when built")
+    truth, expected = truth_of(test), segment.description.cpu_twin.get("recall", test.recall)
+    recall = float(recall_at_k(_self_test_answers(segment, asked_of(test, segment.rows), truth), truth).mean())
+    if recall < expected - SLACK:
+        raise Corrupt(f"{name}: the self-test found {recall:.3f} of the neighbours, {expected:.3f} when built")
 
 
 def _self_test_answers(

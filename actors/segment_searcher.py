@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from actors.exact_search import exact_search
 from actors.faiss_index import SearchableIndex, threads_in_use
 from actors.rerank import rerank
+from actors.twin_index import TwinIndex
 from cluster.config import Metric
-from cluster.index_spec import FAR_EF_SEARCH, FAR_SCORE, IndexSpec
+from cluster.index_spec import FAR_EF_SEARCH, FAR_SCORE, ITOPK_STEP, IndexSpec
 from cluster.row_selection import RowSelection
 from cluster.segment import Rows
 from cluster.topk import smaller_is_better
@@ -31,6 +32,8 @@ WIDEN_MAX = 16  # times as much is visited where a sixteenth is kept nearby; whe
 TUNED_K = 10  # what operating points were proven for
 CANDIDATES_MAX = 4_000_000  # of the queries of one call to the index: 48 MB of rows and distances
 GATHER_FLOATS = 1 << 20  # of kept rows scanned at a time: 4 MiB, which stay in the caches and in malloc's hands
+
+EFFORTS = {"nprobe", "ef_search", "itopk_size"}  # knobs that say how many of the rows a search visits
 
 Labels = NDArray[np.int64]
 Vectors = NDArray[np.float32]
@@ -160,10 +163,11 @@ class SegmentSearcher:
         scores = np.zeros(rows.shape, dtype=np.float32)
         for factor in np.unique(factors).tolist():
             mine = factors == factor
-            if factor > WIDEN_MAX:
+            wider = self._scaled(params, factor)
+            if factor > WIDEN_MAX or not self.takes(width, wider):
                 found, found_scores = self.exact(queries[mine], width, selection)
             else:
-                found, found_scores = self._in_parts(queries[mine], width, self._scaled(params, factor), selection)
+                found, found_scores = self._in_parts(queries[mine], width, wider, selection)
             rows[mine, : found.shape[1]], scores[mine, : found.shape[1]] = found, found_scores
         return rows, scores
 
@@ -171,20 +175,30 @@ class SegmentSearcher:
         self, queries: Vectors, near_rows: int, params: dict[str, float], selection: RowSelection
     ) -> NDArray[np.float64]:
         """The share of a query's nearest rows that is kept, (n,); 1.0 of an index that visits all rows anyway."""
-        if not {"nprobe", "ef_search"} & set(self.index.knobs):
+        if not EFFORTS & set(self.index.knobs):
             return np.ones(len(queries))
         rough = self._scaled({name: value for name, value in params.items() if name != "rerank"}, NEAR_EFFORT)
+        if not self.takes(near_rows, rough):  # a graph on a GPU without a twin: fewer say enough
+            near_rows = NEAR_ROWS
         near, _ = self.index.search(queries, near_rows, rough)
         found = near >= 0
         kept = found & selection.holds(np.maximum(near, 0))
         return np.asarray(kept.sum(axis=1) / np.maximum(1, found.sum(axis=1)), dtype=np.float64)
 
     def _scaled(self, params: dict[str, float], factor: float) -> dict[str, float]:
-        """Parameters that visit `factor` times as much."""
+        """Parameters that visit `factor` times as much. Those of a graph on a GPU may come to more than it takes."""
         limits = {"nprobe": self.index.lists, "ef_search": self.index.count, FAR_EF_SEARCH: self.index.count}
-        return {
+        scaled = {
             name: min(ceil(value * factor), limits[name]) if name in limits else value for name, value in params.items()
         }
+        return scaled | ({"itopk_size": itopk(params["itopk_size"] * factor)} if "itopk_size" in params else {})
+
+    def takes(self, width: int, params: dict[str, float]) -> bool:
+        """Whether the index answers such a search. A GPU's has limits, beyond which only its twin does."""
+        if not isinstance(self.index, TwinIndex):
+            return True
+        factor, own = self._candidates(_by_distance(params)[0], 1)
+        return self.index.takes(ceil(max(1.0, factor) * width), own)
 
     def exact(self, queries: Vectors, width: int, selection: RowSelection | None = None) -> tuple[Labels, Vectors]:
         """Brute force over the rows: (rows, scores), both (n, min(width, rows to be found)), best first."""
@@ -193,6 +207,11 @@ class SegmentSearcher:
         kept = selection.rows()
         found, scores = exact_search(queries, gathered_blocks(self.rows, kept), min(width, len(kept)), self._metric)
         return np.where(found < 0, found, kept[found]), scores
+
+
+def itopk(candidates: float) -> int:
+    """At least so many candidates, as a graph on a GPU keeps them."""
+    return ITOPK_STEP * max(1, ceil(candidates / ITOPK_STEP))
 
 
 def gathered_blocks(rows: Rows, kept: Labels) -> Iterator[tuple[int, Vectors]]:

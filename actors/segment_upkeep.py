@@ -102,7 +102,7 @@ def merge_segments(
             schema = rows_schema(base.config, live.attributes)
             rest = replace(entry, segments=tuple(ref for ref in entry.segments if ref not in refs))
             segment_id = f"merge-{shard:04d}-{new_nonce()}"
-            merge.built = (place.build(Path(name), segment_id, base.config, live, schema, rest.points),)
+            merge.built = (place.build(Path(name), segment_id, base.built_for, live, schema, rest.points),)
         return place.commit(base, merge)
 
 
@@ -138,7 +138,7 @@ class _Seal:
             for number, part in enumerate(tail.parts(points_max)):
                 segment_id = f"seal-{place.shard:04d}-{self.after.applied_lsn}-{place.new_nonce()}"
                 others = entry.points + tail.count - part.count
-                built = place.build(folder / str(number), segment_id, base.config, part, schema, others)
+                built = place.build(folder / str(number), segment_id, base.built_for, part, schema, others)
                 self.built = (*self.built, built)
         except BaseException:
             for built in self.built:

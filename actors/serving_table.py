@@ -13,11 +13,16 @@ Statuses = Mapping[ReplicaKey, ReplicaStatus]
 
 
 def served_collection(manifest: Manifest, statuses: Statuses, before: ServedCollection | None) -> ServedCollection:
-    """A version as its ready replicas serve it. `statuses` are its collection's, `before` is its entry until now."""
+    """A version as its ready replicas serve it. `statuses` are its collection's, `before` is its entry until now.
+
+    Replicas on another device than the version's may hold it too, for they seal and merge until it is served: they are
+    not asked.
+    """
     holding: dict[int, dict[ReplicaKey, ReplicaStatus]] = {entry.shard: {} for entry in manifest.shards}
     for key in sorted(statuses):
         status = statuses[key]
-        if key.shard in holding and status.state == "ready" and manifest.generation in status.generations:
+        able = status.state == "ready" and manifest.generation in status.generations
+        if able and key.shard in holding and key.device == manifest.device:
             holding[key.shard][key] = status
     return ServedCollection(
         manifest.config,

@@ -13,7 +13,6 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from numpy.typing import NDArray
 
 from actors.crossing import Crossing
 from actors.generation_files import GenerationFiles
+from actors.gpu_device import GpuDevice
 from actors.live_generation import NOTHING, Existed, LiveGeneration
-from actors.replica_status import ReplicaStatus, status_of
+from actors.replica_status import LogFacts, ReplicaStatus, status_of
 from actors.shard_view import ShardView
 from cluster.errors import EaglerayError, NotFound, Unavailable
 from cluster.manifest import Manifest, ManifestLog
@@ -41,7 +41,8 @@ class Shard:
     """The generations of one shard. `load` adds one or renews it, `retire` drops old ones.
 
     `before_arrival` is called when the log of a later set is about to take the place of the one that is followed: who
-    leads that one has to give up.
+    leads that one has to give up. What was built for a GPU is placed on `device`. A replica that is `on_cpus` holds
+    such a generation only until others serve it: there its twin is loaded, whatever `cpu_twin` says.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class Shard:
         shard: int,
         cache_dir: Path,
         new_nonce: Callable[[], str] = lambda: uuid.uuid4().hex,
+        device: GpuDevice | None = None,
+        on_cpus: bool = False,
     ) -> None:
         self.collection = collection
         self.number = shard
@@ -60,7 +63,7 @@ class Shard:
         self.before_arrival: Callable[[], None] = lambda: None
         self.crossing: Crossing | None = None
         self._store = store
-        self._files = GenerationFiles(store, collection, shard, cache_dir)
+        self._files = GenerationFiles(store, collection, shard, cache_dir, device, on_cpus)
         self._log = ManifestLog(store, collection, new_nonce)
         self._lock = threading.Lock()
         self._moved = threading.Condition(self._lock)  # on to another LSN
@@ -374,6 +377,10 @@ class Shard:
                 self.crossing = None
         self._files.delete_unused(before, self._views())
 
+    def promote(self) -> list[str]:
+        """Place on the GPU what it had no room for so far; the segments that it answers for now. By who loads."""
+        return self._files.promote(self._views())
+
     def _views(self) -> list[ShardView]:
         """Of all whose files are in use."""
         crossing = self.crossing
@@ -382,14 +389,5 @@ class Shard:
 
     def status(self) -> ReplicaStatus:
         held = [one for _, one in sorted(self._generations.items())]
-        status = status_of(held, self.crossing, self._failure or "nothing is loaded")
-        if not held:
-            return status
-        return replace(
-            status,
-            lsn=self._lsn,
-            epoch=self._led_as,
-            log_set=self._log_set,
-            log_start=self._log_start,
-            log_ended=self._log_ended,
-        )
+        log = LogFacts(self._lsn, self._led_as, self._log_set, self._log_start, self._log_ended)
+        return status_of(held, self.crossing, self._failure or "nothing is loaded", log)

@@ -30,7 +30,7 @@ from cluster.errors import (
     NotFound,
     Unavailable,
 )
-from cluster.query import Fetched, Hits, SearchGroup, ShardSearch
+from cluster.query import Degraded, Fetched, Hits, SearchGroup, ShardSearch
 from cluster.write import PointWrite, WriteOutcome
 
 COPY_BYTES = 4096  # an array that is smaller is copied: that is cheaper than to refer to it
@@ -77,6 +77,7 @@ class _Hits(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=0):
     lsn: int
     ids_bytes: int | None  # as of `_Fetch`
     columns_bytes: int | None
+    degraded: Degraded
 
 
 class _Error(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=1):
@@ -203,7 +204,7 @@ def _put_hits(body: list[Part], hits: Hits) -> _Hits:
     ids_bytes = _put_ids(body, hits.ids)
     _put(body, np.ascontiguousarray(hits.scores, np.float32))
     columns_bytes = None if hits.columns is None else _put_stream(body, hits.columns)
-    return _Hits(len(hits.counts), len(hits.scores), hits.lsn, ids_bytes, columns_bytes)
+    return _Hits(len(hits.counts), len(hits.scores), hits.lsn, ids_bytes, columns_bytes, hits.degraded)
 
 
 @_decodes("answer to a search", Unavailable)
@@ -337,7 +338,7 @@ class _Sections:
         columns = None if told.columns_bytes is None else self.table(told.columns_bytes)
         if not _adds_up(counts, told.rows) or (columns is not None and len(columns) != told.rows):
             raise ValueError(f"the counts and columns of {told.rows} hits do not fit them")
-        return Hits(counts, ids, scores, columns, told.lsn)
+        return Hits(counts, ids, scores, columns, told.lsn, told.degraded)
 
     def ids(self, count: int, stream_bytes: int | None) -> Any:
         """An Arrow array of `count` ids."""

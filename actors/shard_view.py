@@ -6,13 +6,14 @@ Searches and fetches run on a view, so that none sees half a write, and none wai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from actors.degradation import cpu_answers
 from actors.segment_loader import LoadedSegment
 from actors.tail import TailView
 from cluster.config import CollectionConfig
@@ -69,10 +70,12 @@ class ShardView:
         return tuple(self._group_outcome(request.vectors, group) for group in request.groups)
 
     def _group_outcome(self, vectors: NDArray[np.float32], group: SearchGroup) -> Hits | EaglerayError:
+        before = cpu_answers()
         try:
-            return self._search_group(vectors[group.start : group.stop], group)
+            hits = self._search_group(vectors[group.start : group.stop], group)
         except EaglerayError as error:
             return error
+        return hits if cpu_answers() == before else replace(hits, degraded="cpu")
 
     def _search_group(self, queries: NDArray[np.float32], group: SearchGroup) -> Hits:
         parts = self._segments_hits(queries, group)

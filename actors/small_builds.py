@@ -10,6 +10,7 @@ from pathlib import Path
 from actors.segment_builder import BuildOptions, Progress, build_segment
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.errors import Invalid
+from cluster.gpu_memory import GpuFacts
 from cluster.object_store import ObjectStore
 from cluster.recent_queries import read_queries
 
@@ -33,9 +34,13 @@ def build_beside_others(
 
     An import may be refused for its bounds; here the points are acknowledged, and must not stay in the tail for ever.
     So a bound that cannot be kept is given up, with a warning, and at last a scan does for any number of points.
+
+    `config` is that of the generation's device (`Manifest.built_for`). For GPUs it gets an index that they search and
+    that a CPU builds: no GPU is taken from who searches.
     """
     queries = read_queries(store, collection, config, SEED)
-    options = BuildOptions(threads, SEED, progress, queries=queries)
+    gpu = GpuFacts(builds=False) if config.index.device == "gpu" else None
+    options = BuildOptions(threads, SEED, progress, queries=queries, gpu=gpu)
     refused = ""
     for index, bounds in _acceptable(config.index, count, others):
         if refused:

@@ -22,7 +22,7 @@ from actors.serving_table import known_endpoints, served_collection, why_unready
 from actors.shard import ReplicaStatus
 from actors.shard_client import ServedCollection, ServingTable, ShardEndpoint
 from actors.upkeep_facts import upkeep_facts
-from actors.wanted_replicas import wanted_replicas
+from actors.wanted_replicas import own_replicas, wanted_replicas
 from actors.watched_replicas import Runtime, WatchedReplicas, log_failure
 from cluster.config import Settings
 from cluster.errors import Corrupt, EaglerayError, NotFound, Unavailable
@@ -156,7 +156,7 @@ class Supervisor:
             if earlier is None:
                 return None
             manifest = earlier
-            if held_by_every_shard(name, len(manifest.shards), self._observed(), manifest.generation):
+            if held_by_every_shard(own_replicas(manifest), self._observed(), manifest.generation):
                 return manifest
         return None
 
@@ -230,8 +230,9 @@ class Supervisor:
         return wanted_replicas(newest, self._served.get(newest.collection), self._settings)
 
     def _wanted_by(self, newest: Manifest) -> dict[ReplicaKey, WantedReplica]:
-        """Those of the newest version's own shards."""
-        return {key: one for key, one in self._wanted_of(newest).items() if key.shard < len(newest.shards)}
+        """Those of the newest version's own shards, on its device."""
+        own = set(own_replicas(newest))
+        return {key: one for key, one in self._wanted_of(newest).items() if key in own}
 
     def _publishable(self, newest: Manifest) -> bool:
         return publishable(self._wanted_by(newest), self._observed(), newest.generation)
@@ -275,14 +276,18 @@ class Supervisor:
                         self._replicas.retire(key, served.generation)
 
     def _may_be_asked(self, key: ReplicaKey) -> bool:
-        """Whether queries may go on at a replica of a shard that only an earlier generation has."""
+        """Whether queries may go on at a replica of a shard, or on a device, that only an earlier generation has.
+
+        Or writes: one that leads its shard stays until another one does.
+        """
         newest = self._known.newest.get(key.collection)
-        if newest is None or key.shard < len(newest.shards):
+        if newest is None or (key.shard < len(newest.shards) and key.device == newest.device):
             return False
         served = self._table.collections.get(key.collection) if self._table else None
         if served is None or served.generation != newest.generation:
             return True
-        return self._clock() - self._served_since[key.collection] < RETIRE_AFTER_S
+        leads = self._led_last.get((key.collection, key.shard)) == key
+        return leads or self._clock() - self._served_since[key.collection] < RETIRE_AFTER_S
 
     def _end_logs(self) -> None:
         """Have the logs end that the newest generation leaves behind, as soon as it is near everywhere.
@@ -310,14 +315,15 @@ class Supervisor:
                 self._served[name] = newest
 
     def _choose_leads(self) -> None:
-        """Have one ready replica lead each shard that no one leads (`placement.choose_lead`)."""
-        shards = {(key.collection, key.shard) for key in self._wanted()}
+        """Have one ready replica lead each shard that no one leads, or one that is to go (`placement.choose_lead`)."""
+        staying = self._wanted().keys()
+        shards = {(key.collection, key.shard) for key in staying}
         self._led_last = {shard: key for shard, key in self._led_last.items() if shard in shards}
         for shard in sorted(shards):
             replicas = self._able_to_lead(*shard)
             if (primary := leader(replicas)) is not None:
                 self._led_last[shard] = primary
-            chosen = choose_lead(replicas, self._led_last.get(shard), self._settings.replica_timeout_s)
+            chosen = choose_lead(replicas, self._led_last.get(shard), self._settings.replica_timeout_s, staying)
             if chosen is not None:
                 self._replicas.lead(chosen)
 
@@ -356,9 +362,10 @@ class Supervisor:
         unready = dict(self._known.unreadable)
         for name, newest in self._known.newest.items():
             statuses = self._statuses_of(newest)
-            endpoints |= known_endpoints(statuses, self._table.endpoints if self._table else {})
+            running = statuses | self._replicas.statuses(name)  # those that are to go may lead until others do
+            endpoints |= known_endpoints(running, self._table.endpoints if self._table else {})
             if name in self._served:
-                collections[name] = served_collection(self._served[name], statuses, before.get(name))
+                collections[name] = served_collection(self._served[name], running, before.get(name))
             why = why_unready(collections.get(name), statuses)
             if why:
                 unready[name] = why

@@ -15,29 +15,53 @@ IndexSize = tuple[int, int]  # predicted bytes of a shard's indexes, and its poi
 
 
 def memory_of_switch(
-    collection: str, config: CollectionConfig, statuses: Statuses, coming: Sequence[IndexSize]
+    collection: str,
+    config: CollectionConfig,
+    statuses: Statuses,
+    coming: Sequence[IndexSize],
+    on_gpus: Sequence[int] | None = None,
 ) -> SwitchMemory:
     """How replicas can load a new generation: Exhausted, with the numbers, where there is no memory for it.
 
-    `config` is the new one, `coming` the indexes of each of its shards, `statuses` are those of the collection's
-    replicas as they are now (`Directory.describe`).
+    `config` is the new one, `coming` the indexes of each of its shards on the host, `statuses` are those of the
+    collection's replicas as they are now (`Directory.describe`). `on_gpus` are the bytes of each shard's indexes there;
+    None: the generation is served on CPUs. Its replicas are those of its device: on another one they do not run yet.
     """
     replicas = []
-    for key in replicas_of(collection, config, len(coming)):
+    for key in replicas_of(collection, config, len(coming), "cpu" if on_gpus is None else "gpu"):
         status = statuses.get(key)
         node, loaded = ("", 0) if status is None else (status.node, _loaded(status, config))
-        replicas.append(ReplicaBytes(key.shard, node, loaded, _bytes(*coming[key.shard], config)))
-    return switch_memory(replicas, _nodes(statuses))
+        index, count = coming[key.shard]
+        if on_gpus is None:
+            replicas.append(ReplicaBytes(key.shard, node, loaded, _bytes(index, count, config)))
+        else:
+            gpu = (0, on_gpus[key.shard], None) if status is None else _on_gpu(status, on_gpus[key.shard])
+            replicas.append(ReplicaBytes(key.shard, node, loaded, _bytes(0, count, config), *gpu))
+    patient = config.index.cpu_twin and config.index.gpu_full == "step_down"
+    return switch_memory(replicas, _nodes(statuses), patient)
+
+
+def _on_gpu(status: ReplicaStatus, coming: int) -> tuple[int, int, int | None]:
+    """Bytes of its newest generation on its GPU, of the coming one, and what it may still take there."""
+    loaded = sum(
+        segment.get("gpu_measured_bytes") or segment.get("gpu_predicted_bytes") or 0 for segment in status.segments
+    )
+    gpu = status.gpu or {}
+    if not gpu.get("total_bytes"):
+        return loaded, coming, None
+    mine = int(gpu["share"] * gpu["total_bytes"]) - gpu["used_bytes"]
+    return loaded, coming, max(0, min(gpu["free_bytes"], mine))
 
 
 def _loaded(status: ReplicaStatus, config: CollectionConfig) -> int:
     """Of its newest generation."""
-    index = sum(int(segment["predicted_bytes"]) for segment in status.segments)
+    index = sum(int(segment["predicted_bytes"]) for segment in status.segments if segment.get("device") != "gpu")
     return _bytes(index, sum(int(segment["count"]) for segment in status.segments), config)
 
 
 def _bytes(index: int, count: int, config: CollectionConfig) -> int:
-    """What stays in memory: the index and the ids. Rows are pages that the system takes back."""
+    """What stays in memory: the index and the ids. Rows are pages that the system takes back, and so is the twin of an
+    index on a GPU."""
     memory = replica_memory(index, count, config)
     return memory.index + memory.ids
 

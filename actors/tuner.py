@@ -4,7 +4,8 @@ Queries are real ones where enough were kept. Else they are made of stored rows 
 noise of the data's own covariance, as strong as the data spread. On WordNet that is about as hard as real sentences
 are, for graphs and for lists; rows as they are, jittered or not, are easier, and midpoints of rows harder for graphs
 (docs/decisions/0004-adaptive-index.md). A graph is tuned with both: rows as they are say what queries among the rows
-need, rows with noise what those far from all rows do (`tune_near_and_far`, docs/decisions/0006-speed.md).
+need, rows with noise what those far from all rows do (`tune_near_and_far`, docs/decisions/0006-speed.md). An index that
+was built on a GPU has seen all rows: it is tuned with real queries or rows with noise, which are none of them.
 """
 
 from __future__ import annotations
@@ -134,6 +135,28 @@ def tune_near_and_far(
     return tuple(_joined(proving, harder, told, target, far_score) for target in _targets(target_recall))
 
 
+def tune_with_twin(
+    gpu: Searcher,
+    cpu: Searcher,
+    knobs: Knobs,
+    asked: TuningSet,
+    target_recall: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[tuple[OperatingPoint, ...], tuple[OperatingPoint, ...]]:
+    """As `tune`, of an index on a GPU: (its operating points, what was measured for each of them on its twin).
+
+    The twin of a graph takes `ef_search`, which is tuned on it and becomes a parameter of the operating points. Others
+    are measured with the very parameters; of an exact index, without any, nothing is told.
+    """
+    points = tune(gpu, knobs, asked, target_recall, clock)
+    if "itopk_size" in knobs.names:
+        twins = tune(cpu, replace(knobs, names=("ef_search",)), asked, target_recall, clock)
+        pairs = zip(points, twins, strict=True)
+        return tuple(replace(point, params={**point.params, **twin.params}) for point, twin in pairs), twins
+    measuring = _Tuning(cpu, knobs, asked, clock)
+    return points, tuple(measuring.told(point) for point in points) if knobs.names else ()
+
+
 def _joined(nearby: _Tuning, far: _Tuning, told: _Tuning, target: float, far_score: float) -> OperatingPoint:
     params, met = nearby.least(target)
     far_params, far_met = far.least(target)
@@ -178,6 +201,11 @@ class _Tuning:
         """The fastest parameters that are proven to reach the target, else the ones with the best recall."""
         params, met = self.least(target)
         return replace(self.measured(params), target_recall=target, met=met)
+
+    def told(self, point: OperatingPoint) -> OperatingPoint:
+        """What is measured here for the parameters of a point that was tuned elsewhere."""
+        met = self._reaches(point.params, point.target_recall)
+        return replace(self.measured(point.params), target_recall=point.target_recall, met=met)
 
     def least(self, target: float) -> tuple[Params, bool]:
         """(parameters, whether they reach the target) of `point`; timed only where there is a choice."""

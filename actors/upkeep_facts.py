@@ -25,11 +25,11 @@ def upkeep_facts(manifest: Manifest, statuses: Statuses, bounds: Upkeep) -> dict
         first = _first(replicas, manifest.generation)
         if first is None:
             continue
-        work = _due(entry, first, manifest.config, bounds)
+        work = _due(entry, first, manifest.built_for, bounds)
         shards.append(_shard_facts(entry, first, replicas, manifest, work is not None))
         if work is not None and (why := _why_idle(replicas)):
             idle[entry.shard] = f"{why}: {work.reason}"
-    return {"advice": rebuild_advice(AdviceFacts(manifest.config, tuple(shards)), bounds), "idle_upkeep": idle}
+    return {"advice": rebuild_advice(AdviceFacts(manifest.built_for, tuple(shards)), bounds), "idle_upkeep": idle}
 
 
 def _first(replicas: Statuses, generation: int) -> ReplicaStatus | None:
@@ -60,11 +60,17 @@ def _shard_facts(
     entry: ShardEntry, first: ReplicaStatus, replicas: Statuses, manifest: Manifest, due: bool
 ) -> ShardFacts:
     segments = tuple(
-        IndexFacts(each["count"], each["count"] - each["tombstones"], _planned(each), each["index_kind"])
+        IndexFacts(
+            each["count"],
+            each["count"] - each["tombstones"],
+            _planned(each),
+            each["index_kind"],
+            each.get("device", "cpu"),
+        )
         for each in first.segments
     )
     observed = _observed(replicas, manifest.generation)
-    return ShardFacts(entry.shard, segments, first.tail_points, due, observed, largest_segment(manifest.config))
+    return ShardFacts(entry.shard, segments, first.tail_points, due, observed, largest_segment(manifest.built_for))
 
 
 def _planned(segment: Mapping[str, Any]) -> str:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cluster.config import Settings
 from cluster.manifest import Manifest
+from cluster.manifest_format import Switch
 from cluster.placement import ReplicaKey, WantedReplica, replica_resources, replicas_of
 
 
 def wanted_replicas(newest: Manifest, served: Manifest | None, settings: Settings) -> dict[ReplicaKey, WantedReplica]:
-    """Replicas of the newest version's shards, and of those that only the served version has."""
-    shards, resources = len(newest.shards), replica_resources(newest.config, settings)
-    wanted = dict.fromkeys(
-        replicas_of(newest.collection, newest.config, shards),
-        WantedReplica(newest.version, newest.generation, shards, *resources, switch=newest.switch),
-    )
+    """Replicas of the newest version's shards on its device, and of those that only the served version has.
+
+    Where that is served on another device, it has all its replicas, beside those that are to take over.
+    """
+    wanted = dict.fromkeys(own_replicas(newest), _of(newest, settings, newest.switch))
     if served is None:
         return wanted
-    for key in replicas_of(newest.collection, newest.config, len(served.shards)):
-        new = wanted.get(key, WantedReplica(served.version, served.generation, len(served.shards), *resources))
-        wanted[key] = WantedReplica(
-            new.version, new.generation, new.shards, *resources, served.version, served.generation, newest.switch
-        )
+    for key in replicas_of(newest.collection, newest.config, len(served.shards), served.device):
+        new = wanted.get(key, _of(served, settings, newest.switch))
+        wanted[key] = replace(new, served=served.version, served_generation=served.generation)
     return wanted
+
+
+def own_replicas(manifest: Manifest) -> list[ReplicaKey]:
+    """Those that are to hold a version."""
+    return replicas_of(manifest.collection, manifest.config, len(manifest.shards), manifest.device)
+
+
+def _of(manifest: Manifest, settings: Settings, switch: Switch) -> WantedReplica:
+    resources = replica_resources(manifest.config, settings, manifest.device)
+    return WantedReplica(manifest.version, manifest.generation, len(manifest.shards), *resources, switch=switch)

@@ -32,6 +32,10 @@ class Runtime(Protocol):
 
     async def status(self, key: ReplicaKey) -> ReplicaStatus: ...
 
+    async def waits_for(self, key: ReplicaKey) -> str:
+        """What keeps a replica from starting; "" where nothing is known of it."""
+        ...
+
     async def load(self, key: ReplicaKey, version: int) -> None: ...
 
     async def retire(self, key: ReplicaKey, generation: int) -> None: ...
@@ -80,6 +84,10 @@ class WatchedReplicas:
 
     def status(self, key: ReplicaKey) -> ReplicaStatus:
         return self._statuses.get(key, ReplicaStatus("starting"))
+
+    def statuses(self, collection: str) -> dict[ReplicaKey, ReplicaStatus]:
+        """Those of a collection's replicas that run, wanted or not."""
+        return {key: self.status(key) for key in self._keys if key.collection == collection}
 
     def observed(self) -> dict[ReplicaKey, ObservedReplica]:
         statuses = {key: self.status(key) for key in self._keys}
@@ -197,12 +205,21 @@ class WatchedReplicas:
         """False for a replica that hangs. One that is starting may take long: Ray may have no place for it yet."""
         silent = 0
         while not (await asyncio.wait({call}, timeout=self._settings.replica_timeout_s))[0]:
-            if self.status(key).state != "starting":
+            if self.status(key).state == "starting":
+                self._set_status(key, ReplicaStatus("starting", error=await self._why_it_waits(key)))
+            else:
                 self._set_status(key, ReplicaStatus("unreachable", error="it does not answer"))
                 silent += 1
                 if silent >= SILENT_TIMEOUTS_MAX:
                     return False
         return True
+
+    async def _why_it_waits(self, key: ReplicaKey) -> str:
+        try:
+            return await self._runtime.waits_for(key)
+        except Exception as error:  # noqa: BLE001  # it is only told
+            log_failure(f"{key}: what it waits for", error)
+            return ""
 
     def _end(self, key: ReplicaKey) -> bool:
         """End a replica that hangs: it would do so until someone acts. The next round starts another."""
@@ -219,10 +236,10 @@ class WatchedReplicas:
             return
         before = self._statuses.get(key)
         self._statuses[key] = status
-        if status.state != "unreachable":
+        if status.state == "unreachable":
+            self._silent_since.setdefault(key, self._clock())
+        elif status.state != "starting":  # one of an earlier supervisor, of which nothing is known, may be at work
             self._silent_since.pop(key, None)
-        elif key not in self._silent_since:
-            self._silent_since[key] = self._clock()
         if before is None or _decisive(before) != _decisive(status):
             self._wake.set()
 

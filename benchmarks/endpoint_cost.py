@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from actors.admission import Admission, Admissions
 from actors.shard_client import ServedCollection
+from cluster.cluster_gpus import ClusterGpus
 from cluster.config import CollectionConfig, Limits
 from cluster.query import Coverage, Hits, Query, SearchResult
 from cluster.routing import Routing
@@ -77,7 +78,7 @@ class Requests:
         self.config, self.limits = CollectionConfig(dimension, "l2"), Limits()
         self.coordinator = AnswersAtOnce(self.config, k, full)
         services: Any = Services(
-            self.coordinator, None, None, None, EndpointMetrics(), None, self.limits, "benchmark"  # type: ignore[arg-type]
+            self.coordinator, None, None, None, EndpointMetrics(), None, self.limits, "benchmark", ClusterGpus  # type: ignore[arg-type]
         )  # fmt: skip
         self.endpoint = SearchEndpoint(services, DeclaredAttributes(services.log))
         self.vector = np.random.default_rng(1).standard_normal((1, dimension)).astype(np.float32)

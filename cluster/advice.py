@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-from cluster.config import CollectionConfig, Upkeep
+from cluster.config import CollectionConfig, ServedOn, Upkeep
 from cluster.errors import Invalid
 from cluster.index_policy import plan_index
 from cluster.upkeep import POINTS_MAX, largest_build
@@ -32,12 +32,13 @@ class Advice:
 
 @dataclass(frozen=True)
 class IndexFacts:
-    """A segment: its rows, those of them that are live, and the kind of index that was planned for it and it has."""
+    """A segment: its rows, those of them that are live, the kind of index that was planned for it and it has, where."""
 
     count: int
     live: int
     planned: str
     kind: str
+    device: ServedOn = "cpu"
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,9 @@ def _recall(shard: ShardFacts, config: CollectionConfig, bounds: Upkeep) -> str:
 
 def _index_kind(shard: ShardFacts, config: CollectionConfig, bounds: Upkeep) -> str:
     """Of the largest segment. What the builder made of a plan for the sake of its vectors it would do again; and so
-    it would where it found that its node cannot build the kind within `build_seconds`."""
-    if not shard.segments:
+    it would where it found that its node cannot build the kind within `build_seconds`. What GPUs there are, and what
+    fits them, is not known here."""
+    if not shard.segments or config.index.device == "gpu" or shard.largest.device == "gpu":
         return ""
     here, now = shard.largest, kind_for(config, shard.points)
     if not now or now in (here.planned, here.kind) or kind_for(config, int(KIND_SHARE * shard.points)) != now:

@@ -12,10 +12,12 @@ from cluster.errors import FieldError, Invalid
 Metric = Literal["cosine", "l2", "ip"]
 IdType = Literal["int64", "string"]
 VectorDtype = Literal["float32", "float16"]
-IndexKindChoice = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_rabitq", "factory"]
+IndexKindChoice = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_rabitq", "cagra", "factory"]
 Codes = Literal["float32", "float16", "sq8"]
 RerankStore = Literal["none", "rows", "sq8", "float16", "float32"]
-Device = Literal["cpu", "gpu"]
+Device = Literal["auto", "cpu", "gpu"]
+ServedOn = Literal["cpu", "gpu"]  # what "auto" comes to, for one generation
+GpuFull = Literal["step_down", "refuse"]
 ShardTransport = Literal["direct", "actor"]
 
 COLLECTION_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
@@ -27,17 +29,26 @@ FACTORY_CHARACTERS_MAX = 200
 
 KIND_OPTIONS: dict[str, tuple[str, ...]] = {
     "auto": (),
-    "flat": (),
+    "flat": ("codes",),
     "hnsw": ("m", "ef_construction", "codes", "rerank_store"),
     "ivf_flat": ("nlist", "codes", "rerank_store"),
     "ivf_sq8": ("nlist", "rerank_store"),
     "ivf_pq": ("nlist", "pq_m", "pq_bits", "rerank_store"),
     "ivf_rabitq": ("nlist", "rerank_store"),
+    "cagra": ("graph_degree", "codes"),
     "factory": ("factory", "rerank_store"),
 }
+NUM_GPUS_MIN = 0.001  # Ray counts in ten-thousandths of a GPU
+UNTRAINED_KINDS = ("flat", "cagra")  # whose codes are vectors as they come, of one precision or the other
 ALWAYS_TOLD = ("kind", "target_recall", "device", "memory_bytes")
 ALL_OPTIONS = tuple(dict.fromkeys(name for names in KIND_OPTIONS.values() for name in names))
-OPTION_RANGES = {"m": (2, 128), "ef_construction": (4, 2_000), "nlist": (1, 1_048_576), "pq_m": (1, 65_536)}
+OPTION_RANGES = {
+    "m": (2, 128),
+    "ef_construction": (4, 2_000),
+    "nlist": (1, 1_048_576),
+    "pq_m": (1, 65_536),
+    "graph_degree": (8, 128),
+}
 OPTION_CHOICES: dict[str, tuple[object, ...]] = {
     "codes": get_args(Codes),
     "pq_bits": (4, 8),
@@ -52,22 +63,33 @@ class IndexConfig:
     `kind="auto"` lets `cluster.index_policy.choose` decide. `target_recall` is recall@10 against exact search;
     1.0 asks for exact search. `memory_bytes` bounds the indexes of one shard, `build_seconds` the time to build one
     with the threads that a build has, two where nothing was measured (None: no bound). `churn` is the share of points
-    that are expected to be deleted or replaced between two rebuilds. The fields after it go with a named kind
-    (`KIND_OPTIONS`); None lets the policy set them.
+    that are expected to be deleted or replaced between two rebuilds.
+
+    `device="auto"` takes GPUs where the cluster has free ones and they pay, when a generation is built; "gpu" asks for
+    them. Each replica then asks Ray for `num_gpus`. What does not fit its share of a GPU's memory steps down to a
+    smaller index, and at last to the CPU, or is refused (`gpu_full`). `cpu_twin` has searches answered from the same
+    index on host memory while the GPU cannot. `wait_for_gpu` accepts a collection before there are GPUs.
+
+    The fields after these go with a named kind (`KIND_OPTIONS`); None lets the policy set them.
     """
 
     kind: IndexKindChoice = "auto"
     target_recall: float = 0.95
-    device: Device = "cpu"
+    device: Device = "auto"
     memory_bytes: int | None = None
     build_seconds: float | None = None
     churn: float = 0.0
+    num_gpus: float = 1.0
+    cpu_twin: bool = True
+    gpu_full: GpuFull = "step_down"
+    wait_for_gpu: bool = False
     codes: Codes | None = None
     m: int | None = None
     ef_construction: int | None = None
     nlist: int | None = None
     pq_m: int | None = None
     pq_bits: int | None = None
+    graph_degree: int | None = None
     rerank_store: RerankStore | None = None
     factory: str | None = None
 
@@ -149,6 +171,14 @@ def _config_errors(config: CollectionConfig) -> list[FieldError]:
         errors.append(FieldError("index.build_seconds", f"must be a number over 0, not {index.build_seconds!r}"))
     if not (_is_number(index.churn) and 0.0 <= index.churn <= 1.0):
         errors.append(FieldError("index.churn", f"must be a number from 0 to 1, not {index.churn!r}"))
+    if not (_is_number(index.num_gpus) and NUM_GPUS_MIN <= index.num_gpus <= 1.0):
+        told = f"must be a number from {NUM_GPUS_MIN} to 1, not {index.num_gpus!r}"
+        errors.append(FieldError("index.num_gpus", told))
+    check_choice("index.gpu_full", index.gpu_full, get_args(GpuFull))
+    for name in ("cpu_twin", "wait_for_gpu"):
+        value = getattr(index, name)
+        if not isinstance(value, bool):
+            errors.append(FieldError(f"index.{name}", f"must be true or false, not {value!r}"))
     if index.kind in KIND_OPTIONS:
         errors += _option_errors(index)
     return errors
@@ -173,6 +203,8 @@ def _option_errors(index: IndexConfig) -> list[FieldError]:
         elif name in OPTION_CHOICES and value not in OPTION_CHOICES[name]:
             choices = ", ".join(map(str, OPTION_CHOICES[name]))
             errors.append(FieldError(field_name, f"must be one of {choices}, not {value!r}"))
+        elif value == "sq8" and name == "codes" and index.kind in UNTRAINED_KINDS:
+            errors.append(FieldError(field_name, f"must be float32 or float16 with kind {index.kind}, not 'sq8'"))
         elif name == "factory" and (not isinstance(value, str) or not value or len(value) > FACTORY_CHARACTERS_MAX):
             errors.append(FieldError(field_name, f"must be text of 1 to {FACTORY_CHARACTERS_MAX} characters"))
     if index.kind == "factory" and index.factory is None:

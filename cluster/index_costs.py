@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from math import ceil, log2, sqrt
 
 from cluster.config import CollectionConfig, Metric, VectorDtype
-from cluster.index_spec import (
-    GRAPH_COARSE_LISTS,
-    TRAINING_POINTS_PER_CENTROID,
-    IndexSpec,
-)
+from cluster.index_spec import TRAINING_POINTS_PER_CENTROID, IndexSpec
 
 ID_BYTES = 8  # of a row number in an inverted list
 CODE_BYTES = {"float32": 4, "float16": 2, "sq8": 1}
@@ -78,7 +74,7 @@ def replica_memory(index: int, count: int, config: CollectionConfig) -> ReplicaM
 
 
 def index_bytes(spec: IndexSpec, count: int, dimension: int, metric: Metric = "l2") -> int:
-    """Bytes of the loaded index of `count` vectors; for a `factory` an estimate by its vectors alone."""
+    """Bytes of the loaded index of `count` vectors on the host; for a `factory` an estimate by its vectors alone."""
     store = CODE_BYTES.get(spec.rerank_store, 0) * dimension * count
     table = _pq_table_bytes(spec) if spec.kind == "ivf_pq" and metric != "ip" else 0
     return ceil(store + table + _BYTES[spec.kind](spec, count, dimension))
@@ -93,10 +89,14 @@ def _hnsw(spec: IndexSpec, count: int, dimension: int) -> float:
     return count * (dimension * CODE_BYTES[spec.codes] + 8 * spec.params["m"] + 16)
 
 
+def _cagra(spec: IndexSpec, count: int, dimension: int) -> float:
+    """The twin on the host, a graph of FAISS's with half as many links M as neighbours (source, not measured)."""
+    return count * (dimension * CODE_BYTES[spec.codes] + 4 * spec.params["graph_degree"] + 16)
+
+
 def _coarse(spec: IndexSpec, dimension: int) -> float:
     """The centroids, and the graph that finds them where they are many."""
-    lists = spec.params["nlist"]
-    return lists * (4 * dimension + (COARSE_LINK_BYTES if lists >= GRAPH_COARSE_LISTS else 0))
+    return spec.params["nlist"] * (4 * dimension + (COARSE_LINK_BYTES if spec.coarse_graph else 0))
 
 
 def _mapped_lists(spec: IndexSpec, count: int, dimension: int, code_bytes: int) -> float:
@@ -152,12 +152,15 @@ _BYTES = {
     "ivf_sq8": _ivf_sq8,
     "ivf_pq": _ivf_pq,
     "ivf_rabitq": _ivf_rabitq,
+    "cagra": _cagra,
     "factory": _factory,
 }
 
 
-def build_seconds(spec: IndexSpec, count: int, dimension: int, rates: Rates) -> float:
-    """Seconds to train and fill the index with `rates.threads` threads; without tuning."""
+def build_seconds(spec: IndexSpec, count: int, dimension: int, rates: Rates) -> float | None:
+    """Seconds to train and fill the index with `rates.threads` threads; without tuning. None on a GPU: not measured."""
+    if spec.device == "gpu":
+        return None
     if spec.kind == "hnsw":
         return _graph_seconds(spec, count, dimension, rates)
     if spec.kind in ("flat", "factory"):
@@ -166,7 +169,7 @@ def build_seconds(spec: IndexSpec, count: int, dimension: int, rates: Rates) -> 
     trained = min(count, lists * TRAINING_POINTS_PER_CENTROID)
     assigned = KMEANS_ROUNDS * trained + count
     flops = 2.0 * dimension * lists * assigned
-    if lists >= GRAPH_COARSE_LISTS:  # the centroids are found by a graph when vectors are added
+    if spec.coarse_graph:  # the centroids are found by a graph when vectors are added
         flops = 2.0 * dimension * (lists * KMEANS_ROUNDS * trained + 2_000 * count)
     rotation = 2.0 * dimension * dimension * (count + trained) if spec.kind == "ivf_rabitq" else 0.0
     return (flops + rotation) / rates.flops
@@ -182,9 +185,12 @@ def _graph_seconds(spec: IndexSpec, count: int, dimension: int, rates: Rates) ->
 
 
 def reachable_recall(spec: IndexSpec, vector_dtype: VectorDtype = "float32") -> float:
-    """Recall@10 against exact search of the stored vectors that tuning can reach, at most."""
+    """Recall@10 against exact search of the stored vectors that tuning can reach, at most.
+
+    Presumed to be the same on GPUs, where nothing was measured yet.
+    """
     if spec.kind == "flat":
-        return 1.0
+        return 1.0 if spec.is_exact else RECALL_REACHED
     if spec.rerank_store == "none":
         lossless = spec.codes == "float32" and spec.kind in ("hnsw", "ivf_flat")
         lossless = lossless or (spec.kind == "hnsw" and spec.codes == vector_dtype)  # lists round what is left of one
@@ -194,8 +200,13 @@ def reachable_recall(spec: IndexSpec, vector_dtype: VectorDtype = "float32") -> 
     return RECALL_REACHED
 
 
-def queries_per_s(spec: IndexSpec, count: int, dimension: int, target_recall: float, rates: Rates) -> float:
-    """About how many queries a second `rates.threads` threads answer at the target; what was measured is better."""
+def queries_per_s(spec: IndexSpec, count: int, dimension: int, target_recall: float, rates: Rates) -> float | None:
+    """About how many queries a second `rates.threads` threads answer at the target; what was measured is better.
+
+    None on a GPU.
+    """
+    if spec.device == "gpu":
+        return None
     return rates.threads / max(1e-6, _seconds_per_query(spec, count, dimension, target_recall))
 
 
@@ -208,7 +219,7 @@ def _seconds_per_query(spec: IndexSpec, count: int, dimension: int, target_recal
         visits = 450 * effort * log2(max(2, count)) / 16
         return visits * (60e-9 + dimension * CODE_BYTES[spec.codes] / 6e9)
     lists = spec.params["nlist"]
-    coarse = dimension * (min(lists, 2_000) if lists >= GRAPH_COARSE_LISTS else lists) / 25e9
+    coarse = dimension * (min(lists, 2_000) if spec.coarse_graph else lists) / 25e9
     scanned = min(1.0, 0.03 * effort * sqrt(1_024 / max(1, lists))) * count
     code_bytes = {"ivf_pq": dimension / 8, "ivf_rabitq": dimension / 8 + 8, "ivf_sq8": dimension}.get(
         spec.kind, dimension * CODE_BYTES[spec.codes]

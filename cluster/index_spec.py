@@ -10,11 +10,18 @@ from dataclasses import asdict, dataclass
 from math import ceil, log2, sqrt
 from typing import Any, Literal
 
-from cluster.config import Codes, RerankStore
+from cluster.config import Codes, RerankStore, ServedOn
+from cluster.errors import Invalid
 
-IndexKind = Literal["flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_rabitq", "factory"]
+IndexKind = Literal["flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_rabitq", "cagra", "factory"]
 
 POLICY_VERSION = 2
+HNSW_M, HNSW_M_SMALL = 32, 16  # 32 answers up to 1.45 times as many queries at equal recall, for 128 bytes a point
+HNSW_EF_CONSTRUCTION = 100
+RABITQ_DIMENSIONS = (
+    256,
+    3_072,
+)  # below, 4-bit product quantisation ranks better at the same bytes; above, sums overflow
 POINTS_PER_CENTROID_MIN = 39  # below it FAISS warns that k-means is starved
 TRAINING_POINTS_PER_CENTROID = 128  # recall grows up to here: .942 at 10, .958 at 39, .972 at 128 and at 190
 TRAINING_POINTS_FACTORY = 100_000  # for a factory string, whose parts are not known
@@ -25,6 +32,11 @@ KNOB_STEP = 1.06  # neighbouring values of a search grid
 EF_SEARCH_MAX = 2_048
 FAR_SCORE, FAR_EF_SEARCH = "far_score", "far_ef_search"  # of operating points: see `actors.tuner.tune_near_and_far`
 RERANK_GRID = (2, 4, 8, 16, 32, 128)
+ITOPK_STEP, ITOPK_MAX = (
+    32,
+    512,
+)  # candidates kept by a GPU's graph search: a multiple of 32, at most 512 (cuVS's source)
+SEARCH_WIDTHS = (1, 2, 4, 8)  # of them expanded at a time; what cuVS's own benchmark tries
 REFINED_KINDS = ("ivf_pq", "ivf_rabitq", "factory")  # their codes rank candidates too roughly to be taken as they are
 
 
@@ -32,8 +44,10 @@ REFINED_KINDS = ("ivf_pq", "ivf_rabitq", "factory")  # their codes rank candidat
 class IndexSpec:
     """An index to build: kind, build parameters, the bytes it should take in memory and why it was chosen.
 
-    `codes` is how graphs, flat indexes and `ivf_flat` keep vectors. `rerank_store` is where candidates' exact
-    distances come from: "rows" (the segment's own memory-mapped rows), a copy inside the index, or "none".
+    `device` is where it is served: on a GPU `gpu_bytes` are those of its loaded index, `predicted_bytes` those of its
+    twin on the host. `codes` is how graphs, flat indexes and `ivf_flat` keep vectors. `rerank_store` is where
+    candidates' exact distances come from: "rows" (the segment's own memory-mapped rows), a copy inside the index, or
+    "none".
     """
 
     kind: IndexKind
@@ -44,9 +58,13 @@ class IndexSpec:
     policy_version: int = POLICY_VERSION
     rerank_store: RerankStore = "none"
     factory: str = ""
+    device: ServedOn = "cpu"
+    gpu_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data; what is about GPUs only where there is something to say."""
+        told = asdict(self)
+        return told if self.device == "gpu" else {k: v for k, v in told.items() if k not in ("device", "gpu_bytes")}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> IndexSpec:
@@ -54,8 +72,11 @@ class IndexSpec:
 
     @property
     def is_exact(self) -> bool:
-        """True where every search visits every point at full precision."""
-        return self.kind == "flat"
+        """True where every search visits every point at full precision.
+
+        float16 codes with a rerank store are rounded: rows have more digits, or a GPU rounds the queries to them.
+        """
+        return self.kind == "flat" and (self.codes == "float32" or self.rerank_store == "none")
 
     @property
     def tuned_knobs(self) -> tuple[str, ...]:
@@ -64,11 +85,15 @@ class IndexSpec:
             return ()
         if self.kind == "hnsw":
             return ("ef_search",)
+        if self.kind == "cagra":
+            return ("itopk_size", "search_width")
         return ("nprobe", "rerank") if self.kind in REFINED_KINDS and self.rerank_store != "none" else ("nprobe",)
 
     @property
     def rerank(self) -> float:
         """Candidates per hit whose exact distance is computed, where the search does not say."""
+        if self.kind == "flat" and not self.is_exact:
+            return 2.0
         return 2.0 if "sq8" in (self.codes, self.rerank_store) or self.kind == "ivf_sq8" else 1.0
 
     @property
@@ -76,8 +101,18 @@ class IndexSpec:
         """Search parameters that visit every point, where the kind has some."""
         return {"nprobe": self.params["nlist"]} if self.kind.startswith("ivf") else None
 
+    @property
+    def coarse_graph(self) -> bool:
+        """Whether a graph finds the nearest centroids: no GPU has one."""
+        return self.device == "cpu" and self.params.get("nlist", 0) >= GRAPH_COARSE_LISTS
+
     def training_points(self, count: int) -> int:
-        """How many of `count` vectors the index trains on: 128 per centroid, as the memory of a build has them."""
+        """How many of `count` vectors the index trains on: 128 per centroid, as the memory of a build has them.
+
+        A GPU's graph is made of all of them at once.
+        """
+        if self.kind == "cagra":
+            return count
         wanted = 1 if self.codes == "float16" else 0
         if self.kind == "factory":
             wanted = TRAINING_POINTS_FACTORY
@@ -90,7 +125,11 @@ class IndexSpec:
         return min(count, wanted)
 
     def factory_string(self, dimension: int) -> str:
-        """The string FAISS's `index_factory` builds the index from."""
+        """The string FAISS's `index_factory` builds the index from; Invalid for a kind that only a GPU builds."""
+        if self.kind == "cagra":
+            raise Invalid.at(
+                "index.kind", "cagra is built on a GPU: there is none in this process; ivf_flat needs none"
+            )
         base = self.factory or _FACTORIES[self.kind](self, dimension)
         return base + _STORES[self.rerank_store]
 
@@ -108,8 +147,7 @@ def _hnsw(spec: IndexSpec, dimension: int) -> str:
 
 
 def _lists(spec: IndexSpec) -> str:
-    lists = spec.params["nlist"]
-    return f"IVF{lists}_HNSW32" if lists >= GRAPH_COARSE_LISTS else f"IVF{lists}"
+    return f"IVF{spec.params['nlist']}" + ("_HNSW32" if spec.coarse_graph else "")
 
 
 def _ivf_flat(spec: IndexSpec, dimension: int) -> str:
@@ -159,6 +197,11 @@ def clamped_nlist(lists: int, count: int) -> int:
     return max(1, min(lists, count // POINTS_PER_CENTROID_MIN))
 
 
+def pq_m(dimension: int, floats_each: int) -> int:
+    """Sub-quantizers of `floats_each` dimensions; zeros fill the last one."""
+    return ceil(dimension / floats_each)
+
+
 def knob_grid(low: int, high: int) -> tuple[int, ...]:
     """Integers from `low` to `high`, both included, each about `KNOB_STEP` times the one before."""
     values, value = [low], float(low)
@@ -179,4 +222,8 @@ def search_grid(knob: str, count: int, lists: int) -> Sequence[int]:
         return knob_grid(10, max(10, min(EF_SEARCH_MAX, count)))
     if knob == "nprobe":
         return knob_grid(1, max(1, lists))
+    if knob == "itopk_size":
+        return range(ITOPK_STEP, ITOPK_MAX + 1, ITOPK_STEP)
+    if knob == "search_width":
+        return SEARCH_WIDTHS
     return RERANK_GRID

@@ -19,7 +19,7 @@ import xxhash
 
 from cluster import entry_log, paths
 from cluster.attributes import arrow_type, types_after_import
-from cluster.config import CollectionConfig
+from cluster.config import CollectionConfig, ServedOn
 from cluster.errors import Conflict, Corrupt, Invalid, NotFound, Unavailable
 from cluster.manifest_format import FORMAT, Manifest, Switch, broken_invariants
 from cluster.object_store import ObjectStore
@@ -134,6 +134,8 @@ class ManifestLog:
     def create(self, config: CollectionConfig) -> tuple[Manifest, bool]:
         """Make an empty collection: (manifest, True), or (the existing one, False) when it has this config.
 
+        It is served on a GPU where its config asks for one, else on CPUs until something is built.
+
         Raises Conflict when it exists with another config, also where another writer has just created it.
         """
         parent = self.newest()
@@ -141,7 +143,8 @@ class ManifestLog:
             return parent, False
         entries = self.wal_ends(parent, config.shards)
         try:
-            return self._commit(self._next(parent, config, entries, _next_generation(parent)), parent), True
+            empty = self._next(parent, config, entries, _next_generation(parent))
+            return self._commit(replace(empty, device=device_without_points(config)), parent), True
         except Conflict:
             newest = self.newest()
             if self._is_live(newest, config):
@@ -191,11 +194,13 @@ class ManifestLog:
         attributes: Mapping[str, Any] = MappingProxyType({}),
         switch: Switch = "beside",
         log_set: int | None = None,
+        device: ServedOn = "cpu",
     ) -> Manifest:
         """Commit a new generation whose points are those of `shards` and of the logs after their LSNs.
 
         `attributes` are the Arrow types of those of its points: now the collection's (`types_after_import`). `log_set`
-        is by default that of `base`, and a new one where the entries are behind that.
+        is by default that of `base`, and a new one where the entries are behind that. `device` is what its segments
+        were built for; where `base` has another, other replicas serve it, and these load it beside.
 
         It follows the newest manifest, which must be `base` (None: there is none), or differ from it only by what
         shards sealed and writes declared since; else Conflict.
@@ -205,7 +210,8 @@ class ManifestLog:
             declared = types_after_import(newest.attributes if newest else {}, attributes)  # a deletion has none
             logs = _log_set_after(newest, shards) if log_set is None else log_set
             changed = self._next(newest, config, shards, _next_generation(newest))
-            return replace(changed, attributes=declared, log_set=logs, switch=switch)
+            way = switch if newest is None or newest.device == device else "beside"
+            return replace(changed, attributes=declared, log_set=logs, switch=way, device=device)
 
         return self._commit_after(base, generation_after)
 
@@ -340,6 +346,11 @@ class ManifestLog:
             except NotFound:
                 missing.append(f"{key} does not exist")
         return missing
+
+
+def device_without_points(config: CollectionConfig) -> ServedOn:
+    """What a generation is served on for which no index was chosen: a GPU where one is asked for."""
+    return "gpu" if config.index.device == "gpu" else "cpu"
 
 
 def _named_objects(manifest: Manifest) -> dict[str, str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from cluster.config import CollectionConfig
+from cluster.config import CollectionConfig, ServedOn
 from cluster.errors import Corrupt, EaglerayError
+from cluster.gpu_memory import GpuFacts
 from cluster.routing import Routing
 from cluster.segment import checksum_bytes
 from cluster.shard_entry import (
@@ -19,8 +20,8 @@ from cluster.shard_entry import (
     wrong_tombstones,
 )
 
-FORMAT = 3  # 1 had no LSNs, epochs, tombstones and attributes; 2 no log sets, origins and ways to switch
-SINCE = {"attributes": 2, "log_set": 3, "switch": 3}  # fields, and the first format that has them
+FORMAT = 4  # 1 had no LSNs, epochs, tombstones, attributes; 2 no log sets, origins, ways to switch; 3 no device
+SINCE = {"attributes": 2, "log_set": 3, "switch": 3, "device": 4}  # fields, and the first format that has them
 Switch = Literal["beside", "one_at_a_time"]
 
 
@@ -31,6 +32,7 @@ class Manifest:
     `attributes` are those that writes declared or an import brought: name -> Arrow type as text, which
     `pa.type_for_alias` reads. `log_set` is the number of the set of logs that its shards write to. `switch` says how
     replicas take it up: "beside" the generation before, or one replica of a shard at a time in the place of it.
+    `device` is what the generation is served on: its segments were built for that.
     """
 
     collection: str
@@ -46,6 +48,7 @@ class Manifest:
     attributes: dict[str, str] = field(default_factory=dict)
     log_set: int = 0
     switch: Switch = "beside"
+    device: ServedOn = "cpu"
 
     @property
     def crossing(self) -> bool:
@@ -61,6 +64,11 @@ class Manifest:
     @property
     def points(self) -> int:
         return sum(shard.points for shard in self.shards)
+
+    @property
+    def built_for(self) -> CollectionConfig:
+        """The config by which segments are added to this generation (`config_built_for`)."""
+        return config_built_for(self.config, self.device)
 
     @property
     def segments(self) -> dict[str, SegmentRef]:
@@ -100,6 +108,20 @@ class Manifest:
         return manifest
 
 
+def config_built_for(config: CollectionConfig, device: ServedOn) -> CollectionConfig:
+    """The config by which segments are added to a generation that is served on `device`: for the same one, but built on
+    CPUs. What only a GPU builds is left to the policy."""
+    index = replace(config.index, device=device)
+    if index.kind == "cagra":
+        index = replace(index, kind="auto", codes=None, graph_degree=None)
+    return replace(config, index=index)
+
+
+def added_on(device: ServedOn) -> GpuFacts | None:
+    """What a plan of such segments is told of GPUs: they are built on CPUs, and nothing is known of a GPU's memory."""
+    return GpuFacts(builds=False) if device == "gpu" else None
+
+
 def _canonical(body: dict[str, Any]) -> bytes:
     return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
 
@@ -120,6 +142,10 @@ def broken_invariants(manifest: Manifest, parent: Manifest | None = None) -> lis
         broken.append(f"generation {manifest.generation} goes back from {parent.generation}")
     if manifest.switch not in get_args(Switch):
         broken.append(f"{manifest.switch!r} is no way to switch")
+    if manifest.device not in get_args(ServedOn):
+        broken.append(f"{manifest.device!r} is nothing to serve on")
+    if parent and parent.generation == manifest.generation and parent.device != manifest.device:
+        broken.append(f"generation {manifest.generation} goes from {parent.device} to {manifest.device}")
     if parent and manifest.log_set < parent.log_set:
         broken.append(f"log set {manifest.log_set} goes back from {parent.log_set}")
     if any(logs.number >= manifest.log_set for entry in manifest.shards for logs in entry.behind):

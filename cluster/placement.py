@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cluster.config import CollectionConfig, Settings
+from cluster.config import CollectionConfig, ServedOn, Settings
 from cluster.errors import Invalid
 from cluster.manifest_format import Switch
 
@@ -16,19 +16,24 @@ ReplicaState = Literal["starting", "ready", "failed", "unreachable"]
 
 @dataclass(frozen=True, order=True)
 class ReplicaKey:
-    """One replica of one shard of one collection."""
+    """One replica of one shard of one collection, on a device: Ray gives a process a GPU when it starts, or never."""
 
     collection: str
     shard: int
     replica: int
+    device: ServedOn = "cpu"
 
     def __str__(self) -> str:
-        return f"{self.collection}/{self.shard}/{self.replica}"
+        name = f"{self.collection}/{self.shard}/{self.replica}"
+        return name if self.device == "cpu" else f"{name}/{self.device}"
 
     @classmethod
     def parse(cls, text: str) -> ReplicaKey:
-        collection, shard, replica = text.split("/")
-        return cls(collection, int(shard), int(replica))
+        """What `str` wrote; ValueError where it did not."""
+        collection, shard, replica, *rest = text.split("/")
+        if rest not in ([], ["gpu"]):
+            raise ValueError(f"{text!r} names no replica")
+        return cls(collection, int(shard), int(replica), "gpu" if rest else "cpu")
 
 
 @dataclass(frozen=True)
@@ -132,13 +137,13 @@ def _lacking(wanted: WantedReplica, replica: ObservedReplica) -> list[int]:
     return lacking
 
 
-def replicas_of(collection: str, config: CollectionConfig, shards: int) -> list[ReplicaKey]:
-    return [ReplicaKey(collection, s, r) for s in range(shards) for r in range(config.replicas)]
+def replicas_of(collection: str, config: CollectionConfig, shards: int, device: ServedOn = "cpu") -> list[ReplicaKey]:
+    return [ReplicaKey(collection, s, r, device) for s in range(shards) for r in range(config.replicas)]
 
 
-def replica_resources(config: CollectionConfig, settings: Settings) -> tuple[float, float]:
-    """(num_cpus, num_gpus) a replica asks of Ray: one GPU where the collection asks for GPUs, else CPUs."""
-    return (settings.shard_cpus, 1.0) if config.index.device == "gpu" else (settings.shard_cpus, 0.0)
+def replica_resources(config: CollectionConfig, settings: Settings, device: ServedOn = "cpu") -> tuple[float, float]:
+    """(num_cpus, num_gpus) that a replica of a generation served on `device` asks of Ray."""
+    return settings.shard_cpus, config.index.num_gpus if device == "gpu" else 0.0
 
 
 def search_threads(shards: int, settings: Settings, node_cores: int) -> int:
@@ -195,15 +200,15 @@ def may_end_logs(
 
 
 def held_by_every_shard(
-    collection: str, shards: int, observed: Mapping[ReplicaKey, ObservedReplica], generation: int
+    wanted: Collection[ReplicaKey], observed: Mapping[ReplicaKey, ObservedReplica], generation: int
 ) -> bool:
-    """True when a ready replica of each of the shards holds `generation`."""
+    """True when of these replicas a ready one of each shard holds `generation`."""
     holding = {
         key.shard
         for key, replica in observed.items()
-        if key.collection == collection and replica.state == "ready" and generation in replica.generations
+        if key in wanted and replica.state == "ready" and generation in replica.generations
     }
-    return holding >= set(range(shards))
+    return holding >= {key.shard for key in wanted}
 
 
 # --- who leads ----------------------------------------------------------------------------------------------------
@@ -230,22 +235,31 @@ def _newest_log_set(replicas: Mapping[ReplicaKey, Candidate]) -> int | None:
 
 
 def choose_lead(
-    replicas: Mapping[ReplicaKey, Candidate], led_last: ReplicaKey | None, patience_s: float
+    replicas: Mapping[ReplicaKey, Candidate],
+    led_last: ReplicaKey | None,
+    patience_s: float,
+    staying: Collection[ReplicaKey] | None = None,
 ) -> ReplicaKey | None:
     """The replica of one shard to tell that it shall lead; None where one does, may do, or none can.
 
     A replica that is silent may still lead, and may be back in a moment: for `patience_s` it is waited for, if it led
-    last or nobody knows who did. Whoever led last is preferred, then who has applied most of the WAL.
+    last or nobody knows who did. Whoever led last is preferred, then who has applied most of the WAL. Replicas that are
+    not `staying` (None: all are) lead only until one that stays can.
     """
-    if leader(replicas) is not None:
-        return None
     newest = _newest_log_set(replicas)
-    able = [key for key, replica in replicas.items() if replica.state == "ready" and replica.log_set == newest]
-    leads_again = led_last in able
-    for key, replica in replicas.items():
-        silent_s = replica.silent_s or 0.0
-        may_lead = replica.silent_s is not None and not leads_again and led_last in (key, None)
-        if (replica.asked or may_lead) and silent_s < patience_s:
+    ready = [key for key, replica in replicas.items() if replica.state == "ready" and newest is not None]
+    able = [key for key in ready if replicas[key].log_set == newest]
+    stay = {key for key in replicas if staying is None or key in staying}
+    if (leading := leader(replicas)) is not None:
+        if leading in stay or any(replica.asked for replica in replicas.values()):
             return None
-    ready = [key for key in able if newest is not None and not replicas[key].refused]
-    return min(ready, key=lambda key: (key != led_last, -replicas[key].lsn, key), default=None)
+        able = [key for key in able if key in stay]
+    else:
+        leads_again = led_last in able
+        for key, replica in replicas.items():
+            silent_s = replica.silent_s or 0.0
+            may_lead = replica.silent_s is not None and not leads_again and led_last in (key, None)
+            if (replica.asked or may_lead) and silent_s < patience_s:
+                return None
+    willing = [key for key in able if not replicas[key].refused]
+    return min(willing, key=lambda key: (key not in stay, key != led_last, -replicas[key].lsn, key), default=None)

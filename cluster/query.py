@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+Degraded = Literal["", "cpu"]
+RAW_KNOBS = ("nprobe", "ef_search", "rerank", "itopk_size", "search_width")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +18,9 @@ class SearchParams:
     """How one search is done. Without anything given: at the tuned operating point of the collection's own target.
 
     `target_recall` takes the operating point of that target, `exact` asks every stored vector, whatever the index.
-    The others are raw knobs, which must fit the index kind: inverted lists visited, candidates kept in a graph
-    search, and candidates per hit (1.0 or more) whose exact distance is computed.
+    The others are raw knobs, which must fit the index kind: inverted lists visited, candidates kept in the search of
+    a graph (on a GPU `itopk_size`, with `search_width` of them expanded at a time), and candidates per hit (1.0 or
+    more) whose exact distance is computed.
     """
 
     nprobe: int | None = None
@@ -24,14 +28,15 @@ class SearchParams:
     rerank: float | None = None
     target_recall: float | None = None
     exact: bool = False
+    itopk_size: int | None = None
+    search_width: int | None = None
 
     @property
     def given(self) -> dict[str, float]:
         """The raw knobs that were set, by name."""
-        if self.nprobe is None and self.ef_search is None and self.rerank is None:
-            return {}
-        knobs = {"nprobe": self.nprobe, "ef_search": self.ef_search, "rerank": self.rerank}
-        return {name: value for name, value in knobs.items() if value is not None}
+        if self.nprobe is self.ef_search is self.rerank is self.itopk_size is self.search_width is None:
+            return {}  # as nearly always: the rest takes microseconds
+        return {name: value for name in RAW_KNOBS if (value := getattr(self, name)) is not None}
 
     def without(self, knob: str) -> SearchParams:
         """The same without a raw knob."""
@@ -95,6 +100,7 @@ class Hits:
     `counts` int64 (queries,) says how many of the flat rows belong to each query; `ids` is an Arrow array and
     `scores` float32, both (sum of counts,), best first within a query, ties by id. `columns` holds attributes
     and vectors of the same rows where they were asked for. `lsn` is the last one that the shard had applied.
+    `degraded` is "cpu" where a GPU should have answered and its twin on host memory did, else "".
     """
 
     counts: NDArray[np.int64]
@@ -102,6 +108,7 @@ class Hits:
     scores: NDArray[np.float32]
     columns: Any = None
     lsn: int = 0
+    degraded: Degraded = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +125,13 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """The merged answer to one `Query`."""
+    """The merged answer to one `Query`. `degraded` as of `Hits`, of any shard."""
 
     hits: Hits
     coverage: Coverage
     generation: int
     lsn: Mapping[int, int] = field(default_factory=dict)  # by shard that answered
+    degraded: Degraded = ""
 
 
 FULL_COVERAGE = Coverage(1.0, 1.0)

@@ -229,8 +229,9 @@ def commit_rollback(
 
 
 def _commit(log: ManifestLog, rollback: Rollback, entries: tuple[ShardEntry, ...]) -> Manifest:
-    base, config = rollback.base, rollback.old.config
-    return log.commit_generation(base, config, entries, rollback.attributes, base.switch, rollback.log_set)
+    base, old = rollback.base, rollback.old
+    how = (rollback.attributes, base.switch, rollback.log_set, old.device)
+    return log.commit_generation(base, old.config, entries, *how)
 
 
 def check_kept(store: ObjectStore, manifest: Manifest, what: str) -> None:

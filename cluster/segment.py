@@ -70,7 +70,11 @@ class SelfTest:
 
 @dataclass(frozen=True)
 class SegmentDescription:
-    """What `segment.json` holds: enough to verify, load, search and explain the segment."""
+    """What `segment.json` holds: enough to verify, load, search and explain the segment.
+
+    `cpu_twin` is empty but for an index that was tuned on a GPU: "operating_points" has what the same file reaches on a
+    CPU with the same parameters, "recall" what it finds in the self-test.
+    """
 
     segment_id: str
     count: int
@@ -86,10 +90,17 @@ class SegmentDescription:
     files: dict[str, FileEntry]
     built: dict[str, Any] = field(default_factory=dict)
     considered: tuple[dict[str, Any], ...] = ()  # `index_policy.Candidate` of every index that was thought of
+    cpu_twin: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     def encode(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+        told = {name: value for name, value in asdict(self).items() if name != "cpu_twin" or value}
+        return json.dumps(told, sort_keys=True, separators=(",", ":")).encode()
+
+    @property
+    def twin_points(self) -> tuple[OperatingPoint, ...]:
+        """What was measured for the operating points on the CPU's twin of an index that was tuned on a GPU."""
+        return tuple(OperatingPoint(**point) for point in self.cpu_twin.get("operating_points", ()))
 
     @classmethod
     def decode(cls, data: bytes, name: str) -> SegmentDescription:
@@ -102,10 +113,18 @@ class SegmentDescription:
             test = raw["self_test"]
             raw["self_test"] = SelfTest(tuple(test["rows"]), tuple(tuple(row) for row in test["truth"]), test["recall"])
             raw["considered"] = tuple(raw.get("considered", ()))
+            _check_twin(raw.get("cpu_twin", {}))
             raw["files"] = {key: FileEntry(**entry) for key, entry in raw["files"].items()}
             return cls(**raw)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Corrupt(f"{name}: not a segment description: {error!r}") from error
+
+
+def _check_twin(twin: dict[str, Any]) -> None:
+    """Raises one of the errors that tell a description of another form."""
+    if twin:
+        float(twin["recall"])
+        [OperatingPoint(**point) for point in twin["operating_points"]]
 
 
 def checksum_bytes(data: bytes) -> str:

@@ -98,6 +98,7 @@ ENTRY_FIELDS = {  # of each format of the manifest
     1: {"shard", "segments"},
     2: {"shard", "segments", "applied_lsn", "epoch", "tombstones"},
     3: {"shard", "segments", "applied_lsn", "epoch", "tombstones", "behind"},
+    4: {"shard", "segments", "applied_lsn", "epoch", "tombstones", "behind"},
 }
 
 

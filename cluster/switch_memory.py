@@ -1,7 +1,9 @@
 """Memory of a switch of generations: what each node needs beside what is loaded, and in which way that fits.
 
 Pure: who asks gives what replicas said and what is predicted. Replicas of shards that are not there yet may be started
-on any node: they are counted on those that would have most left.
+on any node: they are counted on those that would have most left. The memory of GPUs is each replica's own: what it may
+still take of its share of one. Where the new generation does not fit beside the old one there, its twin on the host
+answers until that is dropped, unless the collection has no such patience.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from cluster.errors import Exhausted
+from cluster.gpu_memory import GPU_MARGIN
 from cluster.index_policy import MEMORY_MARGIN
 from cluster.manifest_format import Switch
 
@@ -29,12 +32,32 @@ class NodeMemory:
 @dataclass(frozen=True)
 class ReplicaBytes:
     """One replica of a shard of the new generation: its node ("" where it does not run yet), the predicted bytes of
-    what it has loaded now, and those of its shard of the new generation."""
+    what it has loaded now, and those of its shard of the new generation.
+
+    The same on its GPU, and what it may still take there; None: nobody knows, or it has none.
+    """
 
     shard: int
     node: str
     loaded: int
     coming: int
+    gpu_loaded: int = 0
+    gpu_coming: int = 0
+    gpu_left: int | None = None
+
+    def lacks_gpu(self, mode: Switch) -> int:
+        """Bytes that its GPU is short of, as far as that is known; what is predicted is taken with a margin."""
+        if self.gpu_left is None or not self.gpu_coming:
+            return 0
+        given_back = self.gpu_loaded if mode == "one_at_a_time" else 0
+        return max(0, ceil(self.gpu_coming * GPU_MARGIN) - self.gpu_left - given_back)
+
+    @property
+    def on_gpu(self) -> str:
+        return (
+            f"shard {self.shard} needs {_gib(ceil(self.gpu_coming * GPU_MARGIN))} GiB on its GPU of node {self.node} "
+            f"beside the {_gib(self.gpu_loaded)} GiB that are loaded, {_gib(self.gpu_left or 0)} GiB are there"
+        )
 
 
 @dataclass(frozen=True)
@@ -68,6 +91,7 @@ class SwitchMemory:
     mode: Switch
     nodes: tuple[NodeNeed, ...] = ()
     unknown: int = 0  # replicas on nodes of which nothing is known
+    short_of_gpu: tuple[ReplicaBytes, ...] = ()  # those whose twin answers for a while, the shortest first
 
     @property
     def statement(self) -> str:
@@ -76,6 +100,9 @@ class SwitchMemory:
         told = [str(need) for need in tight]
         if self.unknown:
             told.append(f"of the nodes of {self.unknown} replica(s) nothing is known")
+        if self.short_of_gpu:
+            told += [replica.on_gpu for replica in self.short_of_gpu[:3]]
+            told.append(f"of {len(self.short_of_gpu)} replica(s) the twin on the host answers until there is room")
         how = "is loaded beside what is served"
         if self.mode == "one_at_a_time":
             how = "is loaded by one replica of each shard at a time, which drops what is served first"
@@ -93,15 +120,52 @@ class SwitchMemory:
             }
             for need in self.nodes
         ]
-        return {"mode": self.mode, "statement": self.statement, "nodes": nodes, "unknown_replicas": self.unknown}
+        gpus = [
+            {
+                "shard": replica.shard,
+                "node": replica.node,
+                "loaded_bytes": replica.gpu_loaded,
+                "needed_bytes": ceil(replica.gpu_coming * GPU_MARGIN),
+                "available_bytes": replica.gpu_left,
+            }
+            for replica in self.short_of_gpu
+        ]
+        told = {"mode": self.mode, "statement": self.statement, "nodes": nodes, "unknown_replicas": self.unknown}
+        return told | ({"short_of_gpu": gpus} if gpus else {})
 
 
-def switch_memory(replicas: Sequence[ReplicaBytes], nodes: Mapping[str, NodeMemory]) -> SwitchMemory:
+def switch_memory(
+    replicas: Sequence[ReplicaBytes], nodes: Mapping[str, NodeMemory], twin_may_answer: bool = True
+) -> SwitchMemory:
     """How a new generation is to be loaded: "beside" where every node has room for it beside what is loaded, else
     "one_at_a_time" where each shard has two replicas and what each gives up makes room.
 
-    Exhausted with the numbers where neither fits. What is predicted is taken with the policy's margin.
+    Exhausted with the numbers where neither fits; on GPUs only where no twin may answer for a while. What is predicted
+    is taken with the policies' margins.
     """
+    found = _on_hosts(replicas, nodes)
+    short = _short_of_gpu(replicas, found.mode)
+    if not short or twin_may_answer:
+        return replace(found, short_of_gpu=short)
+    if _fewest_replicas(replicas) >= 2 and not _short_of_gpu(replicas, "one_at_a_time"):
+        return replace(found, mode="one_at_a_time")
+    raise Exhausted(
+        f"GPU memory of the switch: {'; '.join(replica.on_gpu for replica in short[:3])}. Have its twin on the host "
+        "answer until there is room (index.cpu_twin, and index.gpu_full step_down), or choose a smaller index"
+    )
+
+
+def _short_of_gpu(replicas: Sequence[ReplicaBytes], mode: Switch) -> tuple[ReplicaBytes, ...]:
+    short = [replica for replica in replicas if replica.lacks_gpu(mode)]
+    return tuple(sorted(short, key=lambda each: (-each.lacks_gpu(mode), each.shard, each.node)))
+
+
+def _fewest_replicas(replicas: Sequence[ReplicaBytes]) -> int:
+    """Of any shard."""
+    return min(sum(other.shard == replica.shard for other in replicas) for replica in replicas)
+
+
+def _on_hosts(replicas: Sequence[ReplicaBytes], nodes: Mapping[str, NodeMemory]) -> SwitchMemory:
     if not nodes:  # replicas do not tell, or none runs
         return SwitchMemory("beside", unknown=len(replicas))
     placed = _placed(replicas, nodes)
@@ -112,10 +176,10 @@ def switch_memory(replicas: Sequence[ReplicaBytes], nodes: Mapping[str, NodeMemo
     unknown = sum(replica.node not in nodes for replica in placed)
     if all(need.fits("beside") for need in needs):
         return SwitchMemory("beside", needs, unknown)
-    counts = [sum(other.shard == replica.shard for other in replicas) for replica in replicas]
-    if min(counts) >= 2 and all(need.fits("one_at_a_time") for need in needs):
+    fewest = _fewest_replicas(replicas)
+    if fewest >= 2 and all(need.fits("one_at_a_time") for need in needs):
         return SwitchMemory("one_at_a_time", needs, unknown)
-    raise Exhausted(_refusal(needs, min(counts)))
+    raise Exhausted(_refusal(needs, fewest))
 
 
 def _placed(replicas: Sequence[ReplicaBytes], nodes: Mapping[str, NodeMemory]) -> list[ReplicaBytes]:

@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.config import ServedOn
 from cluster.placement import Action, Load, ObservedReplica, ReplicaKey, WantedReplica
+
+Mates = tuple[str, int, ServedOn]  # collection, shard, device
 
 
 @dataclass(frozen=True)
@@ -65,30 +68,31 @@ def in_switch_order(
 ) -> list[Action | Drop | Lead]:
     """The actions of `placement.plan`, without loads whose turn has not come, and with what has to be done first."""
     ordered: list[Action | Drop | Lead] = [action for action in actions if not isinstance(action, Load)]
-    loads: dict[tuple[str, int], list[Load]] = {}
+    loads: dict[Mates, list[Load]] = {}
     for action in actions:
         if isinstance(action, Load):
-            loads.setdefault(_shard(action.key), []).append(action)
-    for shard, keys in _keys_by_shard(wanted).items():
-        if len(keys) == 1 or (shard not in loads and wanted[keys[0]].switch == "beside"):
-            ordered += loads.get(shard, ())
+            loads.setdefault(_mates_of(action.key), []).append(action)
+    for which, keys in _keys_of_mates(wanted).items():
+        if len(keys) == 1 or (which not in loads and wanted[keys[0]].switch == "beside"):
+            ordered += loads.get(which, ())
             continue
         mates = _mates({key: (wanted[key], observed[key]) for key in keys if key in observed})
         if wanted[keys[0]].switch == "one_at_a_time":
-            ordered += _making_room(mates, loads.get(shard, ()))
+            ordered += _making_room(mates, loads.get(which, ()))
         else:
-            ordered += _one_after_the_other(mates, loads[shard])
+            ordered += _one_after_the_other(mates, loads[which])
     return ordered
 
 
-def _shard(key: ReplicaKey) -> tuple[str, int]:
-    return key.collection, key.shard
+def _mates_of(key: ReplicaKey) -> Mates:
+    """Replicas of a shard on one device: those on another hold another generation, and make no room for these."""
+    return key.collection, key.shard, key.device
 
 
-def _keys_by_shard(wanted: Mapping[ReplicaKey, WantedReplica]) -> dict[tuple[str, int], list[ReplicaKey]]:
-    keys: dict[tuple[str, int], list[ReplicaKey]] = {}
+def _keys_of_mates(wanted: Mapping[ReplicaKey, WantedReplica]) -> dict[Mates, list[ReplicaKey]]:
+    keys: dict[Mates, list[ReplicaKey]] = {}
     for key in sorted(wanted):
-        keys.setdefault(_shard(key), []).append(key)
+        keys.setdefault(_mates_of(key), []).append(key)
     return keys
 
 

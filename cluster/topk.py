@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cluster.config import Metric
-from cluster.query import Hits
+from cluster.query import Degraded, Hits
 
 PLAIN_HITS_MAX = 128  # two parts of 10: half the time of arrays; of 64: as much
 
@@ -27,7 +27,8 @@ def merge_hits(parts: Sequence[Hits], k: int, metric: Metric) -> Hits:
     """Merge several answers to the same queries into the best `k` of each query.
 
     Every part must hold the same number of queries, and the parts' points must be disjoint. A column that some of the
-    parts lack is null in their rows; the merged answer includes the lowest LSN that every part does.
+    parts lack is null in their rows; the merged answer includes the lowest LSN that every part does, and is degraded
+    where one of them is.
     """
     if len(parts) == 1 and _most(parts[0].counts) <= k and not _has_ties(parts[0]):
         return parts[0]
@@ -48,6 +49,7 @@ def merge_hits(parts: Sequence[Hits], k: int, metric: Metric) -> Hits:
         scores[order],
         None if columns is None else columns.take(pa.array(order)),
         min(part.lsn for part in parts),
+        _degraded(parts),
     )
 
 
@@ -65,7 +67,13 @@ def _merged_query(parts: Sequence[Hits], k: int, metric: Metric) -> Hits | None:
     scored.sort()
     costs, ids = zip(*scored[:k], strict=True) if scored else ((), ())
     scores = np.array(costs if smaller_is_better(metric) else [-cost for cost in costs], dtype=np.float32)
-    return Hits(np.array([len(ids)]), pa.array(ids, parts[0].ids.type), scores, None, min(part.lsn for part in parts))
+    ids_array, lsn = pa.array(ids, parts[0].ids.type), min(part.lsn for part in parts)
+    return Hits(np.array([len(ids)]), ids_array, scores, None, lsn, _degraded(parts))
+
+
+def _degraded(parts: Sequence[Hits]) -> Degraded:
+    """What the first of the degraded parts says; "" where none is."""
+    return next((part.degraded for part in parts if part.degraded), "")
 
 
 def _joined_columns(parts: Sequence[Hits]) -> Any:
@@ -103,7 +111,8 @@ def split_hits(hits: Hits, sizes: Sequence[int]) -> list[Hits]:
         last = first + size
         start, stop = ends[first], ends[last]
         rows = None if columns is None else columns.slice(start, stop - start)
-        parts.append(Hits(counts[first:last], ids.slice(start, stop - start), scores[start:stop], rows, hits.lsn))
+        part_ids = ids.slice(start, stop - start)
+        parts.append(Hits(counts[first:last], part_ids, scores[start:stop], rows, hits.lsn, hits.degraded))
         first = last
     return parts
 
@@ -117,7 +126,8 @@ def best_of_each(hits: Hits, k: int) -> Hits:
     rows = np.flatnonzero(rank < k)
     taken = pa.array(rows)
     columns = None if hits.columns is None else hits.columns.take(taken)
-    return Hits(np.minimum(hits.counts, k), hits.ids.take(taken), hits.scores[rows], columns, hits.lsn)
+    counts = np.minimum(hits.counts, k)
+    return Hits(counts, hits.ids.take(taken), hits.scores[rows], columns, hits.lsn, hits.degraded)
 
 
 def join_queries(parts: Sequence[Hits]) -> Hits:
@@ -130,6 +140,7 @@ def join_queries(parts: Sequence[Hits]) -> Hits:
         np.concatenate([part.scores for part in parts]),
         _joined_columns(parts),
         min(part.lsn for part in parts),
+        _degraded(parts),
     )
 
 

@@ -13,6 +13,7 @@ from math import ceil
 
 from cluster.config import CollectionConfig, Upkeep
 from cluster.errors import Invalid
+from cluster.gpu_memory import GpuFacts, host_build_bytes
 from cluster.index_policy import MEMORY_MARGIN, plan_index
 from cluster.index_spec import clamped_nlist
 from cluster.shard_entry import ShardEntry
@@ -167,22 +168,22 @@ def _window_from(sizes: Sequence[int], start: int, most: int) -> int:
     return found
 
 
-def largest_build(config: CollectionConfig, memory_bytes: int = MERGE_BYTES_MAX) -> int:
+def largest_build(config: CollectionConfig, memory_bytes: int = MERGE_BYTES_MAX, gpu: GpuFacts | None = None) -> int:
     """The most points of a segment, at least one, whose index is built in `memory_bytes`, and fits the config's own."""
     fitting, too_many = 1, 2
-    while too_many < POINTS_MAX and build_bytes(config, too_many) <= memory_bytes:
+    while too_many < POINTS_MAX and build_bytes(config, too_many, gpu) <= memory_bytes:
         fitting, too_many = too_many, 2 * too_many
     while too_many - fitting > max(1, fitting // 64):
         middle = (fitting + too_many) // 2
-        if build_bytes(config, middle) <= memory_bytes:
+        if build_bytes(config, middle, gpu) <= memory_bytes:
             fitting = middle
         else:
             too_many = middle
     return fitting
 
 
-def build_bytes(config: CollectionConfig, count: int) -> float:
-    """Memory of building an index of `count` points, its training sample with it; infinite where no index fits.
+def build_bytes(config: CollectionConfig, count: int, gpu: GpuFacts | None = None) -> float:
+    """Host memory of building an index of `count` points, its training sample with it; infinite where no index fits.
 
     Of so few that the config's lists cannot be trained it is that of as many lists as they allow.
     """
@@ -190,7 +191,7 @@ def build_bytes(config: CollectionConfig, count: int) -> float:
     if lists is not None and clamped_nlist(lists, count) < lists:
         config = replace(config, index=replace(config.index, nlist=None))
     try:
-        spec = plan_index(count, config).spec
+        spec = plan_index(count, config, gpu=gpu).spec
     except Invalid:
         return float("inf")
-    return ceil((spec.predicted_bytes + spec.training_points(count) * config.dimension * 4) * MEMORY_MARGIN)
+    return ceil((spec.predicted_bytes + host_build_bytes(spec, count, config.dimension)) * MEMORY_MARGIN)

@@ -2,20 +2,26 @@
 
 `memory_bytes` bounds the indexes being built at one time on one node. A shard whose index alone needs more gets
 several segments; where several builds together need more, fewer run at once, each with more threads.
+
+What is built for GPUs is built on one where one is free; where replicas hold them all it is a kind that CPUs build.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Protocol, TypeVar
 
 from cluster import index_costs
-from cluster.config import CollectionConfig
+from cluster.cluster_gpus import ClusterGpus
+from cluster.config import CollectionConfig, ServedOn
+from cluster.gpu_memory import GpuFacts, host_build_bytes
+from cluster.gpu_policy import FRACTIONS, gpu_for
 from cluster.index_costs import REFERENCE, Rates
 from cluster.index_policy import MEMORY_MARGIN, IndexPlan, like, plan_index
 from cluster.index_spec import IndexSpec
+from cluster.placement import ReplicaKey, ReplicaState
 
 MEASURED_MIN = 50_000  # rows of a segment whose build takes much longer than measuring how long
 T = TypeVar("T")
@@ -25,7 +31,12 @@ class TaskRunner(Protocol):
     """Runs generator functions on items, some at a time (`ray_jobs.run_tasks`)."""
 
     def __call__(
-        self, function: Callable[[T], Iterator[Any]], items: Sequence[T], num_cpus: float, in_flight: int
+        self,
+        function: Callable[[T], Iterator[Any]],
+        items: Sequence[T],
+        num_cpus: float,
+        in_flight: int,
+        num_gpus: float = 0.0,
     ) -> Iterator[tuple[int, Any]]: ...
 
 
@@ -37,26 +48,60 @@ class Workers:
     cpus: int  # of the whole cluster
     cpus_per_node: int | None = None  # of its largest node; None: there is one node
     free_cpus: int | None = None  # the most that others, such as replicas, leave free on one node; None: all
+    gpus: Callable[[], ClusterGpus] = ClusterGpus  # of the cluster, as they are when it is asked
 
     def build(
         self, function: Callable[[T], Iterator[Any]], items: Sequence[T], builds: Builds
     ) -> Iterator[tuple[int, Any]]:
         """Run what builds or loads an index: the one place that says what such a task asks of its node."""
-        return self.run_tasks(function, items, builds.num_cpus, builds.at_once)
+        return self.run_tasks(function, items, builds.num_cpus, builds.at_once, builds.num_gpus)
 
 
 @dataclass(frozen=True)
 class Builds:
-    """How many builds run at once, FAISS's threads in each, and the CPUs that each asks of Ray."""
+    """How many builds run at once, FAISS's threads in each, and the CPUs and GPUs that each asks of Ray."""
 
     at_once: int
     threads: int
     num_cpus: int
+    num_gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class BuildGpus:
+    """What a plan is told of the GPUs, of which `each` is for a build, and how many builds the free ones take."""
+
+    facts: GpuFacts
+    each: float
+    at_once: int
+
+
+def build_gpus(config: CollectionConfig, gpus: Callable[[], ClusterGpus], held: float = 0.0) -> BuildGpus | None:
+    """GPUs for a generation, where it may have some; `held` are those of the collection's own replicas.
+
+    Those are its replicas' again, but not for the build beside them. Invalid or Unavailable (`gpu_policy.gpu_for`)
+    where GPUs are asked for, and there are none.
+    """
+    if config.index.device == "cpu":
+        return None
+    there, each = gpus(), config.index.num_gpus
+    at_once = int(there.free / each + FRACTIONS)
+    facts = gpu_for(config, there.total, there.free, there.memory_bytes, there.name, held, builds=at_once > 0)
+    return None if facts is None else BuildGpus(facts, each, at_once)
+
+
+def held_gpus(replicas: Iterable[tuple[ReplicaKey, ReplicaState]], num_gpus: float) -> float:
+    """GPUs that a collection's replicas have: those that have not started yet wait for theirs."""
+    return num_gpus * sum(key.device == "gpu" and state != "starting" for key, state in replicas)
 
 
 def segment_bytes(spec: IndexSpec, count: int, dimension: int) -> int:
-    """Memory of building a segment: its index, the float32 sample it is trained on, and the margin of both."""
-    sample = spec.training_points(count) * dimension * 4
+    """Host memory of building a segment: its index, the vectors that the build holds beside it, and the margin.
+
+    Those are the sample that it is trained on; for a GPU what the copy to its memory takes.
+    """
+    on_gpu = host_build_bytes(spec, count, dimension) if spec.device == "gpu" else 0
+    sample = max(on_gpu, spec.training_points(count) * dimension * 4)
     return ceil((spec.predicted_bytes + sample) * MEMORY_MARGIN)
 
 
@@ -103,6 +148,12 @@ class BuildPlan:
     index: IndexPlan
     builds: Builds
     rates: Rates = REFERENCE
+    gpus: BuildGpus | None = None
+
+    @property
+    def device(self) -> ServedOn:
+        """What the generation is served on."""
+        return self.index.spec.device
 
     @property
     def count(self) -> int:
@@ -116,32 +167,54 @@ class BuildPlan:
 
     @property
     def worth_measuring(self) -> bool:
-        """Whether the build is long enough to measure first how long it is going to be."""
-        return self.count >= MEASURED_MIN and self.index.spec.kind != "flat"
+        """Whether the build is long enough to measure first how long it is going to be, which is done on CPUs alone."""
+        return self.count >= MEASURED_MIN and self.index.spec.kind != "flat" and not self.builds.num_gpus
 
     def to_dict(self) -> dict[str, Any]:
         """For the job's status: what is going to be built, what it should take, and what else was considered."""
         spec = self.spec
-        seconds = index_costs.build_seconds(spec, self.count, self.config.dimension, self.rates)
-        waves = ceil(self.partitions / self.builds.at_once)
         return {
             "index": spec.to_dict() | {"reason": self.index.spec.reason},
             "segments": self.partitions,
             "points_per_segment": self.count,
             "predicted_bytes": spec.predicted_bytes * self.partitions,
-            "predicted_build_seconds": round(seconds * waves, 1),
+            "predicted_build_seconds": self._seconds(spec),
             "rates_measured": self.rates.measured,
             "considered": [candidate.to_dict() for candidate in self.index.considered],
+        } | self._gpu_facts(spec)
+
+    def _seconds(self, spec: IndexSpec) -> float | None:
+        """None for what is built on GPUs."""
+        built = spec if self.builds.num_gpus else replace(spec, device="cpu")
+        seconds = index_costs.build_seconds(built, self.count, self.config.dimension, self.rates)
+        return None if seconds is None else round(seconds * ceil(self.partitions / self.builds.at_once), 1)
+
+    def _gpu_facts(self, spec: IndexSpec) -> dict[str, Any]:
+        """Where the generation is served on GPUs: which, and what of their memory its indexes take."""
+        if self.gpus is None or spec.device == "cpu":
+            return {}
+        facts = self.gpus.facts
+        return {
+            "gpu": {
+                "name": facts.name,
+                "memory_bytes": facts.memory_bytes,
+                "num_gpus": self.gpus.each,
+                "predicted_bytes": spec.gpu_bytes * self.partitions,
+                "built_on": "gpu" if self.builds.num_gpus else "cpu",
+            }
         }
 
 
-def plan_build(rows: int, config: CollectionConfig, memory_bytes: int, workers: Workers) -> BuildPlan:
+def plan_build(
+    rows: int, config: CollectionConfig, memory_bytes: int, workers: Workers, gpus: BuildGpus | None = None
+) -> BuildPlan:
     """Before any rate is known. Invalid, with the numbers, where no index of a shard meets the config's bounds."""
     per_shard = ceil(rows / config.shards)
     bounds = replace(config.index, build_seconds=None) if per_shard >= MEASURED_MIN else config.index
-    index = plan_index(per_shard, replace(config, index=bounds))  # refuses now what no shard could hold
+    facts = gpus.facts if gpus else None
+    index = plan_index(per_shard, replace(config, index=bounds), gpu=facts)  # refuses now what no shard could hold
     partitions = config.shards * segments_per_shard(rows, index.spec, config, memory_bytes)
-    plan = BuildPlan(config, rows, partitions, index, Builds(1, 1, 1))
+    plan = BuildPlan(config, rows, partitions, index, Builds(1, 1, 1), gpus=gpus)
     return replace(plan, builds=_builds_of(plan, memory_bytes, workers))
 
 
@@ -150,7 +223,8 @@ def with_rates(plan: BuildPlan, rates: Rates, memory_bytes: int, workers: Worker
 
     The partitions stay: an index whose segments would then be over the job's memory is not changed to.
     """
-    index = plan_index(ceil(plan.rows / plan.config.shards), plan.config, rates)
+    facts = plan.gpus.facts if plan.gpus else None
+    index = plan_index(ceil(plan.rows / plan.config.shards), plan.config, rates, facts)
     changed = replace(plan, rates=rates, index=index)
     if segment_bytes(changed.spec, plan.count, plan.config.dimension) > memory_bytes:
         changed = replace(plan, rates=rates)
@@ -159,4 +233,7 @@ def with_rates(plan: BuildPlan, rates: Rates, memory_bytes: int, workers: Worker
 
 def _builds_of(plan: BuildPlan, memory_bytes: int, workers: Workers) -> Builds:
     needed = segment_bytes(plan.spec, plan.count, plan.config.dimension)
-    return plan_builds(min(plan.partitions, plan.rows), needed, memory_bytes, workers)
+    builds = plan_builds(min(plan.partitions, plan.rows), needed, memory_bytes, workers)
+    if plan.gpus is None or plan.device == "cpu" or not plan.gpus.facts.builds:
+        return builds
+    return replace(builds, at_once=min(builds.at_once, max(1, plan.gpus.at_once)), num_gpus=plan.gpus.each)

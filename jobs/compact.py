@@ -23,6 +23,7 @@ from actors.segment_upkeep import merge_segments, seal_tail
 from cluster.config import check_collection_name
 from cluster.errors import Conflict, Invalid
 from cluster.manifest import Manifest, ManifestLog, ShardEntry
+from cluster.manifest_format import added_on
 from cluster.object_store import ObjectStore, open_store
 from cluster.upkeep import SegmentFacts, build_bytes, largest_build, segment_facts
 from cluster.wal import Wal
@@ -119,15 +120,15 @@ class Compactor:
         }
 
     def _tasks(self, manifest: Manifest) -> tuple[list[ShardTask], Builds]:
-        options, config = self._options, manifest.config
+        options, config, gpu = self._options, manifest.built_for, added_on(manifest.device)
         shards = [entry.shard for entry in manifest.shards]
         if options.shard is not None:
             if options.shard not in shards:
                 raise Invalid.at("shard", f"collection {options.collection!r} has the shards 0 to {shards[-1]}")
             shards = [options.shard]
-        points_max = largest_build(config, options.memory_bytes)
+        points_max = largest_build(config, options.memory_bytes, gpu)
         most = max(manifest.shards[shard].points for shard in shards) + SEAL_POINTS_MAX  # the tail is not counted here
-        bytes_each = ceil(min(options.memory_bytes, build_bytes(config, min(points_max, most))))
+        bytes_each = ceil(min(options.memory_bytes, build_bytes(config, min(points_max, most), gpu)))
         builds = plan_builds(len(shards), bytes_each, options.memory_bytes, self._workers)
         place = (self._cache_dir, points_max, builds.threads)
         return [ShardTask(self._data, options.collection, shard, *place) for shard in shards], builds

@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from actors.faiss_index import use_threads
+from actors.gpu_device import GpuDevice
 from actors.point_sums import sum_of_points
 from actors.segment_builder import REAL_QUERIES_MIN as TUNED_ON_MIN
 from actors.segment_loader import LoadedSegment, load_segment
@@ -84,10 +85,16 @@ class SegmentLook:
 
 def look_at_segment(task: SegmentTask) -> Iterator[dict[str, object]]:
     """Load and ask one segment. Yields {"share": 0..1}, at last {"look": SegmentLook}."""
+    use_threads(task.place.threads)
+    with task.place.gpus.device() as device:
+        yield from _look(task, device)
+
+
+def _look(task: SegmentTask, device: GpuDevice | None) -> Iterator[dict[str, object]]:
+    """What is served on GPUs is asked on this one; without any its twin is asked."""
     place, config = task.place, task.config
-    use_threads(place.threads)
     try:
-        segment = load_segment(place.store, place.collection, task.ref, config.metric, place.cache)
+        segment = load_segment(place.store, place.collection, task.ref, config.metric, place.cache, device)
     except Corrupt as error:
         yield {"look": SegmentLook(str(error))}
         return
@@ -154,16 +161,18 @@ def measure_latency(task: LatencyTask) -> Iterator[dict[str, object]]:
         deleted = {
             ref.segment_id: deleted_rows(place.store, place.collection, task.old, ref) for ref in task.old.segments
         }
-        old = ShardSegments(task.old_config, task.old.segments, deleted)
-        old_ms = _shard_ms(place, old, task.queries)
-    yield {"old_ms": old_ms, "new_ms": _shard_ms(place, task.new, task.queries)}
+    with place.gpus.device() as device:
+        with base_rows():
+            old = ShardSegments(task.old_config, task.old.segments, deleted)
+            old_ms = _shard_ms(place, old, task.queries, device)
+        yield {"old_ms": old_ms, "new_ms": _shard_ms(place, task.new, task.queries, device)}
 
 
-def _shard_ms(place: Place, shard: ShardSegments, queries: Vectors) -> float:
+def _shard_ms(place: Place, shard: ShardSegments, queries: Vectors, device: GpuDevice | None) -> float:
     """Median milliseconds of one query: a shard asks its segments one after the other."""
     total = 0.0
     for ref in shard.segments:
-        segment = load_segment(place.store, place.collection, ref, shard.config.metric, place.cache)
+        segment = load_segment(place.store, place.collection, ref, shard.config.metric, place.cache, device)
         view = _view(shard.config, segment, shard.deleted.get(ref.segment_id, np.empty(0, np.int64)))
         total += min(_median_ms(view, queries) for _ in range(LATENCY_REPEATS))
     return total

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.faiss_index import check_factory
+from actors.switch_facts import Statuses
 from cluster import paths
 from cluster.attributes import types_after_import
 from cluster.config import CollectionConfig, check_collection_name
@@ -25,7 +27,8 @@ from cluster.errors import Conflict, EaglerayError, FieldError, Invalid
 from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry
 from cluster.object_store import ObjectStore
 from cluster.recent_queries import read_queries
-from jobs.build_plan import BuildPlan, Workers, plan_build, with_rates
+from jobs.build_device import TaskGpus
+from jobs.build_plan import BuildPlan, Workers, build_gpus, held_gpus, plan_build, with_rates
 from jobs.import_source import Columns, Source, find_source
 from jobs.report import JobReporter
 from jobs.row_reader import UnitTask, partition_unit, read_bytes
@@ -72,14 +75,22 @@ class Importer:
     """One run of one import."""
 
     def __init__(
-        self, data: str, store: ObjectStore, log: ManifestLog, options: ImportOptions, workers: Workers
+        self,
+        data: str,
+        store: ObjectStore,
+        log: ManifestLog,
+        options: ImportOptions,
+        workers: Workers,
+        statuses: Callable[[], Statuses] = dict,
     ) -> None:
+        """`statuses` are those of the collection's replicas, as far as any are known: for the GPUs that they have."""
         check_collection_name(options.collection)
         self._data = data
         self._store = store
         self._log = log
         self._options = options
         self._workers = workers
+        self._statuses = statuses
 
     def run(self, job_id: str, reporter: JobReporter) -> Manifest:
         """Import everything and commit; returns the committed manifest.
@@ -109,7 +120,11 @@ class Importer:
         reporter.phase("commit")
         try:
             return self._log.commit_generation(
-                plan.parent, plan.config, _shard_entries(plan, refs), plan.source.attributes
+                plan.parent,
+                plan.config,
+                _shard_entries(plan, refs),
+                plan.source.attributes,
+                device=plan.build.device,
             )
         except Conflict:  # only this says for sure that the manifest was not written
             self._delete_segments(job_id)
@@ -125,9 +140,17 @@ class Importer:
         else:
             config = new_config(options, source)
         _check_fits(config, source, options)
-        build = plan_build(source.rows, config, options.memory_bytes, self._workers)
+        gpus = build_gpus(config, self._workers.gpus, self._held_gpus(parent))
+        build = plan_build(source.rows, config, options.memory_bytes, self._workers, gpus)
         wal_ends = self._log.wal_ends(parent, config.shards)
         return ImportPlan(parent, source, build, wal_ends)
+
+    def _held_gpus(self, parent: Manifest | None) -> float:
+        """GPUs of the replicas that are there, which take up what is built now."""
+        if parent is None or parent.state == "deleted" or parent.device == "cpu":
+            return 0.0
+        replicas = ((key, status.state) for key, status in self._statuses().items())
+        return held_gpus(replicas, parent.config.index.num_gpus)
 
     def _measured(
         self, plan: ImportPlan, job_id: str, pieces: dict[int, dict[int, int]], reporter: JobReporter
@@ -211,6 +234,7 @@ class Importer:
             id_column=self._options.columns.id,
             threads=plan.build.builds.threads,
             seed=self._options.seed,
+            gpus=TaskGpus.of(plan.build),
         )
 
     def _clean_up_staging(self, job_id: str) -> None:

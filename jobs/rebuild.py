@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -24,18 +24,27 @@ from actors.segment_rows import HashRange
 from actors.shard_place import ShardPlace, newest_of_generation
 from actors.switch_facts import Statuses, memory_of_switch
 from cluster.config import ALL_OPTIONS, CollectionConfig, check_collection_name
-from cluster.errors import Conflict
+from cluster.errors import Conflict, Invalid
 from cluster.gate import GateFacts, GateFailed, PointSum, gate_report, refusals
 from cluster.index_policy import MEMORY_MARGIN
 from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry
+from cluster.manifest_format import added_on
 from cluster.object_store import ObjectStore
 from cluster.recent_queries import read_queries
-from cluster.shard_entry import LogPosition, LogSet, behind_logs
-from cluster.switch_memory import SwitchMemory
 from cluster.upkeep import build_bytes, largest_build
-from jobs.build_plan import BuildPlan, Workers, plan_build, plan_builds, with_rates
+from jobs.build_device import TaskGpus
+from jobs.build_plan import (
+    BuildGpus,
+    Workers,
+    build_gpus,
+    held_gpus,
+    plan_build,
+    plan_builds,
+    with_rates,
+)
 from jobs.gate import Candidate, ShardSegments, gate_queries, measure_gate
 from jobs.importer import DEFAULT_MEMORY_BYTES
+from jobs.rebuild_plan import RebuildPlan, drafts_of
 from jobs.rebuild_task import (
     BuiltRange,
     CatchUpTask,
@@ -72,57 +81,6 @@ class RebuildOptions:
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     seed: int = 0
     metric_report: str | None = None
-
-
-@dataclass(frozen=True)
-class RebuildPlan:
-    """`base` is the version that is rebuilt: everything in it is in segments. `build` is None without any points."""
-
-    base: Manifest
-    config: CollectionConfig
-    old: PointSum
-    attributes: dict[str, Any]
-    old_index_bytes: tuple[int, ...]  # of each shard
-    old_largest_bytes: int  # of a segment's index
-    build: BuildPlan | None
-    switch: SwitchMemory = field(default_factory=lambda: SwitchMemory("beside"))
-
-    @property
-    def same(self) -> bool:
-        """Whether what is built is as what there is."""
-        return self.config == self.base.config
-
-    @property
-    def partitions_per_shard(self) -> int:
-        return self.build.partitions // self.config.shards if self.build else 0
-
-    @property
-    def coming(self) -> list[tuple[int, int]]:
-        """(predicted bytes of its indexes, points) of each new shard."""
-        each = self.build.spec.predicted_bytes * self.partitions_per_shard if self.build else 0
-        return [(each, ceil(self.old.count / self.config.shards))] * self.config.shards
-
-    @property
-    def memory(self) -> dict[str, Any]:
-        """Predicted bytes of the indexes: of one new replica, of all new ones, and what is loaded beside these."""
-        (each, _), *_ = self.coming
-        return {
-            "bytes_per_replica": each,
-            "bytes": each * self.config.shards * self.config.replicas,
-            "beside_bytes_per_replica": max(self.old_index_bytes, default=0),
-            "beside_bytes": sum(self.old_index_bytes) * self.base.config.replicas,
-            "switch": self.switch.to_dict(),
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the job's status."""
-        built = self.build.to_dict() if self.build else {"segments": 0}
-        return built | {
-            "points": self.old.count,
-            "shards": self.config.shards,
-            "base_version": self.base.version,
-            "memory": self.memory,
-        }
 
 
 class Rebuilder:
@@ -164,7 +122,8 @@ class Rebuilder:
             self._delete_segments(job_id)
             raise
         try:
-            manifest = self._log.commit_generation(plan.base, plan.config, entries, switch=plan.switch.mode)
+            how = plan.switch.mode
+            manifest = self._log.commit_generation(plan.base, plan.config, entries, switch=how, device=plan.device)
         except Conflict:  # only this says for sure that the manifest was not written
             self._delete_segments(job_id)
             raise
@@ -191,7 +150,7 @@ class Rebuilder:
         plan = self._measured(place, plan, reporter)
         real = read_queries(self._store, options.collection, plan.config, options.seed)
         built = self._build(place, plan, real, reporter)
-        drafts = self._caught_up(place, plan, _drafts(plan, built), reporter)
+        drafts = self._caught_up(place, plan, drafts_of(plan, built), reporter)
         gate = self._gated(place, plan, built, drafts, real, reporter)
         gated, drafts = drafts, self._caught_up(place, plan, drafts, reporter)  # with what came during the gate
         made = {each.segment for each in built.values() if each.segment} | _segments(gated)
@@ -211,8 +170,9 @@ class Rebuilder:
     def _plan(self, place: Place, base: Manifest, config: CollectionConfig, reporter: JobReporter) -> RebuildPlan:
         """Read all that is to be rebuilt once: how many points, of which types, with which checksum."""
         reporter.phase("plan")
+        gpus = self._gpus(base, config)
         if base.points:
-            plan_build(base.points, config, self._options.memory_bytes, self._workers)  # refuses before it reads
+            plan_build(base.points, config, self._options.memory_bytes, self._workers, gpus)  # refuses before it reads
         tasks = [SurveyTask(place, entry, ref) for entry in base.shards for ref in entry.segments]
         surveys: dict[int, Survey] = {}
         rows = 0
@@ -227,9 +187,25 @@ class Rebuilder:
             attributes = surveys[number].attributes | attributes
             index_bytes[task.entry.shard] += surveys[number].index_bytes
         points = sum((survey.points for survey in surveys.values()), PointSum())
-        build = plan_build(points.count, config, self._options.memory_bytes, self._workers) if points.count else None
+        bounds = (self._options.memory_bytes, self._workers, gpus)
+        build = plan_build(points.count, config, *bounds) if points.count else None
         largest = max((survey.index_bytes for survey in surveys.values()), default=0)
         return RebuildPlan(base, config, points, attributes, tuple(index_bytes), largest, build)
+
+    def _gpus(self, base: Manifest, config: CollectionConfig) -> BuildGpus | None:
+        """GPUs as they are now. The collection's own replicas keep theirs where it stays on GPUs.
+
+        Invalid where these would need another share of one: a process has the share that it was started with.
+        """
+        had, asked = base.config.index.num_gpus, config.index.num_gpus
+        if base.device == "gpu" and config.index.device != "cpu" and had != asked:
+            raise Invalid.at(
+                "index.num_gpus",
+                f"its replicas have {had:g} of a GPU each, and keep that as long as the collection is served on GPUs: "
+                f"rebuild it with device cpu first, then with device gpu and num_gpus {asked:g}",
+            )
+        replicas = ((key, status.state) for key, status in self._statuses().items())
+        return build_gpus(config, self._workers.gpus, held_gpus(replicas, had))
 
     def _measured(self, place: Place, plan: RebuildPlan, reporter: JobReporter) -> RebuildPlan:
         """The plan with rates measured on a sample of the rows, where the build is long enough to be worth it.
@@ -243,7 +219,8 @@ class Rebuilder:
                 build = with_rates(plan.build, event["rates"], self._options.memory_bytes, self._workers)
                 plan = replace(plan, build=build)
         statuses = self._statuses()
-        switch = memory_of_switch(plan.base.collection, plan.config, statuses, plan.coming)
+        sizes = (plan.coming, plan.coming_on_gpus)
+        switch = memory_of_switch(plan.base.collection, plan.config, statuses, *sizes)
         plan = replace(plan, switch=switch)
         reporter.plan(plan.to_dict())
         return plan
@@ -271,7 +248,7 @@ class Rebuilder:
         partitions, old = plan.build.partitions, plan.base.shards
         hashes = HashRange.of_slot(partition, partitions)
         return RangeTask(
-            place=replace(place, threads=plan.build.builds.threads),
+            place=replace(place, threads=plan.build.builds.threads, gpus=TaskGpus.of(plan.build)),
             partition=partition,
             partitions=partitions,
             entries=tuple(entry for entry in old if hashes.meets(HashRange.of_slot(entry.shard, len(old)))),
@@ -291,14 +268,15 @@ class Rebuilder:
     ) -> list[DraftEntry]:
         """The drafts with what was written since, but for the little that replicas replay."""
         reporter.phase("catch up")
-        points_max = seal_points(largest_build(plan.config, self._options.memory_bytes))
-        needed = ceil(min(self._options.memory_bytes, build_bytes(plan.config, points_max)))
+        config, gpu = plan.built_for, added_on(plan.device)
+        points_max = seal_points(largest_build(config, self._options.memory_bytes, gpu))
+        needed = ceil(min(self._options.memory_bytes, build_bytes(config, points_max, gpu)))
         builds = plan_builds(len(drafts), needed, self._options.memory_bytes, self._workers)
         at = replace(place, threads=builds.threads)
         sealed = 0
         for _ in range(CATCH_UP_ROUNDS):
             base = newest_of_generation(self._log, plan.base)
-            tasks = [CatchUpTask(at, draft, base, plan.config, points_max) for draft in drafts]
+            tasks = [CatchUpTask(at, draft, base, config, points_max) for draft in drafts]
             before = sealed
             for number, event in self._workers.build(catch_up, tasks, builds):
                 if "draft" in event:
@@ -332,9 +310,10 @@ class Rebuilder:
             real,
             gate_queries(plan.build) if plan.build else 0,
         )
-        at = replace(place, threads=builds.threads)
+        at = replace(place, threads=builds.threads, gpus=TaskGpus.for_searches(plan.build))
         fits = plan.old_largest_bytes * MEMORY_MARGIN <= self._options.memory_bytes
-        old = plan.base.shards if fits else ()  # else loading them for their latency takes more than a build may
+        # Else loading them for their latency takes more than a build may, or would tell that of their twins.
+        old = plan.base.shards if fits and plan.comparable else ()
         for found in measure_gate(at, candidate, old, plan.base.config, self._workers, builds):
             if isinstance(found, GateFacts):
                 facts = found
@@ -366,22 +345,6 @@ def changed_config(config: CollectionConfig, options: RebuildOptions) -> Collect
     if wanted.index.factory is not None:
         check_factory(wanted.index.factory, wanted.dimension, wanted.metric)
     return wanted
-
-
-def _drafts(plan: RebuildPlan, built: dict[int, BuiltRange]) -> list[DraftEntry]:
-    """The new shards as of the base: behind its logs where their number is another."""
-    old, each = plan.base.shards, plan.partitions_per_shard
-    positions = tuple(LogPosition(entry.shard, entry.applied_lsn, entry.epoch) for entry in old)
-    drafts = []
-    for shard in range(plan.config.shards):
-        mine = [built[number].segment for number in range(shard * each, (shard + 1) * each)]
-        entry = ShardEntry(shard, tuple(ref for ref in mine if ref is not None))
-        if plan.config.shards == len(old):
-            entry = replace(entry, applied_lsn=old[shard].applied_lsn, epoch=old[shard].epoch)
-        else:
-            entry = behind_logs(entry, LogSet(plan.base.log_set, len(old), positions))
-        drafts.append(DraftEntry(entry))
-    return drafts
 
 
 def _segments(drafts: list[DraftEntry]) -> set[SegmentRef]:

@@ -32,6 +32,7 @@ from cluster.index_policy import IndexPlan
 from cluster.manifest import Manifest, SegmentRef, ShardEntry
 from cluster.object_store import ObjectStore, open_store
 from cluster.segment import Rows, rows_per_batch, rows_schema, write_rows
+from jobs.build_device import NO_TASK_GPUS, TaskGpus
 from jobs.build_progress import shares_of
 
 READ_SHARE = 0.2  # of a partition's time, for the progress bar: reading the old rows and writing the new ones
@@ -41,13 +42,14 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rebuild's rows are, and where this process keeps files."""
+    """Where a rebuild's rows are, where this process keeps files, and what of CPUs and GPUs it has."""
 
     data: str
     collection: str
     job_id: str
     cache_dir: str | None = None
     threads: int = 1
+    gpus: TaskGpus = NO_TASK_GPUS
 
     @property
     def store(self) -> ObjectStore:
@@ -194,8 +196,11 @@ def _build(task: RangeTask, folder: Path, segment_id: str, progress: Progress) -
     def told(share: float) -> None:
         progress(READ_SHARE + (1.0 - READ_SHARE) * share)
 
-    options = BuildOptions(task.place.threads, task.seed, told, task.plan, task.rates, task.queries)
-    build_segment(folder, segment_id, task.config, count, rows_per_batch(task.config), options)
+    gpus = task.place.gpus
+    with gpus.device() as device:
+        facts = (task.plan, task.rates, task.queries, gpus.facts, device)
+        options = BuildOptions(task.place.threads, task.seed, told, *facts)
+        build_segment(folder, segment_id, task.config, count, rows_per_batch(task.config), options)
     return count
 
 

@@ -21,6 +21,7 @@ from actors.shard_place import ShardPlace
 from cluster.config import check_collection_name
 from cluster.errors import Conflict, NotFound
 from cluster.manifest import Manifest, ManifestLog, ShardEntry
+from cluster.manifest_format import added_on
 from cluster.object_store import ObjectStore, open_store
 from cluster.rollback import Rollback, checked_plan, commit_rollback, replay_of
 from cluster.upkeep import build_bytes, largest_build
@@ -110,9 +111,9 @@ class RollbackJob:
 
     def _caught_up(self, rollback: Rollback, job_id: str, reporter: JobReporter) -> list[ShardEntry]:
         reporter.phase("seal")
-        config = rollback.old.config
-        points_max = seal_points(largest_build(config, DEFAULT_MEMORY_BYTES))
-        bytes_each = ceil(min(DEFAULT_MEMORY_BYTES, build_bytes(config, points_max)))
+        config, gpu = rollback.old.built_for, added_on(rollback.old.device)
+        points_max = seal_points(largest_build(config, DEFAULT_MEMORY_BYTES, gpu))
+        bytes_each = ceil(min(DEFAULT_MEMORY_BYTES, build_bytes(config, points_max, gpu)))
         builds = plan_builds(len(rollback.entries), bytes_each, DEFAULT_MEMORY_BYTES, self._workers)
         tasks = [
             CatchUpTask(self._data, rollback, entry.shard, job_id, self._cache_dir, points_max, builds.threads)
@@ -136,7 +137,7 @@ def catch_up(task: CatchUpTask) -> Iterator[dict[str, Any]]:
     name, rounds, ids = f"{task.job_id}-{task.shard:06d}", 0, 0  # as `is_segment_of` reads it
     while rounds < ROUNDS_MAX or ids >= task.points_max:
         before = draft
-        draft, ids = seal_entry(place, draft, base, old.config, name, task.points_max, task.rollback.log_set)
+        draft, ids = seal_entry(place, draft, base, old.built_for, name, task.points_max, task.rollback.log_set)
         yield {"ids": ids}
         if draft is before or not ids:
             break

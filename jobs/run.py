@@ -40,7 +40,9 @@ def run_import(settings: Settings, options: ImportOptions, status: JobStatus) ->
     log = ManifestLog(store, options.collection, lambda: uuid.uuid4().hex)
     with reporting(store, status) as reporter:
         with told_if_it_fails(reporter, "stopped before it was committed"):
-            manifest = Importer(settings.data, store, log, options, workers(reporter)).run(status.job_id, reporter)
+            statuses = partial(replica_statuses, settings.namespace, options.collection)
+            importer = Importer(settings.data, store, log, options, workers(reporter), statuses)
+            manifest = importer.run(status.job_id, reporter)
         finish_served(settings, reporter, manifest, {"points": manifest.points})
 
 
@@ -115,8 +117,8 @@ def told_if_it_fails(reporter: JobReporter, stopped: str) -> Iterator[None]:
 
 
 def workers(reporter: JobReporter) -> Workers:
-    cpus = ray_jobs.cluster_cpus()
-    return Workers(partial(ray_jobs.run_tasks, waiting=reporter.waiting), cpus.total, cpus.largest_node, cpus.free)
+    cpus, run_tasks = ray_jobs.cluster_cpus(), partial(ray_jobs.run_tasks, waiting=reporter.waiting)
+    return Workers(run_tasks, cpus.total, cpus.largest_node, cpus.free, ray_jobs.cluster_gpus)
 
 
 def finish_served(

@@ -134,7 +134,7 @@ def measure_shard(task: MeasureTask) -> Iterator[dict[str, Any]]:
         found, truth = [*found, answers.found], [*truth, answers.truth]
         shares = recalls(answers.found, answers.truth, task.config.metric)[: task.stored]
         if len(shares):
-            point = segment.operating_point
+            point = segment.promised_point  # of the twin, where there is no GPU
             high = recall_interval(shares)[1]
             facts = {"recall_at_10": float(shares.mean()), "recall_high": high, "target_recall": point.target_recall}
             told.append({"segment": ref.segment_id, "rows": ref.count, **facts})

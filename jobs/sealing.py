@@ -19,6 +19,7 @@ from actors.scratch import private_folder
 from actors.segment_upkeep import seal_tail
 from cluster.errors import Conflict
 from cluster.manifest import Manifest, ManifestLog
+from cluster.manifest_format import added_on
 from cluster.object_store import ObjectStore, open_store
 from cluster.upkeep import build_bytes, largest_build
 from jobs.build_plan import Workers, plan_builds
@@ -77,7 +78,7 @@ class Sealer:
             for entry, end in zip(base.shards, ends, strict=True)
             if entry.behind or entry.applied_lsn < end.lsn
         ]
-        points_max = seal_points(largest_build(base.config, self.memory_bytes))
+        points_max = seal_points(largest_build(base.built_for, self.memory_bytes, added_on(base.device)))
         return [
             SealTask(self.data, collection, entry.shard, base.generation, end.lsn, points_max, self.cache_dir)
             for entry, end in behind
@@ -86,7 +87,8 @@ class Sealer:
     def _seal(self, base: Manifest, tasks: list[SealTask], reporter: JobReporter, share: float) -> None:
         if not tasks:
             return
-        bytes_each = ceil(min(self.memory_bytes, build_bytes(base.config, tasks[0].points_max)))
+        needed = build_bytes(base.built_for, tasks[0].points_max, added_on(base.device))
+        bytes_each = ceil(min(self.memory_bytes, needed))
         builds = plan_builds(len(tasks), bytes_each, self.memory_bytes, self.workers)
         tasks = [replace(task, threads=builds.threads) for task in tasks]
         shares = [0.0] * len(tasks)

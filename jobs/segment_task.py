@@ -30,6 +30,7 @@ from cluster.manifest import ManifestLog
 from cluster.object_store import ObjectStore, open_store
 from cluster.references import references_of_others
 from cluster.segment import delete_segment, rows_per_batch, rows_schema, write_rows
+from jobs.build_device import NO_TASK_GPUS, TaskGpus
 from jobs.build_progress import shares_of
 from jobs.import_source import Unit
 from jobs.row_reader import SOURCE_ROW, SOURCE_ROW_GROUP, describe_place
@@ -60,6 +61,7 @@ class SegmentTask:
     threads: int
     seed: int
     queries: NDArray[np.float32] | None = None
+    gpus: TaskGpus = NO_TASK_GPUS
 
 
 @dataclass
@@ -194,8 +196,10 @@ def _open_pieces(task: SegmentTask, store: ObjectStore, folder: Path) -> _Pieces
 
 def _build(task: SegmentTask, folder: Path, segment_id: str) -> Iterator[dict[str, Any]]:
     def work(progress: Progress) -> None:
-        options = BuildOptions(task.threads, task.seed, progress, task.plan, task.rates, task.queries)
-        build_segment(folder, segment_id, task.config, task.count, rows_per_batch(task.config), options)
+        with task.gpus.device() as device:
+            facts = (task.plan, task.rates, task.queries, task.gpus.facts, device)
+            options = BuildOptions(task.threads, task.seed, progress, *facts)
+            build_segment(folder, segment_id, task.config, task.count, rows_per_batch(task.config), options)
 
     for share in shares_of(work):
         yield {"share": GATHER_SHARE + (1.0 - GATHER_SHARE) * share}

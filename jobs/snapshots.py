@@ -140,7 +140,8 @@ def restore(store: ObjectStore, log: ManifestLog, options: RestoreOptions) -> Ma
         _check_named(store, options.collection, options.snapshot, named)
 
     check(named)
-    committed = log.commit_generation(base, named.config, entries, attribute_types_of(named), base.switch)
+    types = attribute_types_of(named)
+    committed = log.commit_generation(base, named.config, entries, types, base.switch, device=named.device)
     put_back_unless_kept(store, log, base, committed, check)
     return committed
 
@@ -176,7 +177,8 @@ def branch(
     entries = tuple(
         _branched(store, origin, entry, options.into, end) for entry, end in zip(origin.shards, ends, strict=True)
     )
-    committed = into.commit_generation(before, origin.config, entries, attribute_types_of(origin))
+    types = attribute_types_of(origin)
+    committed = into.commit_generation(before, origin.config, entries, types, device=origin.device)
     try:
         why = _lost(store, log, origin, committed, options)
     except Unavailable as error:

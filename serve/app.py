@@ -42,6 +42,7 @@ class _Endpoint:
             exchange=directory,
             limits=settings.limits,
             name=ray_serve.get_replica_context().replica_id.unique_id,
+            gpus=ray_jobs.counted_gpus,
         )
 
     def __serve_build_asgi_app__(self) -> Any:

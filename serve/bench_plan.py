@@ -10,7 +10,14 @@ from urllib.parse import urlsplit
 
 from cluster.errors import Invalid
 
-PARAMS: dict[str, Callable[[str], float]] = {"nprobe": int, "ef_search": int, "rerank": float, "target_recall": float}
+PARAMS: dict[str, Callable[[str], float]] = {
+    "nprobe": int,
+    "ef_search": int,
+    "rerank": float,
+    "itopk_size": int,
+    "search_width": int,
+    "target_recall": float,
+}
 FORMATS = ("json", "arrow")
 N = TypeVar("N", int, float)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Invalid
+from cluster.gpu_memory import GpuFacts
 from serve.bench_command import bench
 from serve.client import Client
 from serve.command_options import DEFAULT_TARGET, JsonOption, TargetOption, source_url
@@ -21,10 +22,15 @@ from serve.explain import explanation, print_explanation
 from serve.index_options import (
     BuildSecondsOption,
     ChurnOption,
+    CpuTwinOption,
+    DeviceOption,
+    GpuFullOption,
     IndexMemoryOption,
     IndexOptionsOption,
     KindOption,
+    NumGpusOption,
     TargetRecallOption,
+    WaitForGpuOption,
     given,
     index_fields,
 )
@@ -89,6 +95,11 @@ def create(
     index_memory_bytes: IndexMemoryOption = None,
     build_seconds: BuildSecondsOption = None,
     churn: ChurnOption = None,
+    device: DeviceOption = None,
+    num_gpus: NumGpusOption = None,
+    cpu_twin: CpuTwinOption = None,
+    gpu_full: GpuFullOption = None,
+    wait_for_gpu: WaitForGpuOption = None,
     index_options: IndexOptionsOption = None,
     target: TargetOption = DEFAULT_TARGET,
     as_json: JsonOption = False,
@@ -101,7 +112,19 @@ def create(
         "shards": shards,
         "replicas": replicas,
         "vector_dtype": vector_dtype,
-        "index": index_fields(index, target_recall, index_memory_bytes, build_seconds, churn, index_options),
+        "index": index_fields(
+            index_options,
+            kind=index,
+            target_recall=target_recall,
+            memory_bytes=index_memory_bytes,
+            build_seconds=build_seconds,
+            churn=churn,
+            device=device,
+            num_gpus=num_gpus,
+            cpu_twin=cpu_twin,
+            gpu_full=gpu_full,
+            wait_for_gpu=wait_for_gpu,
+        ),
     }
     with Client(target) as client:
         answer = client.create(collection, config)
@@ -128,6 +151,8 @@ def search(
     nprobe: Annotated[int | None, typer.Option(help="Inverted lists to visit.")] = None,
     ef_search: Annotated[int | None, typer.Option(help="Candidates to keep in a graph search.")] = None,
     rerank: Annotated[float | None, typer.Option(help="Candidates per hit to compare exactly.")] = None,
+    itopk_size: Annotated[int | None, typer.Option(help="Candidates to keep in a graph search on a GPU.")] = None,
+    search_width: Annotated[int | None, typer.Option(help="Of them, how many to expand at a time.")] = None,
     target: TargetOption = DEFAULT_TARGET,
     as_json: JsonOption = False,
 ) -> None:
@@ -135,7 +160,8 @@ def search(
     if (point_id is None) == (vector_file is None):
         raise Invalid("give either --id or --vector-file")
     attributes = [name for name in with_attributes.split(",") if name]
-    params = given(nprobe=nprobe, ef_search=ef_search, rerank=rerank, target_recall=target_recall)
+    knobs = given(nprobe=nprobe, ef_search=ef_search, rerank=rerank, itopk_size=itopk_size, search_width=search_width)
+    params = knobs | given(target_recall=target_recall)
     with Client(target) as client:
         if point_id is not None:
             vectors = client.vector_of(collection, _typed_id(client, collection, point_id))
@@ -147,6 +173,8 @@ def search(
         return
     for number, hits in enumerate(answer["results"]):
         print_hits(out, hits, attributes, f"query {number}" if len(answer["results"]) > 1 else "")
+    if "degraded" in answer:
+        out.print("degraded: a GPU should have answered, the CPU did; `eagleray status` says why", soft_wrap=True)
 
 
 def _typed_id(client: Client, collection: str, text: str) -> int | str:
@@ -215,8 +243,14 @@ def plan(
     ] = None,
     build_seconds: BuildSecondsOption = None,
     churn: ChurnOption = None,
+    device: DeviceOption = None,
+    num_gpus: NumGpusOption = None,
+    gpu_full: GpuFullOption = None,
     index_options: IndexOptionsOption = None,
     threads: Annotated[int | None, typer.Option(help="To measure a source with; all cores.", min=1)] = None,
+    gpu_memory: Annotated[
+        int | None, typer.Option(help="Bytes of one GPU that there would be; without it none is thought of.", min=1)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show which index a collection would get and what it should take; needs no server.
@@ -229,11 +263,22 @@ def plan(
         "metric": metric,
         "shards": shards,
         "vector_dtype": vector_dtype,
-        "index": index_fields(index, target_recall, memory_bytes, build_seconds, churn, index_options),
+        "index": index_fields(
+            index_options,
+            kind=index,
+            target_recall=target_recall,
+            memory_bytes=memory_bytes,
+            build_seconds=build_seconds,
+            churn=churn,
+            device=device,
+            num_gpus=num_gpus,
+            gpu_full=gpu_full,
+        ),
         **given(dimension=dimension),
     }
     url = None if source is None else source_url(source)
-    planned = plan_for(fields, count, url, id_column, vector_column, threads)
+    gpu = None if gpu_memory is None else GpuFacts(gpu_memory)
+    planned = plan_for(fields, count, url, id_column, vector_column, threads, gpu)
     if as_json:
         print(json.dumps(planned.to_dict()))
     else:

@@ -18,7 +18,7 @@ def describe_collection(facts: dict[str, Any], unready: str | None) -> dict[str,
     shards = []
     for entry in manifest.shards:
         replicas = {key: each for key, each in statuses.items() if key.shard == entry.shard}
-        shards.append(_shard(entry, manifest.generation, replicas, idle.get(entry.shard, "")))
+        shards.append(_shard(entry, manifest, replicas, idle.get(entry.shard, "")))
     advice: tuple[Advice, ...] = facts["advice"]
     return {
         "name": manifest.collection,
@@ -26,6 +26,7 @@ def describe_collection(facts: dict[str, Any], unready: str | None) -> dict[str,
         "points": sum(shard["points"] for shard in shards),
         "version": manifest.version,
         "generation": manifest.generation,
+        "device": manifest.device,
         "serving_generation": facts["serving_generation"],
         "ready": not unready,
         "reason": unready or "",
@@ -44,6 +45,7 @@ def describe_unreadable(name: str, reason: str) -> dict[str, Any]:
         "points": 0,
         "version": 0,
         "generation": 0,
+        "device": None,
         "serving_generation": None,
         "ready": False,
         "reason": reason,
@@ -60,21 +62,34 @@ def _switching(manifest: Manifest, serving: int | None, statuses: dict[ReplicaKe
         return ""
     shards: dict[int, str] = {}
     for key, status in sorted(statuses.items()):
-        if key.shard >= len(manifest.shards) or manifest.generation in status.generations:
-            continue
-        lacks = status.crossing.get(manifest.generation)
-        shards[key.shard] = f"shard {key.shard} " + ("loads it" if lacks is None else f"{lacks:,} records behind")
+        own = key.shard < len(manifest.shards) and key.device == manifest.device
+        if own and manifest.generation not in status.generations:
+            shards[key.shard] = f"shard {key.shard} {_on_its_way(status, manifest.generation)}"
     return f"switching to generation {manifest.generation}" + (f": {', '.join(shards.values())}" if shards else "")
 
 
+def _on_its_way(status: ReplicaStatus, generation: int) -> str:
+    if status.state == "starting":
+        return f"starts: {status.error}" if status.error else "starts"
+    lacks = status.crossing.get(generation)
+    return "loads it" if lacks is None else f"{lacks:,} records behind"
+
+
 def _shard(
-    entry: ShardEntry, generation: int, statuses: dict[ReplicaKey, ReplicaStatus], idle_upkeep: str
+    entry: ShardEntry, manifest: Manifest, statuses: dict[ReplicaKey, ReplicaStatus], idle_upkeep: str
 ) -> dict[str, Any]:
-    """What the replica says that is ahead of the others in the log; the manifest's while none holds its generation."""
+    """What the replica says that is ahead of the others in the log; the manifest's while none holds its generation.
+
+    One on the generation's own device comes first: another may hold it only to seal and merge.
+    """
     ready = {key: status for key, status in sorted(statuses.items()) if status.state == "ready"}
     segments = next((list(status.segments) for status in ready.values()), [])
-    holding = [status for status in ready.values() if status.generations and status.generations[-1] == generation]
-    first = max(holding, key=lambda status: status.lsn, default=None)
+    holding = [
+        (key.device == manifest.device, status)
+        for key, status in ready.items()
+        if status.generations and status.generations[-1] == manifest.generation
+    ]
+    first = max(holding, key=lambda held: (held[0], held[1].lsn), default=(False, None))[1]
     primary = leader({key: Candidate(status.state, status.lsn, status.epoch) for key, status in statuses.items()})
     return {
         "shard": entry.shard,
@@ -87,7 +102,9 @@ def _shard(
         "replicas": [_replica(key, status) for key, status in sorted(statuses.items())],
         "segments": list(first.segments) if first else segments,
         "observed": [
-            {"replica": key.replica} | facts for key, status in sorted(statuses.items()) for facts in status.observed
+            {"replica": key.replica, "device": key.device} | facts
+            for key, status in sorted(statuses.items())
+            for facts in status.observed
         ],
     }
 
@@ -95,6 +112,7 @@ def _shard(
 def _replica(key: ReplicaKey, status: ReplicaStatus) -> dict[str, Any]:
     return {
         "replica": key.replica,
+        "device": key.device,
         "state": status.state,
         "node": status.node,
         "pid": status.pid,
@@ -104,4 +122,21 @@ def _replica(key: ReplicaKey, status: ReplicaStatus) -> dict[str, Any]:
         "epoch": status.epoch,
         "upkeep": status.upkeep,
         "error": status.error,
+        "gpu": None if status.gpu is None else status.gpu | _on_gpu(status),
+        "degraded": status.degraded,
+    }
+
+
+def _on_gpu(status: ReplicaStatus) -> dict[str, Any]:
+    """Sums over the newest generation's indexes that are on the GPU; measured bytes are None where one's are not known.
+
+    `out_of_memory` counts searches that their twins answered for lack of memory, since each of them was loaded.
+    """
+    twins = [segment for segment in status.segments if "gpu_predicted_bytes" in segment]
+    there = [twin for twin in twins if twin["gpu_predicted_bytes"] is not None]
+    measured = [twin["gpu_measured_bytes"] for twin in there]
+    return {
+        "index_predicted_bytes": sum(twin["gpu_predicted_bytes"] for twin in there),
+        "index_measured_bytes": None if None in measured else sum(measured),
+        "out_of_memory": sum(twin["out_of_memory"] for twin in twins),
     }

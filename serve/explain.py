@@ -10,7 +10,7 @@ from rich.table import Table
 
 Facts = dict[str, Any]
 UNITS = ("B", "kB", "MB", "GB", "TB")
-KINDS_WITH_CODES = ("flat", "hnsw", "ivf_flat")  # the others have codes of their own
+KINDS_WITH_CODES = ("flat", "hnsw", "ivf_flat", "cagra")  # the others have codes of their own
 
 
 def explanation(description: Facts) -> Facts:
@@ -53,13 +53,15 @@ def config_line(config: Facts) -> str:
         for name, value in index.items()
         if name not in ("kind", "target_recall", "device") and value is not None
     ]
-    asked = ", ".join([f"kind {index['kind']}, target recall {index['target_recall']:g}", *bounds])
+    device = [f"device {index['device']}"] if index["device"] != "auto" else []
+    asked = ", ".join([f"kind {index['kind']}, target recall {index['target_recall']:g}", *device, *bounds])
     return f"{config['dimension']} dimensions, {config['metric']}; asked for: {asked}"
 
 
 def print_segment(out: Console, shard: int, segment: Facts, as_before: bool) -> None:
     """`as_before`: the segment before it was chosen from the same candidates."""
-    name = index_name(segment["index_kind"], segment["codes"], segment["rerank_store"], segment["index_params"])
+    kind, device = segment["index_kind"], segment.get("device", "cpu")
+    name = index_name(kind, segment["codes"], segment["rerank_store"], segment["index_params"], device)
     print_line(out, f"\nshard {shard}, {segment['segment_id']}, {segment['count']:,} points: {name}")
     print_line(out, f"  why: {segment['reason']}")
     if as_before:
@@ -67,6 +69,8 @@ def print_segment(out: Console, shard: int, segment: Facts, as_before: bool) -> 
     elif segment["considered"]:
         out.print(considered_table(segment["considered"]))
     print_line(out, f"  measured: {_built_text(segment)}")
+    if device == "gpu":
+        print_line(out, f"  on the GPU: {_gpu_text(segment)}")
     out.print(_points_table(segment["operating_points"]))
 
 
@@ -79,18 +83,23 @@ def unsealed_text(shard: Facts) -> str:
 
 
 def considered_table(considered: Iterable[Facts]) -> Table:
-    """Every index that was thought of, in order of preference, with what is predicted for it."""
+    """Every index that was thought of, in order of preference, with what is predicted for it; "-" where nothing is."""
+    listed = list(considered)
+    some_on_gpu = any("gpu_bytes" in each for each in listed)
     table = Table("index", title="considered, best first; the numbers are predicted", title_justify="left")
-    for name in ("bytes", "build s", "recall", "queries/s"):
+    for name in ("bytes", *(["GPU bytes"] if some_on_gpu else []), "build s", "recall", "queries/s"):
         table.add_column(name, justify="right")
     table.add_column("why not")
-    for each in considered:
+    for each in listed:
+        on_gpu = [bytes_text(each["gpu_bytes"]) if "gpu_bytes" in each else "-"] if some_on_gpu else []
+        speed = each["predicted_queries_per_s"]
         table.add_row(
-            index_name(each["kind"], each["codes"], each["rerank_store"], each["params"]),
+            index_name(each["kind"], each["codes"], each["rerank_store"], each["params"], each.get("device", "cpu")),
             bytes_text(each["predicted_bytes"]),
-            seconds_text(each["predicted_build_seconds"]),
+            *on_gpu,
+            predicted_text(each["predicted_build_seconds"]),
             f"{each['reachable_recall']:g}",
-            f"{each['predicted_queries_per_s']:,.0f}",
+            "-" if speed is None else f"{speed:,.0f}",
             each["rejected"] or "taken",
             style="" if each["rejected"] else "bold",
         )
@@ -118,7 +127,8 @@ def _built_text(segment: Facts) -> str:
     built = segment["built"]
     parts = [f"index file {bytes_text(segment['index_bytes'])} (predicted {bytes_text(segment['predicted_bytes'])})"]
     if "seconds" in built:
-        predicted = f" (predicted {seconds_text(built['predicted_seconds'])} s)" if "predicted_seconds" in built else ""
+        expected = built.get("predicted_seconds")
+        predicted = "" if expected is None else f" (predicted {seconds_text(expected)} s)"
         parts.append(f"built in {seconds_text(built['seconds'])} s{predicted} with {threads_text(built['threads'])}")
     if "tuning_seconds" in built:
         parts.append(f"tuned in {seconds_text(built['tuning_seconds'])} s on {built['tuned_on']}")
@@ -127,15 +137,28 @@ def _built_text(segment: Facts) -> str:
     return ", ".join(parts)
 
 
+def _gpu_text(segment: Facts) -> str:
+    """Bytes there, predicted and measured, and what keeps the index from being there."""
+    predicted = segment.get("gpu_predicted_bytes")
+    parts = ["not there" if predicted is None else f"{bytes_text(predicted)} predicted"]
+    if segment.get("gpu_measured_bytes") is not None:
+        parts.append(f"{bytes_text(segment['gpu_measured_bytes'])} measured")
+    if segment.get("out_of_memory"):
+        parts.append(f"out of memory in {segment['out_of_memory']:,} searches")
+    degraded = f"; the CPU answers: {segment['degraded']}" if segment.get("degraded") else ""
+    return ", ".join(parts) + degraded
+
+
 def plan_line(plan: Facts) -> str:
     """What an import is going to build, in one line."""
     index = plan["index"]
-    name = index_name(index["kind"], index["codes"], "none", {})
-    took = f"about {seconds_text(plan['predicted_build_seconds'])} s"
-    return f"builds: {plan['segments']} x {name}, {bytes_text(plan['predicted_bytes'])}, {took}"
+    name = index_name(index["kind"], index["codes"], "none", {}, index.get("device", "cpu"))
+    seconds = plan["predicted_build_seconds"]
+    took = "" if seconds is None else f", about {seconds_text(seconds)} s"
+    return f"builds: {plan['segments']} x {name}, {bytes_text(plan['predicted_bytes'])}{took}"
 
 
-def index_name(kind: str, codes: str, rerank_store: str, params: Facts) -> str:
+def index_name(kind: str, codes: str, rerank_store: str, params: Facts, device: str = "cpu") -> str:
     """Kind, codes, rerank store and build parameters in a few words, such as `hnsw (float16 codes, m 32)`."""
     inside = [f"{codes} codes"] if kind in KINDS_WITH_CODES else []
     if rerank_store == "rows":
@@ -143,7 +166,8 @@ def index_name(kind: str, codes: str, rerank_store: str, params: Facts) -> str:
     elif rerank_store != "none":
         inside.append(f"{rerank_store} copy")
     inside += [params_text(params)] if params else []
-    return f"{kind} ({', '.join(inside)})" if inside else kind
+    name = f"{kind} on a GPU" if device == "gpu" else kind
+    return f"{name} ({', '.join(inside)})" if inside else name
 
 
 def params_text(params: Facts) -> str:
@@ -167,6 +191,11 @@ def bytes_text(size: float) -> str:
 
 def threads_text(threads: int) -> str:
     return f"{threads} thread{'s' if threads != 1 else ''}"
+
+
+def predicted_text(seconds: float | None) -> str:
+    """ "-" where nothing was measured that it could be predicted by."""
+    return "-" if seconds is None else seconds_text(seconds)
 
 
 def seconds_text(seconds: float) -> str:

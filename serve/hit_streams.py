@@ -19,7 +19,8 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow's columnar format, "IPC Str
 def write_result(result: SearchResult) -> bytes:
     """Columns `query` int32, `id`, `score` float32, then attributes; the rest is in the schema's metadata."""
     hits = result.hits
-    schema, head = _schema(hits.ids.type, result.coverage, result.generation, tuple(result.lsn.items()))
+    lsn = tuple(result.lsn.items())
+    schema, head = _schema(hits.ids.type, result.coverage, result.generation, lsn, result.degraded)
     if hits.columns is not None:
         return _write_with_attributes(hits, schema)
     if len(hits.scores) and hits.ids.type == pa.int64():
@@ -55,14 +56,16 @@ def _query_column(hits: Hits) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _schema(id_type: Any, coverage: Coverage, generation: int, lsn: tuple[tuple[int, int], ...]) -> tuple[Any, bytes]:
+def _schema(
+    id_type: Any, coverage: Coverage, generation: int, lsn: tuple[tuple[int, int], ...], degraded: str
+) -> tuple[Any, bytes]:
     """The schema of hits without attributes, and the message that begins their stream: both stay the same until the
     next write."""
     metadata = {
         "coverage": msgspec.json.encode(coverage.to_dict()),
         "generation": str(generation),
         "lsn": msgspec.json.encode(lsn_answer(dict(lsn))),
-    }
+    } | ({"degraded": degraded} if degraded else {})
     schema = pa.schema([("query", pa.int32()), ("id", id_type), ("score", pa.float32())], metadata=metadata)
     return schema, schema.serialize().to_pybytes()
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from cluster.config import KIND_OPTIONS, IndexKindChoice
+from cluster.config import KIND_OPTIONS, Device, GpuFull, IndexKindChoice
 from cluster.errors import Invalid
 
 _MORE = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in KIND_OPTIONS.items() if names)
@@ -22,24 +22,29 @@ BuildSecondsOption = Annotated[
 ChurnOption = Annotated[
     float | None, typer.Option("--churn", help="Share of points deleted or replaced between two rebuilds, 0 to 1.")
 ]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help=f"{', '.join(get_args(Device))}: where it is served; auto: what pays.")
+]
+NumGpusOption = Annotated[float | None, typer.Option("--num-gpus", help="GPUs of each replica, a share of one; 1.")]
+CpuTwinOption = Annotated[
+    bool | None, typer.Option("--cpu-twin/--no-cpu-twin", help="Answer on the CPU while the GPU cannot.")
+]
+GpuFullOption = Annotated[
+    str | None,
+    typer.Option("--gpu-full", help=f"{', '.join(get_args(GpuFull))}: what is done where it does not fit a GPU."),
+]
+WaitForGpuOption = Annotated[
+    bool | None, typer.Option("--wait-for-gpu/--no-wait-for-gpu", help="With device gpu: wait until there are GPUs.")
+]
 IndexOptionsOption = Annotated[
     str | None, typer.Option("--index-options", help=f'More options of a named kind, as JSON: {{"m": 32}}. {_MORE}.')
 ]
 
 
-def index_fields(
-    kind: str | None,
-    target_recall: float | None,
-    memory_bytes: int | None,
-    build_seconds: float | None,
-    churn: float | None,
-    options: str | None,
-) -> dict[str, Any]:
-    """The `index` of a collection's config: what was given, and no more."""
+def index_fields(options: str | None, **fields: Any) -> dict[str, Any]:
+    """The `index` of a collection's config: what was given, in JSON or by an option of its own, and no more."""
     more = _json_object(options) if options is not None else {}
-    told = given(
-        kind=kind, target_recall=target_recall, memory_bytes=memory_bytes, build_seconds=build_seconds, churn=churn
-    )
+    told = given(**fields)
     for name in told.keys() & more.keys():
         raise Invalid.at("index_options", f"{name} is given by an option of its own as well: leave one out")
     return told | more

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct
 
 from cluster.config import COLLECTION_NAME, SHARDS_MAX, CollectionConfig
 from cluster.errors import FieldError, Invalid
+from cluster.gpu_memory import GpuFacts
 from cluster.index_policy import choose
 from cluster.snapshots import NAME as SNAPSHOT_NAME
 from jobs.rebuild import RebuildOptions, changed_config
@@ -145,19 +147,28 @@ def kind_of(body: JobBody) -> str:
     return str(body.__struct_config__.tag)
 
 
-def check_create(create: dict[str, Any]) -> None:
-    """Refuse now what an import job would refuse: the config of a new collection, whose dimension the file may give."""
+def check_create(create: dict[str, Any], gpus: Callable[[CollectionConfig], GpuFacts | None]) -> None:
+    """Refuse now what an import job would refuse: the config of a new collection, whose dimension the file may give.
+
+    `gpus` tells what there is of GPUs for it, or raises that there are none.
+    """
     try:
         body = collection_body({"dimension": 1, **create})
         if "dimension" not in create and body.index.pq_m is not None:
             body.dimension = body.index.pq_m  # the file's must be no less
-        choose(0, body.to_config(check_factory_string="dimension" in create))
+        config = body.to_config(check_factory_string="dimension" in create)
+        choose(0, config, gpus(config))
     except Invalid as error:
         raise invalid_fields(FieldError(f"create.{e.field}", e.message) for e in error.errors) from None
 
 
-def check_rebuild(body: RebuildBody, config: CollectionConfig, points: int) -> None:
-    """Refuse now what a rebuild would refuse: an index that no shard could build. Invalid names the field."""
+def check_rebuild(
+    body: RebuildBody, config: CollectionConfig, points: int, gpus: Callable[[CollectionConfig], GpuFacts | None]
+) -> None:
+    """Refuse now what a rebuild would refuse: an index that no shard could build. Invalid names the field.
+
+    `gpus` as of `check_create`.
+    """
     collection_body({"dimension": 1, "index": body.index})  # fields that no index has, values that none can have
     wanted = changed_config(config, RebuildOptions("", body.index, body.shards))
-    choose(points // wanted.shards, wanted)
+    choose(points // wanted.shards, wanted, gpus(wanted))

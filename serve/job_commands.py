@@ -14,10 +14,15 @@ from serve.command_options import DEFAULT_TARGET, JsonOption, MemoryOption, Targ
 from serve.index_options import (
     BuildSecondsOption,
     ChurnOption,
+    CpuTwinOption,
+    DeviceOption,
+    GpuFullOption,
     IndexMemoryOption,
     IndexOptionsOption,
     KindOption,
+    NumGpusOption,
     TargetRecallOption,
+    WaitForGpuOption,
     given,
     index_fields,
 )
@@ -42,6 +47,11 @@ def import_command(
     index_memory_bytes: IndexMemoryOption = None,
     build_seconds: BuildSecondsOption = None,
     churn: ChurnOption = None,
+    device: DeviceOption = None,
+    num_gpus: NumGpusOption = None,
+    cpu_twin: CpuTwinOption = None,
+    gpu_full: GpuFullOption = None,
+    wait_for_gpu: WaitForGpuOption = None,
     index_options: IndexOptionsOption = None,
     memory_bytes: MemoryOption = None,
     wait: WaitOption = True,
@@ -53,7 +63,19 @@ def import_command(
     Options of the index are those of a new collection.
     """
     create = given(metric=metric, shards=shards, replicas=replicas, vector_dtype=vector_dtype)
-    index_config = index_fields(index, target_recall, index_memory_bytes, build_seconds, churn, index_options)
+    index_config = index_fields(
+        index_options,
+        kind=index,
+        target_recall=target_recall,
+        memory_bytes=index_memory_bytes,
+        build_seconds=build_seconds,
+        churn=churn,
+        device=device,
+        num_gpus=num_gpus,
+        cpu_twin=cpu_twin,
+        gpu_full=gpu_full,
+        wait_for_gpu=wait_for_gpu,
+    )
     body = {
         "kind": "import",
         "source": source_url(source),
@@ -76,6 +98,11 @@ def rebuild(
     index_memory_bytes: IndexMemoryOption = None,
     build_seconds: BuildSecondsOption = None,
     churn: ChurnOption = None,
+    device: DeviceOption = None,
+    num_gpus: NumGpusOption = None,
+    cpu_twin: CpuTwinOption = None,
+    gpu_full: GpuFullOption = None,
+    wait_for_gpu: WaitForGpuOption = None,
     index_options: IndexOptionsOption = None,
     memory_bytes: MemoryOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.", min=0)] = None,
@@ -86,7 +113,19 @@ def rebuild(
     """Build the index anew of the stored vectors, with other options where they are given; served once it is as good
     as it must be. Searches and writes go on.
     """
-    changed = index_fields(index, target_recall, index_memory_bytes, build_seconds, churn, index_options)
+    changed = index_fields(
+        index_options,
+        kind=index,
+        target_recall=target_recall,
+        memory_bytes=index_memory_bytes,
+        build_seconds=build_seconds,
+        churn=churn,
+        device=device,
+        num_gpus=num_gpus,
+        cpu_twin=cpu_twin,
+        gpu_full=gpu_full,
+        wait_for_gpu=wait_for_gpu,
+    )
     body = {"kind": "rebuild", "index": changed, **given(shards=shards, memory_bytes=memory_bytes, seed=seed)}
 
     with Client(target) as client:

@@ -10,14 +10,16 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.config import check_collection_name
+from cluster.config import CollectionConfig, check_collection_name
 from cluster.errors import Conflict, Invalid, NotFound
+from cluster.gpu_memory import GpuFacts
 from cluster.manifest import Manifest
 from cluster.rollback import roll_back
 from cluster.snapshots import check_snapshot_name, delete_snapshot, list_snapshots, read_snapshot
 from jobs.collect_garbage import CollectGarbageOptions
 from serve.decoding import decode
 from serve.descriptions import describe_collection
+from serve.gpu_checks import gpus_for, held_by
 from serve.http_messages import json_response, read_json_body
 from serve.job_bodies import (
     BranchBody,
@@ -52,7 +54,7 @@ class JobRoutes:
         name = check_collection_name(request.path_params["collection"])
         body = decode_job(await self._body(request))
         if isinstance(body, ImportBody):
-            self._check_import(name, body)
+            await self._check_import(name, body)
         else:
             await self._check(await self._services.directory.describe(name), body)
         return await self._submit(name, body)
@@ -75,10 +77,17 @@ class JobRoutes:
         await asyncio.to_thread(self._services.jobs.stop, request.path_params["job_id"])
         return Response(status_code=204)
 
-    def _check_import(self, name: str, body: ImportBody) -> None:
+    async def _check_import(self, name: str, body: ImportBody) -> None:
+        """`create` says what a new collection is like; of one that exists, what it is already."""
+        count, known = self._services.gpus, self._services.known(name)
         if body.create is not None:
-            check_create(body.create)
-        elif not self._services.known(name):
+            create = body.create
+            await asyncio.to_thread(check_create, create, lambda new: GpuFacts() if known else gpus_for(new, count))
+        if known:
+            facts = await self._services.directory.describe(name)
+            config: CollectionConfig = facts["manifest"].config
+            await asyncio.to_thread(gpus_for, config, count, held_by(config, facts["statuses"]))
+        elif body.create is None:
             raise NotFound(f"no collection {name!r}; give create to have the import make it")
 
     async def _check(self, facts: dict[str, Any], body: JobBody) -> None:
@@ -90,7 +99,10 @@ class JobRoutes:
                 raise Invalid.at("shard", f"collection {manifest.collection!r} has {shards}")
             case RebuildBody():
                 points = describe_collection(facts, None)["points"]  # those that are not in segments yet, too
-                await asyncio.to_thread(check_rebuild, body, manifest.config, points)
+                count, held = self._services.gpus, held_by(manifest.config, facts["statuses"])
+                await asyncio.to_thread(
+                    check_rebuild, body, manifest.config, points, lambda wanted: gpus_for(wanted, count, held)
+                )
             case BranchBody(into=into) if into == manifest.collection or self._services.known(into):
                 raise Conflict(f"collection {into!r} exists: delete it first, or take another name")
             case (

@@ -25,8 +25,17 @@ def end_in_words(status: dict[str, Any]) -> str:
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """What a job is going to build, and what memory the switch to it takes."""
     lines = [plan_line(plan)] if plan.get("index") else []
+    lines += [_gpu_line(plan["gpu"])] if plan.get("gpu") else []
     memory = plan.get("memory", {}).get("switch")
     return [*lines, f"memory: {memory['statement']}"] if memory else lines
+
+
+def _gpu_line(gpu: dict[str, Any]) -> str:
+    """What a generation takes of GPUs, as predicted, and what builds it."""
+    name = gpu["name"] or "GPUs"
+    has = "" if gpu["memory_bytes"] is None else f", {bytes_text(gpu['memory_bytes'])} a replica"
+    takes = f"indexes take {bytes_text(gpu['predicted_bytes'])} there as predicted"
+    return f"served on {name}: {gpu['num_gpus']:g} GPU{has}; {takes}; built on a {gpu['built_on'].upper()}"
 
 
 def failure_in_words(status: dict[str, Any]) -> str:

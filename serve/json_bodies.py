@@ -11,13 +11,15 @@ from cluster.query import Hits, SearchResult
 
 
 def search_answer(result: SearchResult, took_ms: float) -> dict[str, Any]:
-    return {
+    """`degraded` is told where it is so, alone."""
+    answer = {
         "results": _hit_lists(result.hits),
         "coverage": result.coverage.to_dict(),
         "generation": result.generation,
         "lsn": lsn_answer(result.lsn),
         "took_ms": round(took_ms, 3),
     }
+    return answer | {"degraded": result.degraded} if result.degraded else answer
 
 
 def lsn_answer(lsn: Mapping[int, int]) -> dict[str, int]:

@@ -36,6 +36,12 @@ class EndpointMetrics:
         self._vectors = Counter(
             "eagleray_query_vectors", "Query vectors searched.", ("collection",), registry=self._registry
         )
+        self._degraded = Counter(
+            "eagleray_degraded_searches",
+            "Search requests that the CPU answered, in part at least, where a GPU should have.",
+            ("collection",),
+            registry=self._registry,
+        )
         self._latency = Histogram(
             "eagleray_search_latency_seconds",
             "Time from the first byte of a search request to its merged answer.",
@@ -87,6 +93,10 @@ class EndpointMetrics:
         searched.inc(vectors)
         latency.observe(seconds)
 
+    def degraded(self, collection: str) -> None:
+        """A search whose answer says that it is degraded."""
+        self._degraded.labels(collection).inc()
+
     def write(self, collection: str, operation: str, outcome: str, points: int, seconds: float) -> None:
         """`operation` is one of `OPERATIONS`; `points` were acknowledged."""
         self._writes.labels(collection, operation, outcome).inc()
@@ -116,6 +126,7 @@ def render(snapshots: dict[str, list[Metric]], descriptions: list[dict[str, Any]
         *_write_gauges(descriptions),
         _advice_gauge(descriptions),
         *_observed_gauges(descriptions),
+        *_gpu_gauges(descriptions),
     ]
     return generate_latest(_Families(families))
 
@@ -161,7 +172,9 @@ def _write_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
         "eagleray_tombstones", "Rows of a shard's segments that are deleted or replaced.", labels=place_labels
     )
     lsn = GaugeMetricFamily(
-        "eagleray_lsn", "Last record of the shard's log that a replica has applied.", labels=(*place_labels, "replica")
+        "eagleray_lsn",
+        "Last record of the shard's log that a replica has applied.",
+        labels=(*place_labels, "replica", "device"),
     )
     for description in descriptions:
         for shard in description["shards"]:
@@ -169,7 +182,7 @@ def _write_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
             tail.add_metric(place, shard["tail_points"])
             dead.add_metric(place, shard["tombstones"])
             for replica in shard["replicas"]:
-                lsn.add_metric((*place, str(replica["replica"])), replica["lsn"])
+                lsn.add_metric((*place, str(replica["replica"]), replica["device"]), replica["lsn"])
     return [tail, dead, lsn]
 
 
@@ -188,7 +201,7 @@ def _advice_gauge(descriptions: list[dict[str, Any]]) -> Metric:
 
 def _observed_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
     """The recall that live queries had against exact answers, per replica and generation."""
-    labels = ("collection", "shard", "replica", "generation")
+    labels = ("collection", "shard", "replica", "device", "generation")
     what = "recall@min(k, 10) of the sampled live queries"
     gauges = {
         "recall": GaugeMetricFamily("eagleray_observed_recall", f"Mean {what}.", labels=labels),
@@ -205,7 +218,49 @@ def _observed_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
     for description in descriptions:
         for shard in description["shards"]:
             for observed in shard["observed"]:
-                place = (description["name"], *(str(n) for n in (shard["shard"], observed["replica"])))
+                place = (description["name"], str(shard["shard"]), str(observed["replica"]), observed["device"])
                 for name, gauge in gauges.items():
                     gauge.add_metric((*place, str(observed["generation"])), observed[name])
     return list(gauges.values())
+
+
+def _gpu_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
+    """What the indexes of each replica take of its GPU, beside what was predicted, and what goes wrong there."""
+    labels = ("collection", "shard", "replica")
+    gauges = {
+        "index_predicted_bytes": GaugeMetricFamily(
+            "eagleray_gpu_index_predicted_bytes", "GPU memory that a replica's indexes should take.", labels=labels
+        ),
+        "index_measured_bytes": GaugeMetricFamily(
+            "eagleray_gpu_index_measured_bytes",
+            "GPU memory that a replica's indexes took as they were loaded; no sample where nobody can tell.",
+            labels=labels,
+        ),
+        "out_of_memory": GaugeMetricFamily(
+            "eagleray_gpu_out_of_memory_searches",
+            "Searches of a replica's indexes that found no GPU memory, since they were loaded.",
+            labels=labels,
+        ),
+    }
+    degraded = GaugeMetricFamily(
+        "eagleray_replica_degraded",
+        "Whether the CPU answers for an index of the replica that its GPU should answer for.",
+        labels=labels,
+    )
+    for name, shard, replica in _gpu_replicas(descriptions):
+        place = (name, str(shard), str(replica["replica"]))
+        degraded.add_metric(place, float(bool(replica["degraded"])))
+        for fact, gauge in gauges.items():
+            told = (replica["gpu"] or {}).get(fact)
+            if told is not None:
+                gauge.add_metric(place, told)
+    return [*gauges.values(), degraded]
+
+
+def _gpu_replicas(descriptions: list[dict[str, Any]]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(collection, shard, replica) of all that are to have a GPU."""
+    for description in descriptions:
+        for shard in description["shards"]:
+            for replica in shard["replicas"]:
+                if replica["device"] == "gpu":
+                    yield description["name"], shard["shard"], replica

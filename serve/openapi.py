@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 from functools import cache
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
-from cluster.config import COLLECTION_NAME
+from cluster.config import COLLECTION_NAME, ServedOn
 from cluster.snapshots import NAME as SNAPSHOT_NAME
 from jobs.report import JOB_ID
 from serve.arrow_bodies import ARROW
@@ -150,7 +150,8 @@ def _search_operation() -> Json:
         f"With Content-Type {ARROW} the body is a record batch stream with the column `vector` "
         "(FixedSizeList of float32 or float16), one row per query, and the options are URL parameters: "
         f"{', '.join(msgspec.structs.asdict(SearchOptions()))}. With Accept {ARROW} the answer is a stream with "
-        "the columns query, id, score and the attributes; coverage, generation and lsn are in its metadata."
+        "the columns query, id, score and the attributes; coverage, generation and lsn are in its metadata, and "
+        "degraded where the answer is."
     )
     return operation
 
@@ -227,6 +228,7 @@ def _object(**properties: Json) -> Json:
 def _answers() -> Json:
     string, integer, number, boolean = ({"type": t} for t in ("string", "integer", "number", "boolean"))
     anything: Json = {"type": "object"}
+    device = {"enum": list(get_args(ServedOn))}
     identifier = {"anyOf": [integer, string]}
     vector = {"type": "array", "items": number}
     hit = _object(id=identifier, score=number)
@@ -236,17 +238,21 @@ def _answers() -> Json:
     coverage = _object(shards=number, points=number, missing=_list(integer))
     lsn = {"type": "object", "description": "LSN by shard number", "additionalProperties": integer}
     replica = _object(
-        replica=integer, state=string, node=string, pid=integer, threads=integer, error=string,
-        generations=_list(integer), lsn=integer, epoch=integer, upkeep=string,
+        replica=integer, device=device, state=string, node=string, pid=integer, threads=integer, error=string,
+        generations=_list(integer), lsn=integer, epoch=integer, upkeep=string, gpu=_or_null(_gpu()), degraded=string,
     )  # fmt: skip
     observed = _object(
-        replica=integer, generation=integer, recall=number, low=number, high=number, queries=integer, k=integer,
-        dropped=integer,
+        replica=integer, device=device, generation=integer, recall=number, low=number, high=number, queries=integer,
+        k=integer, dropped=integer,
     )  # fmt: skip
     shard = _object(
         shard=integer, points=integer, lsn=integer, primary=_or_null(integer), tail_points=integer, tombstones=integer,
         upkeep=string, replicas=_list(replica), segments=_list(anything), observed=_list(observed),
     )  # fmt: skip
+    searched = _object(results=_list(_list(hit)), coverage=coverage, generation=integer, lsn=lsn, took_ms=number)
+    searched["properties"]["degraded"] = {
+        "enum": ["cpu"], "description": "The CPU answered, in part at least, where a GPU should have; else absent"
+    }  # fmt: skip
     problem = _object(type=string, title=string, status=integer, detail=string)
     problem["properties"] |= {"errors": _list(_object(field=string, message=string)), "coverage": coverage}
     problem["properties"] |= {
@@ -259,9 +265,7 @@ def _answers() -> Json:
         "Points": _object(points=_list(point), missing=_list(identifier), lsn=lsn),
         "Upserted": _object(upserted=integer, lsn=lsn),
         "Deleted": _object(deleted=integer, lsn=lsn),
-        "SearchAnswer": _object(
-            results=_list(_list(hit)), coverage=coverage, generation=integer, lsn=lsn, took_ms=number
-        ),
+        "SearchAnswer": searched,
         "Collections": _object(collections=_list({"$ref": "#/components/schemas/Collection"})),
         "Collection": _object(
             name=string,
@@ -269,6 +273,7 @@ def _answers() -> Json:
             points=integer,
             version=integer,
             generation=integer,
+            device=_or_null(device),
             serving_generation=_or_null(integer),
             ready=boolean,
             reason=string,
@@ -278,6 +283,15 @@ def _answers() -> Json:
             shards=_list(shard),
         ),
     }
+
+
+def _gpu() -> Json:
+    """A replica's GPU, and what its indexes take of it."""
+    string, integer, number = ({"type": t} for t in ("string", "integer", "number"))
+    return _object(
+        name=string, total_bytes=_or_null(integer), free_bytes=_or_null(integer), used_bytes=integer, share=number,
+        lost=string, index_predicted_bytes=integer, index_measured_bytes=_or_null(integer), out_of_memory=integer,
+    )  # fmt: skip
 
 
 def _job_answers() -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -17,8 +17,10 @@ from actors.code_check import codes_fit
 from actors.faiss_index import use_threads
 from cluster.config import CollectionConfig
 from cluster.errors import Invalid
+from cluster.gpu_memory import PROCESS_BYTES, GpuFacts, gpu_need
+from cluster.gpu_policy import check_asked
 from cluster.index_costs import REFERENCE, Rates, ReplicaMemory, replica_memory
-from cluster.index_policy import IndexPlan, plan_index
+from cluster.index_policy import IndexPlan, plan_index, rounded
 from jobs.import_source import Columns, Source, Unit, find_source, read_batches
 from jobs.row_reader import READ_BYTES, RowPlace, checked_vectors
 from serve.explain import bytes_text, config_line, considered_table, index_name, print_line, seconds_text, threads_text
@@ -32,7 +34,10 @@ REFERENCE_MACHINE = (
 
 @dataclass(frozen=True)
 class CollectionPlan:
-    """The index of each shard of a collection; `note` is what the sample says beyond the build times."""
+    """The index of each shard of a collection; `note` is what the sample says beyond the build times.
+
+    Seconds and queries a second of an index on GPUs are None: nothing was measured to predict them by.
+    """
 
     count: int
     config: CollectionConfig
@@ -59,8 +64,8 @@ class CollectionPlan:
             "predicted_bytes_per_shard": chosen.spec.predicted_bytes,
             "predicted_bytes": chosen.spec.predicted_bytes * self.config.shards,
             "predicted_replica_bytes": asdict(self.replica),
-            "predicted_build_seconds_per_shard": round(chosen.build_seconds, 3),
-            "predicted_queries_per_s": round(chosen.queries_per_s, 1),
+            "predicted_build_seconds_per_shard": rounded(chosen.build_seconds, 3),
+            "predicted_queries_per_s": rounded(chosen.queries_per_s, 1),
             "rates": asdict(self.rates),
             "times": self.times,
             "note": self.note,
@@ -82,52 +87,67 @@ def plan_for(
     id_column: str = "id",
     vector_column: str = "vector",
     threads: int | None = None,
+    gpu: GpuFacts | None = None,
 ) -> CollectionPlan:
-    """The plan for a count or for a source, whichever is given."""
+    """The plan for a count or for a source, whichever is given; `gpu`: what there would be of GPUs."""
     if source is not None:
         if count is not None or "dimension" in fields:
             raise Invalid.at("source", "gives count and dimension itself: leave --count and --dimension out")
         cores = len(os.sched_getaffinity(0))
-        return plan_source(source, Columns(id_column, vector_column), fields, threads or cores)
+        return plan_source(source, Columns(id_column, vector_column), fields, threads or cores, gpu)
     if count is None or "dimension" not in fields:
         raise Invalid("give --count and --dimension, or --source")
     if threads is not None:
         raise Invalid.at("threads", f"goes with --source: {REFERENCE_MACHINE}")
-    return plan_count(count, fields)
+    return plan_count(count, fields, gpu)
 
 
-def plan_count(count: int, fields: dict[str, Any]) -> CollectionPlan:
+def plan_count(count: int, fields: dict[str, Any], gpu: GpuFacts | None = None) -> CollectionPlan:
     """The plan for so many points; `fields` as a PUT has them. Invalid, with the numbers, where nothing fits."""
     config = check_config(fields)
-    return CollectionPlan(count, config, plan_index(ceil(count / config.shards), config))
+    check_asked(config, gpu)
+    return CollectionPlan(count, config, plan_index(ceil(count / config.shards), config, gpu=_share(gpu, config)))
 
 
-def plan_source(url: str, columns: Columns, fields: dict[str, Any], threads: int) -> CollectionPlan:
+def plan_source(
+    url: str, columns: Columns, fields: dict[str, Any], threads: int, gpu: GpuFacts | None = None
+) -> CollectionPlan:
     """The plan for the rows of a Parquet source, with times measured here on a sample of them."""
     source = find_source(url, columns)
     if source.dimension is None:
         raise Invalid.at("source", f"{url!r} holds no vector")
     config = check_config({"dimension": source.dimension, **fields})
+    check_asked(config, gpu)
     sample = _sample(url, source, columns, config)
     use_threads(threads)
     rates = measure_rates(sample, config.metric, threads)
-    index = plan_index(ceil(source.rows / config.shards), config, rates)
+    index = plan_index(ceil(source.rows / config.shards), config, rates, _share(gpu, config))
     return CollectionPlan(source.rows, config, index, rates, _code_note(sample, index, config))
+
+
+def _share(gpu: GpuFacts | None, config: CollectionConfig) -> GpuFacts | None:
+    """What a replica may use of a GPU of which `gpu` tells the whole memory."""
+    if gpu is None or gpu.memory_bytes is None:
+        return gpu
+    return replace(gpu, memory_bytes=int(gpu.memory_bytes * config.index.num_gpus))
 
 
 def print_plan(out: Console, plan: CollectionPlan) -> None:
     """The choice for one shard, why, all that was considered, and what the whole collection takes."""
     chosen, shards = plan.index.chosen, plan.config.shards
     spec = chosen.spec
-    name = index_name(spec.kind, spec.codes, spec.rerank_store, spec.params)
+    name = index_name(spec.kind, spec.codes, spec.rerank_store, spec.params, spec.device)
     each = f"each of {shards} shards, {plan.shard_points:,} points: " if shards > 1 else ""
     print_line(out, f"{plan.count:,} points, {config_line(plan.config.to_dict())}")
     print_line(out, f"{each}{name}")
     print_line(out, f"  why: {spec.reason}")
     out.print(considered_table(candidate.to_dict() for candidate in plan.index.considered))
     print_line(out, f"each replica: {_memory_text(plan.replica, spec.rerank_store)}")
-    took = f"about {seconds_text(chosen.build_seconds)} s to build{' each shard' if shards > 1 else ''}"
-    print_line(out, f"total: {bytes_text(spec.predicted_bytes * shards)}, {took}; {plan.times}")
+    if spec.device == "gpu":
+        print_line(out, f"  on {plan.config.index.num_gpus:g} GPU: {_gpu_text(plan)}")
+    seconds = chosen.build_seconds
+    took = "" if seconds is None else f", about {seconds_text(seconds)} s to build{' each shard' if shards > 1 else ''}"
+    print_line(out, f"total: {bytes_text(spec.predicted_bytes * shards)}{took}; {plan.times}")
     if plan.note:
         print_line(out, plan.note)
 
@@ -138,6 +158,13 @@ def _memory_text(memory: ReplicaMemory, rerank_store: str) -> str:
         "to rank candidates by exact distances" if rerank_store == "rows" else "for answers with vectors or attributes"
     )
     return f"{index} of index, {ids} of ids, {process} of process; {rows} of rows in the page cache where read, {use}"
+
+
+def _gpu_text(plan: CollectionPlan) -> str:
+    need = gpu_need(plan.index.spec, plan.shard_points, plan.config.dimension)
+    index, search, process, build = map(bytes_text, (need.index, need.search, PROCESS_BYTES, need.build))
+    told = f"{index} of index, {search} for a search of the largest batch, {process} of process"
+    return f"{told}; {build} to build there; predicted by formulas, not measured"
 
 
 def _code_note(sample: NDArray[np.float32], index: IndexPlan, config: CollectionConfig) -> str:

@@ -19,13 +19,13 @@ from starlette.routing import Route
 from cluster.config import check_collection_name
 from cluster.deletion import delete_files
 from cluster.errors import Corrupt, EaglerayError, NotFound, Unavailable
-from cluster.index_policy import choose
 from cluster.manifest import Manifest
 from cluster.recent_queries import delete_queries
 from serve import metrics
 from serve.declared_attributes import DeclaredAttributes
 from serve.decoding import decode
 from serve.descriptions import describe_collection, describe_unreadable
+from serve.gpu_checks import check_new_collection
 from serve.http_messages import JSON, Handler, json_response, read_json_body, without_parameters
 from serve.ingress import ENTRANCE, SEARCH_PATH, Receive, Scope, Send, searched_collection
 from serve.job_routes import JobRoutes
@@ -151,7 +151,7 @@ class Routes:
     async def create_collection(self, request: Request) -> Response:
         name = check_collection_name(request.path_params["collection"])
         config = decode(await read_json_body(request, self._services.limits.body_bytes), CollectionBody).to_config()
-        choose(0, config)  # refuses what no shard could build
+        await asyncio.to_thread(check_new_collection, config, self._services.gpus, self._services.known(name))
         manifest, created = await asyncio.to_thread(self._services.log(name).create, config)
         await self.wait_until_served(manifest)
         return json_response(await self._describe(name), 201 if created else 200)

@@ -11,12 +11,14 @@ from actors.faiss_index import check_factory
 from cluster.config import (
     DIMENSION_MAX,
     FACTORY_CHARACTERS_MAX,
+    NUM_GPUS_MIN,
     OPTION_RANGES,
     REPLICAS_MAX,
     SHARDS_MAX,
     Codes,
     CollectionConfig,
     Device,
+    GpuFull,
     IdType,
     IndexKindChoice,
     Metric,
@@ -39,16 +41,21 @@ class IndexBody(Struct, forbid_unknown_fields=True):
 
     kind: IndexKindChoice = "auto"
     target_recall: Recall = 0.95
-    device: Device = "cpu"
+    device: Device = "auto"
     memory_bytes: Memory | None = None
     build_seconds: Annotated[float, Meta(gt=0.0)] | None = None
     churn: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    num_gpus: Annotated[float, Meta(ge=NUM_GPUS_MIN, le=1.0)] = 1.0
+    cpu_twin: bool = True
+    gpu_full: GpuFull = "step_down"
+    wait_for_gpu: bool = False
     codes: Codes | None = None
     m: Annotated[int, _range("m")] | None = None
     ef_construction: Annotated[int, _range("ef_construction")] | None = None
     nlist: Annotated[int, _range("nlist")] | None = None
     pq_m: Annotated[int, _range("pq_m")] | None = None
     pq_bits: Literal[4, 8] | None = None
+    graph_degree: Annotated[int, _range("graph_degree")] | None = None
     rerank_store: RerankStore | None = None
     factory: Annotated[str, Meta(min_length=1, max_length=FACTORY_CHARACTERS_MAX)] | None = None
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cluster.config import SHARDS_MAX, CollectionConfig, Limits
 from cluster.errors import FieldError, Invalid
+from cluster.index_spec import ITOPK_MAX, ITOPK_STEP
 from cluster.query import Query, SearchParams
 from cluster.vectors import as_searched, vector_problem
 from serve.decoding import decode, invalid_fields
@@ -23,8 +24,11 @@ from serve.schemas import Recall
 HIT_NUMBERS = 4  # a hit takes the memory of about four numbers (436 MiB for a million)
 CANDIDATES_MAX = 65_536  # whose exact distance one query may ask for, k x rerank
 LSN_MAX = 2**63 - 1
+SEARCH_WIDTH_MAX = 64  # presumed: eight times the widest that cuVS's own benchmark tries
 Knob = Annotated[int, Meta(ge=1, le=65_536)]  # FAISS sets aside 8 bytes x ef_search for each query it works on
 Rerank = Annotated[float, Meta(ge=1.0, le=1_000.0)]
+ItopkSize = Annotated[int, Meta(ge=ITOPK_STEP, le=ITOPK_MAX)]
+SearchWidth = Annotated[int, Meta(ge=1, le=SEARCH_WIDTH_MAX)]
 Lsn = Annotated[int, Meta(ge=0, le=LSN_MAX)]
 VALUES_OF = {"min_lsn": Lsn, "attributes": Any}  # fields of bodies that are mappings
 _SHARDS = {str(shard): shard for shard in range(SHARDS_MAX)}
@@ -39,6 +43,8 @@ class SearchParamsBody(Struct, forbid_unknown_fields=True):
     nprobe: Knob | None = None
     ef_search: Knob | None = None
     rerank: Rerank | None = None
+    itopk_size: ItopkSize | None = None
+    search_width: SearchWidth | None = None
     target_recall: Recall | None = None
 
 
@@ -66,6 +72,8 @@ class SearchOptions(Struct, forbid_unknown_fields=True):
     nprobe: Knob | None = None
     ef_search: Knob | None = None
     rerank: Rerank | None = None
+    itopk_size: ItopkSize | None = None
+    search_width: SearchWidth | None = None
     target_recall: Recall | None = None
     exact: bool = False
     with_attributes: str = ""
@@ -125,10 +133,7 @@ def json_query(body: SearchBody, config: CollectionConfig, limits: Limits) -> Qu
         raise Invalid.at("vectors", "give either vectors or vector")
     rows = body.vectors if body.vectors is not None else [body.vector or []]
     name = "vectors[{}]" if body.vectors is not None else "vector"
-    given = body.params
-    params = _search_params(
-        body.k, given.nprobe, given.ef_search, given.rerank, given.target_recall, body.exact, "params."
-    )
+    params = _search_params(body.k, *_knobs(body.params), body.exact, "params.")
     _check_count(len(rows), limits)
     vectors = rows_to_vectors(rows, config.dimension, name.format)
     min_lsn = read_min_lsn(body.min_lsn) if body.min_lsn else {}
@@ -141,9 +146,7 @@ def arrow_query(vectors: NDArray[Any], options: SearchOptions, config: Collectio
         raise Invalid.at("vector", f"has {vectors.shape[1]} numbers, the collection's dimension is {config.dimension}")
     _check_count(len(vectors), limits)
     attributes = tuple(name for name in options.with_attributes.split(",") if name)
-    params = _search_params(
-        options.k, options.nprobe, options.ef_search, options.rerank, options.target_recall, options.exact, ""
-    )
+    params = _search_params(options.k, *_knobs(options), options.exact, "")
     min_lsn = _min_lsn_of_text(options.min_lsn) if options.min_lsn else {}
     vectors = vectors.astype(np.float32, copy=False)
     return _query(vectors, "vector[{}]", options, params, attributes, min_lsn, config, limits)
@@ -173,6 +176,20 @@ def _min_lsn_of_text(text: str) -> dict[int, int]:
     return read_min_lsn(asked)
 
 
+def _knobs(
+    given: SearchParamsBody | SearchOptions,
+) -> tuple[int | None, int | None, float | None, float | None, int | None, int | None]:
+    """In the order of `_search_params`."""
+    return (
+        given.nprobe,
+        given.ef_search,
+        given.rerank,
+        given.target_recall,
+        given.itopk_size,
+        given.search_width,
+    )
+
+
 @lru_cache(maxsize=256)
 def _search_params(
     k: int,
@@ -180,12 +197,14 @@ def _search_params(
     ef_search: int | None,
     rerank: float | None,
     target_recall: float | None,
+    itopk_size: int | None,
+    search_width: int | None,
     exact: bool,
     prefix: str,
 ) -> SearchParams:
     """Invalid where the accuracy is asked for in two ways, or too many candidates are. Clients ask for few different
     ones: they are kept."""
-    params = SearchParams(nprobe, ef_search, rerank, target_recall, exact)
+    params = SearchParams(nprobe, ef_search, rerank, target_recall, exact, itopk_size, search_width)
     knobs = list(params.given)
     if params.exact:
         also, other = [*knobs, *(["target_recall"] if params.target_recall is not None else [])], "exact"

@@ -88,6 +88,8 @@ class SearchEndpoint:
                     _check_attributes(query, self._attributes.known(name, served))
                 result = await self._result(scope, name, query, receive)
             outcome = "ok" if result.coverage.shards == 1.0 else "partial"
+            if result.degraded:
+                services.metrics.degraded(name)
         except Unavailable:
             outcome = "unavailable"
             raise

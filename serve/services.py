@@ -11,6 +11,7 @@ from actors.shard_client import Directory
 from cluster.config import Limits
 from cluster.manifest import ManifestLog
 from cluster.object_store import ObjectStore
+from serve.gpu_checks import CountGpus
 from serve.job_service import JobService
 from serve.metrics import EndpointMetrics
 
@@ -33,6 +34,7 @@ class Services:
     exchange: MetricsExchange
     limits: Limits
     name: str
+    gpus: CountGpus
 
     def log(self, collection: str) -> ManifestLog:
         return ManifestLog(self.store, collection, lambda: uuid.uuid4().hex)

@@ -23,9 +23,10 @@ def print_hits(out: Console, hits: list[dict[str, Any]], attributes: list[str], 
 def print_collection(out: Console, description: dict[str, Any]) -> None:
     config = {"dimension": "?", "metric": "?"} | description["config"]
     state = "ready" if description["ready"] else f"not ready: {description['reason']}"
+    where = " on GPUs" if description["device"] == "gpu" else ""
     facts = (
         f"  {description['points']:,} points, {config['dimension']} dimensions, "
-        f"{config['metric']}, generation {description['generation']}, {state}"
+        f"{config['metric']}, generation {description['generation']}{where}, {state}"
     )
     out.print(Text.assemble((description["name"], "bold"), facts))
     for what, why in (("", description["switching"]), ("a rebuild is advised: ", description["rebuild_advised"])):
@@ -35,26 +36,47 @@ def print_collection(out: Console, description: dict[str, Any]) -> None:
     for shard in shards:
         if shard["upkeep"]:
             print_line(out, f"  shard {shard['shard']}: {shard['upkeep']}")
+        for replica in shard["replicas"]:
+            if replica["degraded"]:
+                why = f"degraded, the CPU answers: {replica['degraded']}"
+                print_line(out, f"  shard {shard['shard']}, replica {replica['replica']}: {why}")
     observed = ("observed",) if any(shard["observed"] for shard in shards) else ()
     written = ("tail", "deleted") if any(shard["tail_points"] or shard["tombstones"] for shard in shards) else ()
-    table = Table("shard", "points", *written, "replicas", "index", "bytes", "recall@10", "at", "ms", *observed)
+    on_gpu = ("GPU bytes",) if any(_on_gpu(segment) for shard in shards for segment in shard["segments"]) else ()
+    heads = ("replicas", "index", "bytes", *on_gpu, "recall@10", "at", "ms")
+    table = Table("shard", "points", *written, *heads, *observed)
     for shard in shards:
         unsealed = [f"{shard['tail_points']:,}", f"{shard['tombstones']:,}"] if written else []
-        replicas = ", ".join(f"{r['state']} {r['error']}".strip() for r in shard["replicas"])
+        replicas = _replicas_cell(shard["replicas"])
         told = (_observed_cell(shard["observed"], description["serving_generation"]),) if observed else ()
         for segment in shard["segments"] or [None]:
-            cells = [*unsealed, replicas, *_segment_cells(segment), *told]
+            cells = [*unsealed, replicas, *_segment_cells(segment, bool(on_gpu)), *told]
             table.add_row(str(shard["shard"]), f"{shard['points']:,}", *cells)
     out.print(table)
 
 
-def _segment_cells(segment: dict[str, Any] | None) -> list[str]:
+def _replicas_cell(replicas: list[dict[str, Any]]) -> str:
+    """Each one's state; its device while the shard has some of both."""
+    both = len({replica["device"] for replica in replicas}) > 1
+    return ", ".join(
+        " ".join(filter(None, [r["state"], f"({r['device']})" if both else "", r["error"]])) for r in replicas
+    )
+
+
+def _on_gpu(segment: dict[str, Any]) -> bool:
+    return bool(segment.get("device", "cpu") == "gpu")
+
+
+def _segment_cells(segment: dict[str, Any] | None, with_gpu: bool) -> list[str]:
+    """Bytes on the GPU are those measured, else those predicted; "-" where the index is not there."""
     if segment is None:
-        return ["-"] * 5
+        return ["-"] * (6 if with_gpu else 5)
     point = segment["operating_points"][0]
     at = params_text(point["params"]) or "exact"
     size = bytes_text(segment["index_bytes"])
-    return [segment["index_kind"], size, f"{point['recall']:.3f}", at, f"{point['latency_ms']:.2f}"]
+    there = segment.get("gpu_measured_bytes") or segment.get("gpu_predicted_bytes")
+    on_gpu = ["-" if there is None else bytes_text(there)] if with_gpu else []
+    return [segment["index_kind"], size, *on_gpu, f"{point['recall']:.3f}", at, f"{point['latency_ms']:.2f}"]
 
 
 def _observed_cell(observed: list[dict[str, Any]], generation: int | None) -> str:

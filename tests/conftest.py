@@ -11,6 +11,12 @@ RAY = Path(__file__).parent / "ray"
 os.environ["COLUMNS"] = "250"  # rich reads it when the first table of the process is printed
 
 
+@pytest.fixture
+def one_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments are tuned for their own target alone: the others take most of the time of a small build."""
+    monkeypatch.setattr("actors.tuner.STANDARD_TARGETS", ())
+
+
 @pytest.fixture(autouse=True)
 def refuse_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `ray.init` raise outside tests/ray/."""

@@ -16,10 +16,11 @@ import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from actors.gpu_device import GpuDevice
 from actors.replica import Replica
 from actors.replica_upkeep import ReplicaUpkeep, Work
 from actors.segment_upkeep import merge_segments, seal_tail
@@ -41,7 +42,11 @@ PAUSED_S_MAX = 30.0  # what waits for a test to let it go on does not do so for 
 
 
 def run_tasks_here(
-    function: Callable[[T], Iterator[Any]], items: Sequence[T], num_cpus: float, in_flight: int
+    function: Callable[[T], Iterator[Any]],
+    items: Sequence[T],
+    num_cpus: float,
+    in_flight: int,
+    num_gpus: float = 0.0,
 ) -> Iterator[tuple[int, Any]]:
     """A `jobs.importer.TaskRunner`: one item after the other in this process, each pickled as Ray would."""
     for number, item in enumerate(items):
@@ -95,12 +100,18 @@ class _ProcessStore:
 
 @dataclass
 class _Process:
-    """One replica (None while it is dead), its store, calls to it under way, and a gate that is shut while it hangs."""
+    """One replica (None while it is dead), its store, calls to it under way, and a gate that is shut while it hangs.
+
+    `num_gpus` are those that it has, or asks for while it `waits` for them. `device` is the GPU that was opened in it.
+    """
 
     replica: Replica | None
     store: _ProcessStore
     calls: set[asyncio.Task[Any]] = field(default_factory=set)
     gate: asyncio.Event | None = None
+    num_gpus: float = 0.0
+    waits: bool = False
+    device: GpuDevice | None = None
 
     def die(self) -> None:
         """Whatever is in memory is gone: calls under way fail, and nothing is put any more."""
@@ -109,8 +120,13 @@ class _Process:
         for call in self.calls:
             call.cancel()
         if replica is not None:
-            threading.Thread(target=replica.close, daemon=True).start()
+            threading.Thread(target=self._end, args=(replica,), daemon=True).start()
         self.open()
+
+    def _end(self, replica: Replica) -> None:
+        replica.close()
+        if self.device is not None:
+            self.device.close()
 
     def open(self) -> None:
         self.store.go_on()
@@ -128,15 +144,26 @@ class LocalRuntime:
     `loaded`, `retired` and `led` record what the supervisor did. Followers read the WAL for a search that waits, when
     they are told to (`replica(key).catch_up()`), and each `tick_s` where that is given. `drop_pushes` loses all pushes.
     A primary seals and merges, in this process, at each tick (`replica(key).tick()`).
+
+    There are `gpus`, of which each replica opens its share with `open_gpu`, which may find none; those that ask for
+    more than are free wait, as Ray's actors do, until `add_gpus`.
     """
 
     def __init__(
-        self, store: ObjectStore, cache_dir: Path, settings: Settings = SETTINGS, tick_s: float | None = None
+        self,
+        store: ObjectStore,
+        cache_dir: Path,
+        settings: Settings = SETTINGS,
+        tick_s: float | None = None,
+        gpus: float = 0.0,
+        open_gpu: Callable[[float], GpuDevice | None] = lambda share: None,
     ) -> None:
         self._store = store
         self._cache_dir = cache_dir
         self._settings = settings
         self._tick_s = tick_s
+        self._gpus = gpus
+        self._open_gpu = open_gpu
         self._processes: dict[ReplicaKey, _Process] = {}
         self.drop_pushes = False
         self.started: list[ReplicaKey] = []
@@ -151,7 +178,29 @@ class LocalRuntime:
 
     def start(self, key: ReplicaKey, wanted: WantedReplica) -> None:
         self.started.append(key)
-        self._processes[key] = self._new_process(key)
+        if wanted.num_gpus > self.free_gpus:
+            store = _ProcessStore(self._store)
+            self._processes[key] = _Process(None, store, gate=asyncio.Event(), num_gpus=wanted.num_gpus, waits=True)
+        else:
+            self._processes[key] = self._new_process(key, wanted.num_gpus)
+
+    @property
+    def free_gpus(self) -> float:
+        return self._gpus - sum(process.num_gpus for process in self._processes.values() if not process.waits)
+
+    def add_gpus(self, gpus: float) -> None:
+        """A node with so many joins: replicas that wait for some are started."""
+        self._gpus += gpus
+        for key, process in sorted(self._processes.items()):
+            if process.waits and process.num_gpus <= self.free_gpus:
+                self._processes[key] = self._new_process(key, process.num_gpus)
+                process.open()
+
+    async def waits_for(self, key: ReplicaKey) -> str:
+        process = self._processes.get(key)
+        if process is None or not process.waits:
+            return ""
+        return f"it asks for {process.num_gpus:g} GPU, {self.free_gpus:g} of {self._gpus:g} are free"
 
     def stop(self, key: ReplicaKey) -> None:
         self.stopped.append(key)
@@ -200,15 +249,16 @@ class LocalRuntime:
         """A dead replica starts afresh; one that hangs goes on."""
         process = self._processes[key]
         if process.replica is None:
-            self._processes[key] = self._new_process(key)
+            self._processes[key] = self._new_process(key, process.num_gpus)
         process.open()
 
     def close(self) -> None:
         """End all replicas."""
         _end_all(self._processes)
 
-    def _new_process(self, key: ReplicaKey) -> _Process:
-        process = _Process(None, _ProcessStore(self._store))
+    def _new_process(self, key: ReplicaKey, num_gpus: float) -> _Process:
+        device = self._open_gpu(num_gpus) if num_gpus else None
+        process = _Process(None, _ProcessStore(self._store), num_gpus=num_gpus, device=device)
         runtime, store = weakref.ref(self), cast(ObjectStore, process.store)
 
         def push(data: bytes) -> None:
@@ -217,10 +267,11 @@ class LocalRuntime:
                 here._push(key, data)
 
         def open_shard() -> Shard:
-            return Shard(store, key.collection, key.shard, self._cache_dir)
+            on_cpus = key.device == "cpu"
+            return Shard(store, key.collection, key.shard, self._cache_dir, device=device, on_cpus=on_cpus)
 
         upkeep = self._upkeep(key, store, lambda version: process.replica.begin_load(version))
-        process.replica = Replica(key, open_shard, self._settings, 1, push, upkeep)
+        process.replica = Replica(key, open_shard, self._settings, 1, push, upkeep, device=device)
         if self._tick_s is not None:
             process.replica.keep_ticking(self._tick_s)
         return process
@@ -240,7 +291,7 @@ class LocalRuntime:
 
     def _push(self, sender: ReplicaKey, data: bytes) -> None:
         for key, process in list(self._processes.items()):
-            same_shard = (key.collection, key.shard) == (sender.collection, sender.shard)
+            same_shard = replace(key, replica=0) == replace(sender, replica=0)  # and device
             if same_shard and key != sender and process.replica and not process.gate and not self.drop_pushes:
                 process.replica.receive(data)
 
@@ -264,6 +315,8 @@ class LocalRuntime:
             raise NotFound(f"no process for replica {key}")
         if process.gate is not None:
             await process.gate.wait()
+            if process.waits:
+                return await self._answering(key)
         if process.replica is None:
             raise Unavailable(f"replica {key} is dead")
         return process.replica

@@ -26,10 +26,12 @@ MAY_IMPORT = {
         "serve/app.py",
         "serve/local_cluster.py",
     },
-    "faiss": {"actors/faiss_index.py", "actors/exact_search.py"},
+    "faiss": {"actors/faiss_index.py", "actors/exact_search.py", "actors/gpu_device.py"},
+    "pynvml": {"actors/gpu_probe.py"},
 }
 MAY_READ_ENVIRONMENT = {
     "actors/faiss_library.py",
+    "actors/gpu_probe.py",
     "actors/ray_tls.py",
     "serve/local_cluster.py",
     "serve/app.py",

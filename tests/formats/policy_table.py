@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.errors import Invalid
+from cluster.gpu_memory import GpuFacts
 from cluster.index_policy import choose
 
 FILE = Path(__file__).resolve().parent / "policy_table.txt"
@@ -19,6 +20,10 @@ COUNTS = (0, 1_000, 20_000, 200_000, 1_000_000, 5_000_000, 20_000_000)
 DIMENSIONS = (3, 96, 384, 1_536)
 TARGETS = (0.95, 1.0)
 BYTES_PER_FLOAT = (None, 4.0, 2.0, 1.0, 0.25)  # of memory_bytes
+GPU_COUNTS = (1_000, 20_000, 200_000, 1_000_000, 5_000_000, 20_000_000, 100_000_000)
+GPU_DIMENSIONS = (96, 384, 1_536)
+GPU_BYTES = (None, 4 * 10**9, 16 * 10**9, 80 * 10**9)  # of what a replica may use there
+FACTS = ("gpu_bytes", "gpu_builds")  # not of the config
 
 
 def questions() -> Iterator[dict[str, Any]]:
@@ -36,6 +41,24 @@ def questions() -> Iterator[dict[str, Any]]:
             yield question(count, dimension, build_seconds=seconds)
         for churn in (0.3, 0.5):
             yield question(count, dimension, churn=churn)
+    yield from questions_of_gpus()
+
+
+def questions_of_gpus() -> Iterator[dict[str, Any]]:
+    """The same for GPUs: what fits, what is wanted, and what becomes of the rest."""
+    for count, dimension, target, size in product(GPU_COUNTS, GPU_DIMENSIONS, TARGETS, GPU_BYTES):
+        yield question(count, dimension, device="gpu", target_recall=target, gpu_bytes=size)
+    for count, dimension, size in product(GPU_COUNTS[1:-1], (96, 1_536), GPU_BYTES[1:3]):
+        for device in ("auto", "gpu"):
+            yield question(count, dimension, device=device, gpu_full="refuse", gpu_bytes=size)
+            yield question(count, dimension, device=device, metric="ip", gpu_bytes=size)
+            yield question(count, dimension, device=device, vector_dtype="float16", gpu_bytes=size)
+            yield question(count, dimension, device=device, gpu_bytes=size)
+        for churn in (0.3, 0.5):
+            yield question(count, dimension, device="gpu", churn=churn, gpu_bytes=size)
+        yield question(count, dimension, device="gpu", gpu_builds=False, gpu_bytes=size)
+        for kind in ("flat", "cagra", "ivf_flat", "ivf_pq"):
+            yield question(count, dimension, device="gpu", kind=kind, gpu_bytes=size)
 
 
 def question(count: int, dimension: int, **given: Any) -> dict[str, Any]:
@@ -45,13 +68,15 @@ def question(count: int, dimension: int, **given: Any) -> dict[str, Any]:
 def answer(asked: dict[str, Any]) -> str:
     """The choice in a few words, or the field that is too tight."""
     basics = {name: asked[name] for name in ("dimension", "metric", "vector_dtype") if name in asked}
-    index = {name: value for name, value in asked.items() if name not in {"count", *basics}}
+    index = {name: value for name, value in asked.items() if name not in {"count", *basics, *FACTS}}
+    gpu = GpuFacts(asked.get("gpu_bytes"), builds=asked.get("gpu_builds", True)) if "device" in asked else None
     try:
-        spec = choose(asked["count"], CollectionConfig(**basics, index=IndexConfig(**index)))
+        spec = choose(asked["count"], CollectionConfig(**basics, index=IndexConfig(**index)), gpu)
     except Invalid as error:
         return f"refused: {error.errors[0].field}"
     params = "".join(f" {name}={value}" for name, value in spec.params.items())
-    return f"{spec.kind}{params} codes={spec.codes} store={spec.rerank_store}"
+    on = " on=gpu" if spec.device == "gpu" else ""
+    return f"{spec.kind}{params} codes={spec.codes} store={spec.rerank_store}{on}"
 
 
 def lines() -> list[str]:

@@ -124,7 +124,8 @@ def _cheaply(prepare: Any) -> Any:
 
 
 def _in_fresh_process(path: Path, spec: IndexSpec, count: int, dimension: int) -> tuple[int, int]:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # forked from a process that has only imported this module
+    context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe()
     process = context.Process(target=_report, args=(path, spec, count, dimension, theirs))
     process.start()

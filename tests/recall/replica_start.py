@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FEW = 1_000
 READ_CHUNK_BYTES = 8 << 20
 NOISE = 0.1
+ONE_HEAP = {"MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 
 
 class StoredShard:
@@ -73,7 +74,9 @@ class StoredShard:
             store, queries = str(self._folder / "data"), str(self._folder / "queries.npy")
             request = Request(store, cache, queries, time.monotonic(), remote, memory, threads)
             command = [sys.executable, "-m", "tests.recall.replica_process", json.dumps(asdict(request))]
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+            # how many heaps threads make, and what they keep of them, depends on how busy the machine is
+            environment = os.environ | (ONE_HEAP if memory else {})
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         return Started(**json.loads(done.stdout))
 
     def read_seconds(self) -> float:

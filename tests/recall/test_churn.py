@@ -109,7 +109,6 @@ CASES = (
     Case("clusters", "l2", IndexConfig("ivf_pq", rerank_store="float16")),
     Case("clusters", "cosine", IndexConfig("ivf_pq", rerank_store="sq8")),
     Case("clusters", "l2", IndexConfig("ivf_pq", rerank_store="rows")),
-    Case("clusters", "l2", IndexConfig("ivf_pq", rerank_store="float32")),
     Case("words", "cosine", IndexConfig("hnsw", codes="sq8")),
     Case("words", "cosine", IndexConfig("ivf_rabitq", rerank_store="rows")),
 )

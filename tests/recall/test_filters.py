@@ -30,7 +30,7 @@ pytestmark = pytest.mark.recall
 
 FLOOR = 0.95
 K = 10
-COUNT, DIMENSION, CLUSTERS, QUERIES = 12_000, 64, 200, 400
+COUNT, DIMENSION, CLUSTERS, QUERIES = 8_000, 64, 200, 400
 SEED = 20261201
 SHARES = (0.5, 0.1, 0.01)
 Filter = Literal["random", "clusters", "clusters of the queries", "other clusters"]

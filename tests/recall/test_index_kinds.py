@@ -36,7 +36,7 @@ pytestmark = pytest.mark.recall
 
 FLOOR, DROP_MAX = 0.95, 0.01
 K = 10
-COUNT, DIMENSION, CLUSTERS, QUERIES, WORD_QUERIES = 12_000, 64, 150, 500, 300
+COUNT, DIMENSION, CLUSTERS, QUERIES, WORD_QUERIES = 8_000, 64, 150, 400, 300
 CENTRES_APART = 0.9  # of the spread of a cluster
 SEED = 20261130
 WORDS = Path(__file__).parents[2] / "examples" / "words" / "wordnet-minilm-384-5k.parquet"

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.recall
 
 FLOOR = 0.95
 K = 10
-COUNT, DIMENSION, CLUSTERS, QUERIES = 20_000, 64, 200, 500
+COUNT, DIMENSION, CLUSTERS, QUERIES = 12_000, 64, 200, 500
 SPREAD = 1.0  # of a cluster; the centres have it too
 SEED = 20261122
 WORDS = Path(__file__).parents[2] / "examples" / "words" / "wordnet-minilm-384-5k.parquet"

@@ -14,7 +14,7 @@ from tests.recall.replica_start import StoredShard
 
 pytestmark = pytest.mark.recall
 
-COUNT, DIMENSION = 30_000, 384  # 88 MiB of files
+COUNT, DIMENSION = 20_000, 384  # 59 MiB of files
 INDEXES = {
     "flat": IndexConfig("flat"),
     "ivf_flat": IndexConfig("ivf_flat", target_recall=0.5, nlist=32, codes="float32"),

@@ -16,5 +16,6 @@ def eagleray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer
     try:
         yield server
     finally:
-        server.stop()
+        if server.running:
+            server.stop()
         server.client.close()

@@ -32,7 +32,7 @@ from cluster.segment import Rows, SegmentDescription, rows_schema, write_rows
 Vectors = NDArray[np.float32]
 ONE_THREAD = BuildOptions(threads=1, seed=7)
 METRICS: tuple[Metric, ...] = ("cosine", "l2", "ip")
-FACTORIES = ("HNSW16,SQ8", "IVF32,PQ4x4fsr", "OPQ4_8,IVF32,PQ4", "IVF32,Flat,RFlat")
+FACTORIES = ("HNSW16,SQ8", "IVF32,PQ4x4fsr", "OPQ4_8,IVF32,PQ4x4", "IVF32,Flat,RFlat")
 INDEXES: dict[str, IndexConfig] = {  # every kind with every way of keeping vectors
     "flat": IndexConfig("flat"),
     "hnsw float32": IndexConfig("hnsw", codes="float32"),

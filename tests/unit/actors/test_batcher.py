@@ -582,6 +582,23 @@ def test_error_of_one_slice_fails_a_large_search_and_the_rest_is_not_sent() -> N
     with_batcher(scenario)
 
 
+def test_large_search_is_degraded_where_one_of_its_slices_is_and_no_other_for_that() -> None:
+    async def scenario(batcher: Batcher, shard: Shard) -> None:
+        large = ask(batcher, *range(100))
+        await shard.came(2)
+        small = ask(batcher, 7)
+        await asyncio.sleep(0)
+        shard.answer(0, tuple(replace(hits, degraded="cpu") for hits in echo(shard.calls[0])))
+        shard.answer(1)
+        await shard.came(3)
+        shard.answer(2)
+        answers = [await large, await small]
+        assert [len(shard.calls), *(hits.degraded for hits in answers)] == [3, "cpu", ""]
+        assert answers[0].ids.to_pylist() == list(range(100))
+
+    with_batcher(scenario)
+
+
 def test_slices_that_are_answered_out_of_order_are_joined_in_order() -> None:
     async def scenario(batcher: Batcher, shard: Shard) -> None:
         large = ask(batcher, *range(100))

@@ -467,7 +467,7 @@ def test_other_version_is_told_on_both_sides(monkeypatch: pytest.MonkeyPatch) ->
                 frame = await asyncio.to_thread(peer.receive)
                 assert frame is not None
                 assert frame.kind == frames.REFUSED
-                assert b"protocol version 9, this is version 2" in bytes(frame.head)
+                assert b"protocol version 9, this is version 3" in bytes(frame.head)
 
     run(test())
 
@@ -482,7 +482,7 @@ def test_server_of_another_version_is_unavailable() -> None:
 
         with sockets.listen(HOST, range(0)) as listening:
             answering = asyncio.ensure_future(asyncio.to_thread(answer))
-            told = pytest.raises(Unavailable, match="protocol version 9, this is version 2")
+            told = pytest.raises(Unavailable, match="protocol version 9, this is version 3")
             with connected(ShardEndpoint(HOST, listening.getsockname()[1], b"secret")) as client, told:
                 await client.search(ask_for(1))
             await answering

@@ -15,6 +15,8 @@ from cluster.memory_store import MemoryStore
 from cluster.query import Hits, SearchGroup, SearchParams, ShardSearch
 from tests.unit.actors.points import Points, commit, in_row_order
 
+pytestmark = pytest.mark.usefixtures("one_target")
+
 KINDS = ["flat", "ivf_flat", "hnsw", "ivf_sq8", "ivf_pq", "ivf_rabitq"]
 
 

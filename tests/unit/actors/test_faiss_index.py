@@ -23,7 +23,7 @@ COUNT, DIMENSION, QUERIES = 600, 16, 20
 LOSSLESS = {"flat", "ivf_flat float32", "ivf_pq float32", "IVF32,Flat,RFlat"}
 HALVES = {"hnsw float16", "ivf_flat float16", "ivf_pq float16", "ivf_rabitq float16"}
 BYTES = {"hnsw sq8", "ivf_flat sq8", "ivf_sq8", "ivf_pq sq8", "ivf_rabitq sq8", "HNSW16,SQ8"}
-SLOW = "OPQ4_8,IVF32,PQ4"  # its rotation trains for seconds: by one metric where each test builds its own
+SLOW = "OPQ4_8,IVF32,PQ4x4"  # its rotation trains for a second: by one metric where each test builds its own
 QUICK = [name for name in INDEXES if name != SLOW]
 BY_METRIC = [*product(QUICK, METRICS), (SLOW, "l2")]
 Vectors = NDArray[np.float32]
@@ -75,7 +75,7 @@ def test_every_index_has_an_expectation_of_its_own() -> None:
         "ivf_pq padded",
         "ivf_rabitq rows",
         "IVF32,PQ4x4fsr",
-        "OPQ4_8,IVF32,PQ4",
+        "OPQ4_8,IVF32,PQ4x4",
     }
 
 

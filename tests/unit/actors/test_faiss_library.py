@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.faiss_library import check_faiss_installation, let_threads_sleep, one_faiss
+from actors.faiss_library import check_faiss_installation, gpus_are_supported, let_threads_sleep, one_faiss
 from cluster.errors import Invalid
 
 
@@ -90,3 +90,11 @@ def test_threads_are_told_to_sleep_before_faiss_is_loaded_whatever_is_imported_f
         timeout=60,
     )
     assert "GOMP_SPINCOUNT = '0'" in started.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "supported"), [("faiss-cpu", False), ("faiss-gpu-cu12", False), ("faiss-gpu-cuvs", True)]
+)
+def test_only_the_faiss_with_cuvs_supports_gpus(install: Callable[..., None], name: str, supported: bool) -> None:
+    install(name)
+    assert gpus_are_supported() is supported

@@ -109,10 +109,10 @@ def test_large_parts_are_sent_as_they_lie() -> None:
     ("prefix", "error", "words"),
     [
         ((0x4547, 2, frames.SEARCH, 0, 1, 0, 0), FrameError, "begins with b'GE'"),
-        ((frames.MAGIC, 3, frames.SEARCH, 0, 1, 0, 0), WrongVersion, "version 3, this is version 2"),
-        ((frames.MAGIC, 2, 99, 0, 1, 0, 0), FrameError, "unknown kind 99"),
-        ((frames.MAGIC, 2, frames.SEARCH, 0, 1, 1, BYTES_MAX), FrameError, f"at most {BYTES_MAX}"),
-        ((frames.MAGIC, 2, frames.SEARCH, 0, 1, 2**32 - 1, 2**32 - 1), FrameError, f"at most {BYTES_MAX}"),
+        ((frames.MAGIC, 4, frames.SEARCH, 0, 1, 0, 0), WrongVersion, "version 4, this is version 3"),
+        ((frames.MAGIC, 3, 99, 0, 1, 0, 0), FrameError, "unknown kind 99"),
+        ((frames.MAGIC, 3, frames.SEARCH, 0, 1, 1, BYTES_MAX), FrameError, f"at most {BYTES_MAX}"),
+        ((frames.MAGIC, 3, frames.SEARCH, 0, 1, 2**32 - 1, 2**32 - 1), FrameError, f"at most {BYTES_MAX}"),
     ],
 )
 def test_prefix_that_is_wrong(prefix: tuple[int, ...], error: type[FrameError], words: str) -> None:

@@ -15,6 +15,8 @@ from cluster.query import SearchParams
 from cluster.row_selection import RowSelection
 from tests.unit.actors.points import Points, build, in_row_order, load, random_vectors, true_rows_of
 
+pytestmark = pytest.mark.usefixtures("one_target")
+
 DIMENSION = 16
 
 

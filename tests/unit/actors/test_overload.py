@@ -22,7 +22,7 @@ from tests.unit.actors.virtual_time import in_virtual_time, work
 CLIENTS = 256
 REFUSAL_S = 0.000_06
 ON_THE_WAY_S = 0.000_1  # from an answer to the client's next request
-SECONDS = 1.0
+SECONDS = 0.5
 SEED = 7
 
 

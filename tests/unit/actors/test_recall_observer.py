@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -153,6 +154,20 @@ def test_queries_with_options_of_their_own_are_not_sampled(params: SearchParams)
     observer.drain()
     assert observer.observed(1) is None
     offer(observer, shard, at(3), [[3]], k=1)
+    observer.drain()
+    assert told(observer)["queries"] == 1
+
+
+def test_answers_of_a_twin_are_not_sampled() -> None:
+    """What a GPU should have answered says nothing about the index when its twin did."""
+    shard, observer = LineShard(), RecallObserver(share=1.0, duty=1.0)
+    request = ShardSearch(1, at(3), (SearchGroup(0, 1, 1, TUNED),))
+    (hits,) = shard.search(request)
+    assert isinstance(hits, Hits)
+    observer.offer(request, (replace(hits, degraded="cpu"),), shard.search)
+    observer.drain()
+    assert observer.observed(1) is None
+    observer.offer(request, (hits,), shard.search)
     observer.drain()
     assert told(observer)["queries"] == 1
 

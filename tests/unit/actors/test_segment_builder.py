@@ -69,6 +69,7 @@ def test_build_describes_what_it_wrote(kind: str, dtype: str, tmp_path: Path) ->
     assert SegmentDescription.decode(data, "segment.json") == description
 
 
+@pytest.mark.usefixtures("one_target")
 @pytest.mark.parametrize("name", INDEXES)
 def test_built_index_holds_every_row_under_its_row_number(name: str, tmp_path: Path) -> None:
     config = CollectionConfig(16, "l2", index=INDEXES[name])
@@ -152,6 +153,7 @@ def recall_of(folder: Path, config: CollectionConfig, description: SegmentDescri
     return float(recall_at_k(segment.search(queries, 10, SearchParams())[0][:, :10], truth).mean())
 
 
+@pytest.mark.usefixtures("one_target")
 @pytest.mark.parametrize("metric", ["cosine", "l2", "ip"])
 @pytest.mark.parametrize("kind", ["hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_rabitq"])
 def test_operating_point_meets_its_target_on_queries_it_was_not_tuned_on(
@@ -252,10 +254,11 @@ def test_build_of_a_named_kind_keeps_the_codes_that_were_asked_for(tmp_path: Pat
 def weak(tmp_path: Path, **options: Any) -> SegmentDescription:
     """Built by auto from a plan of a graph with two links a point, which leaves parts of it unreachable."""
     config = auto(32, target_recall=0.995, **options)
-    vectors = np.random.default_rng(3).normal(size=(4_000, 32))
+    vectors = np.random.default_rng(3).normal(size=(2_500, 32))
     return build(tmp_path, "s1", config, points_with(vectors), options=planned("float16", m=2, construction=4))
 
 
+@pytest.mark.usefixtures("one_target")
 def test_build_makes_a_stronger_graph_where_the_target_is_missed(tmp_path: Path) -> None:
     description = weak(tmp_path)
     assert description.spec["params"]["m"] > 2
@@ -266,8 +269,9 @@ def test_build_makes_a_stronger_graph_where_the_target_is_missed(tmp_path: Path)
     )
 
 
+@pytest.mark.usefixtures("one_target")
 def test_build_makes_no_stronger_graph_than_the_memory_allows(tmp_path: Path) -> None:
-    description = weak(tmp_path, memory_bytes=4_000 * (64 + 16 + 16 + 8) * 115 // 100)
+    description = weak(tmp_path, memory_bytes=2_500 * (64 + 16 + 16 + 8) * 115 // 100)
     assert description.spec["params"]["m"] == 2
     assert not description.operating_points[0].met
 

@@ -276,6 +276,7 @@ def segment_in(folder: Path, config: CollectionConfig, points: Points) -> Loaded
     return stored.load(folder, config, build(folder, "s1", config, points))
 
 
+@pytest.mark.usefixtures("one_target")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", [name for name in INDEXES if not name.startswith("OPQ")])
@@ -348,6 +349,7 @@ def test_target_recall_of_one_is_met_by_a_flat_index(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows, true_rows_of(points, queries, 5, "l2")[0])
 
 
+@pytest.mark.usefixtures("one_target")
 @pytest.mark.parametrize("name", [name for name in INDEXES if not name.startswith("OPQ")])
 @pytest.mark.parametrize("share", [1.0, 0.3])
 def test_tuned_search_for_many_rows_has_no_gaps(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -77,12 +77,13 @@ def test_numpy_numbers_in_a_request_are_numbers() -> None:
 
 
 def test_hits_are_sent_whole() -> None:
-    assert [f.name for f in fields(Hits)] == ["counts", "ids", "scores", "columns", "lsn"]
-    for hits in (INTS, WORDS):
+    assert [f.name for f in fields(Hits)] == ["counts", "ids", "scores", "columns", "lsn", "degraded"]
+    for hits in (INTS, WORDS, replace(INTS, degraded="cpu")):
         (found,) = messages.decode_outcomes(*views(*messages.encode_outcomes([hits])))
         assert isinstance(found, Hits)
         assert (found.counts.tolist(), found.scores.tolist()) == (hits.counts.tolist(), hits.scores.tolist())
         assert (found.ids, found.columns, found.lsn) == (hits.ids, hits.columns, 9)
+        assert found.degraded == hits.degraded
 
 
 def test_hits_that_are_slices_are_sent_as_they_are_seen() -> None:

@@ -46,6 +46,35 @@ def test_more_shards_than_before_have_replicas_that_do_not_run_yet() -> None:
         memory_of_switch("words", replace(CONFIG, shards=3), statuses, [(80 * MIB, 0)] * 3)
 
 
+def test_replicas_on_gpus_have_the_ids_on_the_host_and_the_index_there() -> None:
+    """What is free of the GPU is bounded by the share of it that a replica has."""
+    gpu = {"total_bytes": 1_000 * MIB, "free_bytes": 700 * MIB, "used_bytes": 300 * MIB, "share": 0.5}
+    segments = (
+        {"predicted_bytes": 90 * MIB, "count": MIB, "device": "gpu", "gpu_predicted_bytes": 80 * MIB}
+        | {"gpu_measured_bytes": 70 * MIB},
+        {"predicted_bytes": 90 * MIB, "count": 0, "device": "gpu", "gpu_predicted_bytes": None}
+        | {"gpu_measured_bytes": None},  # not on the GPU now
+    )
+    running = replace(status("a", 500), segments=segments, gpu=gpu)
+    one = replace(CONFIG, shards=1, replicas=1)
+    key = ReplicaKey("words", 0, 0, "gpu")
+    told = memory_of_switch("words", one, {key: running}, [(100 * MIB, 2 * MIB)], [300 * MIB])
+    (node,) = told.nodes
+    assert (node.loaded, node.beside) == (8 * MIB, pytest.approx(16 * MIB * MEMORY_MARGIN, abs=2))
+    (short,) = told.short_of_gpu
+    assert (short.gpu_loaded, short.gpu_coming, short.gpu_left) == (70 * MIB, 300 * MIB, 200 * MIB)
+    impatient = replace(one, index=replace(one.index, gpu_full="refuse"))
+    with pytest.raises(Exhausted, match="GPU memory of the switch"):
+        memory_of_switch("words", impatient, {key: running}, [(0, 0)], [300 * MIB])
+
+
+def test_replicas_that_go_to_a_gpu_do_not_run_yet_and_refuse_nothing_there() -> None:
+    on_cpus = keyed(status("a", 500, (10, 0)), status("a", 500, (10, 0)))
+    told = memory_of_switch("words", replace(CONFIG, shards=1), on_cpus, [(10**12, MIB)], [10**12])
+    (node,) = told.nodes
+    assert (told.mode, told.short_of_gpu, node.replicas, node.loaded) == ("beside", (), 2, 0)
+
+
 def test_replicas_that_do_not_tell_their_memory_refuse_nothing() -> None:
     unknown = replace(status("a", 1), node_memory=None)
     told = memory_of_switch("words", CONFIG, keyed(unknown, unknown), [(10**12, 0)] * 2)

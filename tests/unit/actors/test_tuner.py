@@ -16,6 +16,7 @@ from actors.tuner import (
     recall_interval,
     tune,
     tune_near_and_far,
+    tune_with_twin,
     tuning_queries,
 )
 from cluster.index_spec import RERANK_GRID, search_grid
@@ -313,3 +314,46 @@ def test_tuning_queries_of_one_row_are_that_row() -> None:
 def test_tuning_queries_without_direction_under_cosine_are_the_rows() -> None:
     held_out, sample = np.zeros((2, 2), np.float32), np.array([[0.6, 0.8]], np.float32)
     np.testing.assert_array_equal(tuning_queries(held_out, sample, "cosine", 1), held_out)
+
+
+# --- on a GPU, with a twin ----------------------------------------------------------------------------------------
+
+ON_GPU = Knobs(("itopk_size", "search_width"), 10_000, 0)
+
+
+def with_twin(gpu: KnownSearcher, cpu: KnownSearcher, knobs: Knobs) -> Any:
+    cpu.clock = gpu.clock
+    return tune_with_twin(gpu, cpu, knobs, asked_for(QUERIES), 0.95, gpu.clock)
+
+
+def test_graph_on_a_gpu_and_its_twin_are_tuned_each_with_its_own_knobs() -> None:
+    gpu = KnownSearcher(lambda params: everywhere(10 if params["itopk_size"] * params["search_width"] >= 256 else 5))
+    cpu = KnownSearcher(lambda params: everywhere(10 if params["ef_search"] >= 50 else 5))
+    points, twins = with_twin(gpu, cpu, ON_GPU)
+    least = min(ef for ef in EF_GRID if ef >= 50)
+    assert [point.target_recall for point in points] == [twin.target_recall for twin in twins] == [0.95, 0.90, 0.99]
+    for point, twin in zip(points, twins, strict=True):
+        assert point.params["itopk_size"] * point.params["search_width"] >= 256
+        assert point.params["ef_search"] == least
+        assert twin.params == {"ef_search": least}
+        assert point.met
+        assert twin.met
+    assert all("ef_search" not in params for params in gpu.walked)
+    assert all(params.keys() == {"ef_search"} for params in cpu.walked)
+
+
+def test_lists_of_a_gpu_are_measured_on_their_twin_with_the_same_parameters() -> None:
+    gpu = KnownSearcher(lambda params: everywhere(10 if params["nprobe"] >= 8 else 5))
+    cpu = KnownSearcher(lambda params: some(70))
+    points, twins = with_twin(gpu, cpu, LISTS)
+    assert [point.params for point in points] == [twin.params for twin in twins]
+    assert [(twin.target_recall, twin.met) for twin in twins] == [(0.95, False), (0.90, True), (0.99, False)]
+    assert all(twin.recall == pytest.approx(0.93) for twin in twins)
+    assert all(point.met for point in points)
+
+
+def test_exact_index_of_a_gpu_has_nothing_to_measure_on_its_twin() -> None:
+    cpu = KnownSearcher(lambda params: everywhere(10))
+    points, twins = with_twin(KnownSearcher(lambda params: everywhere(10)), cpu, Knobs((), 10_000, 0))
+    assert [point.params for point in points] == [{}, {}, {}]
+    assert (twins, cpu.calls) == ((), [])

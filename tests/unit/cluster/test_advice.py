@@ -108,6 +108,17 @@ def test_kind_that_was_named_or_that_the_vectors_asked_for_is_no_reason() -> Non
     assert "index_kind" in advised(one(replace(departed, planned="ivf_pq")), config=AUTO)
 
 
+def test_what_a_gpu_should_have_is_not_known_and_no_reason() -> None:
+    """The supervisor does not know what fits the GPUs: it would advise a rebuild for ever."""
+    there = replace(segment(500_000, kind="cagra"), device="gpu")
+    assert "index_kind" not in advised(one(there), config=AUTO)
+    assert "index_kind" in advised(one(replace(there, device="cpu")), config=AUTO)
+    stepped_down = replace(AUTO, index=IndexConfig(device="gpu"))
+    assert kind_for(stepped_down, 5_000_000) == "cagra"
+    assert "index_kind" not in advised(one(segment(5_000_000, kind="hnsw")), config=stepped_down)
+    assert "growth" in advised(one(*[there] * 9), config=AUTO)
+
+
 def test_kind_is_that_for_the_whole_shard_also_where_it_has_many_segments() -> None:
     """A rebuild gives all of them the kind that is chosen for the shard."""
     bounded = replace(AUTO, index=IndexConfig(memory_bytes=200_000_000))

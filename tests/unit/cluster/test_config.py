@@ -37,7 +37,7 @@ def test_config_of_a_dimension_alone_has_the_defaults() -> None:
         shards=1,
         replicas=1,
         vector_dtype="float32",
-        index=IndexConfig(kind="auto", target_recall=0.95, device="cpu", memory_bytes=None),
+        index=IndexConfig(kind="auto", target_recall=0.95, device="auto", memory_bytes=None),
     )
 
 
@@ -49,7 +49,18 @@ def test_config_survives_json_with_every_field_set() -> None:
         shards=1_024,
         replicas=16,
         vector_dtype="float16",
-        index=IndexConfig(kind="hnsw", target_recall=0.5, device="gpu", memory_bytes=2**63 - 1),
+        index=IndexConfig(
+            kind="cagra",
+            target_recall=0.5,
+            device="gpu",
+            memory_bytes=2**63 - 1,
+            num_gpus=0.25,
+            cpu_twin=False,
+            gpu_full="refuse",
+            wait_for_gpu=True,
+            codes="float16",
+            graph_degree=64,
+        ),
     )
     assert CollectionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -62,7 +73,7 @@ def test_config_to_dict_is_plain_json_data() -> None:
         "shards": 1,
         "replicas": 1,
         "vector_dtype": "float32",
-        "index": {"kind": "auto", "target_recall": 0.95, "device": "cpu", "memory_bytes": None},
+        "index": {"kind": "auto", "target_recall": 0.95, "device": "auto", "memory_bytes": None},
     }
 
 
@@ -109,8 +120,9 @@ def test_config_takes_exactly_the_named_choices(name: str, choices: list[str]) -
 @pytest.mark.parametrize(
     ("name", "choices"),
     [
-        ("kind", ["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_rabitq"]),
-        ("device", ["cpu", "gpu"]),
+        ("kind", ["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_rabitq", "cagra"]),
+        ("device", ["auto", "cpu", "gpu"]),
+        ("gpu_full", ["step_down", "refuse"]),
     ],
 )
 def test_config_takes_exactly_the_named_choices_of_the_index(name: str, choices: list[str]) -> None:
@@ -147,16 +159,18 @@ OPTIONS: dict[str, Any] = {
     "pq_m": 4,
     "pq_bits": 8,
     "rerank_store": "sq8",
+    "graph_degree": 32,
     "factory": "IVF16,SQ8",
 }
 TAKEN = {
     "auto": set(),
-    "flat": set(),
+    "flat": {"codes"},
     "hnsw": {"m", "ef_construction", "codes", "rerank_store"},
     "ivf_flat": {"nlist", "codes", "rerank_store"},
     "ivf_sq8": {"nlist", "rerank_store"},
     "ivf_pq": {"nlist", "pq_m", "pq_bits", "rerank_store"},
     "ivf_rabitq": {"nlist", "rerank_store"},
+    "cagra": {"graph_degree", "codes"},
     "factory": {"factory", "rerank_store"},
 }
 
@@ -194,6 +208,7 @@ def test_option_is_taken_by_its_kinds_and_refused_by_others_with_those(kind: str
         ("hnsw", "ef_construction", 4, 2_000),
         ("ivf_flat", "nlist", 1, 1_048_576),
         ("ivf_pq", "pq_m", 1, 65_536),
+        ("cagra", "graph_degree", 8, 128),
     ],
 )
 def test_number_of_an_option_is_bounded_and_the_bounds_are_told(kind: str, name: str, low: int, high: int) -> None:
@@ -218,6 +233,33 @@ def test_choice_of_an_option_is_one_of_those_told(kind: str, name: str, choices:
     for wrong in ("", "int8", 6, ["sq8"]):
         listed = ", ".join(map(str, choices))
         assert message_of(with_option(kind, name, wrong)) == f"must be one of {listed}, not {wrong!r}"
+
+
+@pytest.mark.parametrize("kind", ["flat", "cagra"])
+def test_codes_of_vectors_as_they_come_are_floats(kind: str) -> None:
+    for codes in ("float32", "float16"):
+        assert CollectionConfig.from_dict(with_option(kind, "codes", codes)).index.codes == codes
+    assert fields_refused(with_option(kind, "codes", "sq8")) == ["index.codes"]
+    assert message_of(with_option(kind, "codes", "sq8")) == (f"must be float32 or float16 with kind {kind}, not 'sq8'")
+    assert fields_refused(with_option(kind, "codes", "int8")) == ["index.codes"]
+
+
+@pytest.mark.parametrize("share", [1e-3, 0.25, 1, 1.0])
+def test_replica_asks_for_a_gpu_or_a_part_of_one(share: float) -> None:
+    assert CollectionConfig.from_dict({"dimension": 3, "index": {"num_gpus": share}}).index.num_gpus == share
+
+
+@pytest.mark.parametrize("share", [0, 9e-4, 5e-324, -0.5, 1.01, 2, float("nan"), "1", True, None])
+def test_replica_cannot_ask_for_no_gpu_nor_for_several(share: object) -> None:
+    assert fields_refused({"dimension": 3, "index": {"num_gpus": share}}) == ["index.num_gpus"]
+
+
+@pytest.mark.parametrize("name", ["cpu_twin", "wait_for_gpu"])
+def test_switches_of_the_index_are_true_or_false(name: str) -> None:
+    for value in (True, False):
+        assert getattr(CollectionConfig.from_dict({"dimension": 3, "index": {name: value}}).index, name) is value
+    for wrong in (0, 1, "true", None):
+        assert fields_refused({"dimension": 3, "index": {name: wrong}}) == [f"index.{name}"]
 
 
 @pytest.mark.parametrize("factory", ["", "x" * 201, 3, ["Flat"]])
@@ -258,7 +300,7 @@ def test_config_refuses_churn_out_of_bounds(churn: object) -> None:
 
 
 def test_config_to_dict_has_only_the_index_options_that_were_given() -> None:
-    always = {"kind": "hnsw", "target_recall": 0.95, "device": "cpu", "memory_bytes": None}
+    always = {"kind": "hnsw", "target_recall": 0.95, "device": "auto", "memory_bytes": None}
     assert CollectionConfig(dimension=3, index=IndexConfig("hnsw")).to_dict()["index"] == always
     given = IndexConfig("hnsw", m=8, codes="sq8", build_seconds=60.0, churn=0.5)
     expected = always | {"m": 8, "codes": "sq8", "build_seconds": 60.0, "churn": 0.5}

@@ -31,7 +31,8 @@ from cluster.tombstones import read_tombstones
 from cluster.wal import WalRecord
 
 FORMATS = Path(__file__).resolve().parents[2] / "formats"
-V1, V2, V3 = FORMATS / "v1", FORMATS / "v2", FORMATS / "v3"
+V1, V2, V3, V4 = (FORMATS / f"v{version}" for version in (1, 2, 3, 4))
+ON_CPUS = IndexConfig(device="cpu")
 
 CONFIG = CollectionConfig(
     dimension=3,
@@ -162,13 +163,13 @@ def test_manifest_of_format_1_is_read() -> None:
     assert Manifest.decode((V1 / "manifest.json").read_bytes(), "manifest.json") == MANIFEST
 
 
-def test_manifest_of_format_1_is_written_as_one_of_format_3_that_says_the_same() -> None:
+def test_manifest_of_format_1_is_written_as_one_of_format_4_that_says_the_same() -> None:
     """A new field needs a new format version: older processes refuse fields that they do not know."""
-    assert Manifest.decode(MANIFEST.encode(), "manifest.json") == replace(MANIFEST, format=3)
+    assert Manifest.decode(MANIFEST.encode(), "manifest.json") == replace(MANIFEST, format=4)
     then, now = json.loads((V1 / "manifest.json").read_bytes()), json.loads(MANIFEST.encode())
     new = {"applied_lsn": 0, "epoch": 0, "tombstones": [], "behind": []}
     shards = [entry | new for entry in without_origins(then["shards"])]
-    added = {"format": 3, "attributes": {}, "log_set": 0, "switch": "beside"}
+    added = {"format": 4, "attributes": {}, "log_set": 0, "switch": "beside", "device": "cpu"}
     assert now == then | added | {"shards": shards, "checksum": now["checksum"]}
 
 
@@ -239,7 +240,7 @@ def test_rows_of_format_1_are_found_by_id() -> None:
 MANIFEST_2 = Manifest(
     collection="golden",
     version=9,
-    config=CollectionConfig(dimension=3, metric="l2", id_type="string", shards=2),
+    config=CollectionConfig(dimension=3, metric="l2", id_type="string", shards=2, index=ON_CPUS),
     routing=Routing(shards=2, kind="hash"),
     generation=3,
     shards=(
@@ -266,13 +267,13 @@ def test_manifest_of_format_2_is_read() -> None:
     assert [entry.points for entry in manifest.shards] == [9, 0]
 
 
-def test_manifest_of_format_2_is_written_as_one_of_format_3_that_says_the_same() -> None:
-    assert Manifest.decode(MANIFEST_2.encode(), "manifest.json") == replace(MANIFEST_2, format=3)
+def test_manifest_of_format_2_is_written_as_one_of_format_4_that_says_the_same() -> None:
+    assert Manifest.decode(MANIFEST_2.encode(), "manifest.json") == replace(MANIFEST_2, format=4)
     then, now = json.loads((V2 / "manifest.json").read_bytes()), json.loads(MANIFEST_2.encode())
     shards = [entry | {"behind": []} for entry in without_origins(then["shards"])]
     for entry in shards:
         entry["tombstones"] = [ref | {"variant": ""} for ref in entry["tombstones"]]
-    added = {"format": 3, "log_set": 0, "switch": "beside"}
+    added = {"format": 4, "log_set": 0, "switch": "beside", "device": "cpu"}
     assert now == then | added | {"shards": shards, "checksum": now["checksum"]}
 
 
@@ -324,7 +325,7 @@ def test_wal_claim_of_format_1_is_still_written_the_same() -> None:
 MANIFEST_3 = Manifest(
     collection="golden",
     version=12,
-    config=CollectionConfig(dimension=3, metric="l2", id_type="string", shards=1, replicas=2),
+    config=CollectionConfig(dimension=3, metric="l2", id_type="string", shards=1, replicas=2, index=ON_CPUS),
     routing=Routing(shards=1, kind="hash"),
     generation=4,
     shards=(
@@ -351,8 +352,10 @@ def test_manifest_of_format_3_is_read() -> None:
     assert Manifest.decode((V3 / "manifest.json").read_bytes(), "manifest.json") == MANIFEST_3
 
 
-def test_manifest_of_format_3_is_still_written_the_same() -> None:
-    assert MANIFEST_3.encode() == (V3 / "manifest.json").read_bytes()
+def test_manifest_of_format_3_is_written_as_one_of_format_4_that_says_the_same() -> None:
+    assert Manifest.decode(MANIFEST_3.encode(), "manifest.json") == replace(MANIFEST_3, format=4)
+    then, now = json.loads((V3 / "manifest.json").read_bytes()), json.loads(MANIFEST_3.encode())
+    assert now == then | {"format": 4, "device": "cpu", "checksum": now["checksum"]}
 
 
 def test_wal_end_of_format_1_is_read() -> None:
@@ -364,3 +367,48 @@ def test_wal_end_of_format_1_is_read() -> None:
 def test_wal_end_of_format_1_is_still_written_the_same() -> None:
     end = WalRecord(15, 3, "end", "f0e0d0c0b0a090807060504030201001")
     assert end.encode(0) == (V3 / "wal-end.arrow").read_bytes()
+
+
+# --- format 4: the device of a generation in the manifest, and what its config says of GPUs --------------------------
+
+MANIFEST_4 = Manifest(
+    collection="golden",
+    version=15,
+    config=CollectionConfig(
+        dimension=3,
+        metric="l2",
+        id_type="string",
+        shards=1,
+        replicas=2,
+        index=IndexConfig(
+            kind="cagra",
+            target_recall=0.95,
+            device="auto",
+            num_gpus=0.5,
+            cpu_twin=False,
+            gpu_full="refuse",
+            wait_for_gpu=True,
+            codes="float16",
+            graph_degree=32,
+        ),
+    ),
+    routing=Routing(shards=1, kind="hash"),
+    generation=5,
+    shards=(ShardEntry(0, (SegmentRef("seg-0001", 5, "xxh3_128:00"),), 12, 2),),
+    created_at="2026-01-02T03:04:05+00:00",
+    writer="nonce-of-the-writer",
+    state="live",
+    format=4,
+    attributes={"title": "string"},
+    log_set=2,
+    switch="beside",
+    device="gpu",
+)
+
+
+def test_manifest_of_format_4_is_read() -> None:
+    assert Manifest.decode((V4 / "manifest.json").read_bytes(), "manifest.json") == MANIFEST_4
+
+
+def test_manifest_of_format_4_is_still_written_the_same() -> None:
+    assert MANIFEST_4.encode() == (V4 / "manifest.json").read_bytes()

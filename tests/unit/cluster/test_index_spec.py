@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import CollectionConfig, IndexConfig, RerankStore
+from cluster.errors import Invalid
 from cluster.index_policy import choose
 from cluster.index_spec import (
     EF_SEARCH_MAX,
@@ -42,6 +43,9 @@ HNSW = spec("hnsw", "float16", "rows", m=32, ef_construction=100)
 IVF_FLAT = spec("ivf_flat", nlist=64)
 IVF_PQ = spec("ivf_pq", store="rows", nlist=64, pq_m=24, pq_bits=4)
 RABITQ = spec("ivf_rabitq", store="float16", nlist=64)
+CAGRA = replace(
+    spec("cagra", "float16", "rows", graph_degree=32, intermediate_graph_degree=64), device="gpu", gpu_bytes=9
+)
 
 
 # ---- the string FAISS builds it from
@@ -77,6 +81,25 @@ def test_factory_string_of_a_spec(built: IndexSpec, dimension: int, expected: st
     assert built.factory_string(dimension) == expected
 
 
+@pytest.mark.parametrize(
+    ("built", "expected"),
+    [
+        (FLAT, "Flat"),
+        (spec("flat", "float16", "rows"), "SQfp16"),
+        (spec("ivf_flat", store="rows", nlist=GRAPH_COARSE_LISTS), "IVF16384,Flat"),
+        (spec("ivf_pq", store="rows", nlist=GRAPH_COARSE_LISTS, pq_m=12, pq_bits=8), "IVF16384,PQ12x8np"),
+    ],
+)
+def test_index_of_a_gpu_is_one_that_cpu_and_gpu_can_read(built: IndexSpec, expected: str) -> None:
+    """Without a graph over the centroids: no GPU has one."""
+    assert replace(built, device="gpu").factory_string(96) == expected
+
+
+def test_graph_of_gpus_is_not_made_from_a_string() -> None:
+    with pytest.raises(Invalid, match=r"cagra is built on a GPU: there is none in this process"):
+        CAGRA.factory_string(96)
+
+
 def test_lists_are_found_by_a_graph_from_a_bound_on() -> None:
     assert f"IVF{GRAPH_COARSE_LISTS}_HNSW32," in spec("ivf_sq8", nlist=GRAPH_COARSE_LISTS).factory_string(8)
     assert f"IVF{GRAPH_COARSE_LISTS - 1}," in spec("ivf_sq8", nlist=GRAPH_COARSE_LISTS - 1).factory_string(8)
@@ -95,6 +118,7 @@ def test_lists_are_found_by_a_graph_from_a_bound_on() -> None:
         (IVF_PQ, ("nprobe", "rerank")),
         (RABITQ, ("nprobe", "rerank")),
         (replace(RABITQ, rerank_store="none"), ("nprobe",)),
+        (CAGRA, ("itopk_size", "search_width")),
     ],
 )
 def test_tuned_knobs_belong_to_the_kind(built: IndexSpec, knobs: tuple[str, ...]) -> None:
@@ -110,18 +134,24 @@ def test_tuned_knobs_belong_to_the_kind(built: IndexSpec, knobs: tuple[str, ...]
         (spec("ivf_sq8", store="rows", nlist=4), 2.0),
         (RABITQ, 1.0),
         (replace(RABITQ, rerank_store="sq8"), 2.0),
+        (CAGRA, 1.0),
+        (spec("flat", "float16"), 1.0),  # the rows' own precision
+        (spec("flat", "float16", "rows"), 2.0),
+        (spec("flat", "float32", "rows"), 1.0),
     ],
 )
-def test_eight_bit_codes_have_twice_the_candidates_reranked(built: IndexSpec, candidates: float) -> None:
+def test_rounded_codes_have_twice_the_candidates_reranked(built: IndexSpec, candidates: float) -> None:
     assert built.rerank == candidates
 
 
 def test_only_flat_is_exact_whatever_the_knobs() -> None:
-    assert [s.is_exact for s in (FLAT, HNSW, IVF_FLAT, IVF_PQ, RABITQ)] == [True, False, False, False, False]
+    assert [s.is_exact for s in (FLAT, HNSW, IVF_FLAT, IVF_PQ, RABITQ, CAGRA)] == [True, *[False] * 5]
+    flats = [spec("flat", "float16"), spec("flat", "float32", "rows"), spec("flat", "float16", "rows")]
+    assert [s.is_exact for s in flats] == [True, True, False]
 
 
 def test_lists_are_exhaustive_when_all_are_probed_and_graphs_never() -> None:
-    assert (FLAT.exhaustive_params, HNSW.exhaustive_params) == (None, None)
+    assert (FLAT.exhaustive_params, HNSW.exhaustive_params, CAGRA.exhaustive_params) == (None, None, None)
     assert [s.exhaustive_params for s in (IVF_FLAT, IVF_PQ, RABITQ)] == [{"nprobe": 64}] * 3
 
 
@@ -146,12 +176,19 @@ def test_knob_grid_ascends_in_small_steps_from_end_to_end(low: int, more: int) -
         ("nprobe", 1_000, 1, (1, 1)),
         ("nprobe", 0, 0, (1, 1)),
         ("rerank", 1_000, 25, (RERANK_GRID[0], RERANK_GRID[-1])),
+        ("itopk_size", 1_000, 0, (32, 512)),
+        ("search_width", 1_000, 0, (1, 8)),
     ],
 )
 def test_search_grid_ends_where_the_index_does(knob: str, count: int, lists: int, ends: tuple[int, int]) -> None:
     grid = search_grid(knob, count, lists)
     assert (grid[0], grid[-1]) == ends
     assert list(grid) == sorted(set(grid))
+
+
+def test_candidates_of_a_gpu_s_graph_are_multiples_of_32() -> None:
+    assert list(search_grid("itopk_size", 10**6, 0)) == [32 * step for step in range(1, 17)]
+    assert list(search_grid("search_width", 10**6, 0)) == [1, 2, 4, 8]
 
 
 # ---- lists and training points
@@ -211,6 +248,7 @@ def test_lists_train_on_128_points_per_centroid(count: int, kind: Any) -> None:
         (replace(RABITQ, rerank_store="sq8"), TRAINING_POINTS_SQ8),
         (spec("ivf_pq", nlist=2, pq_m=4, pq_bits=8), TRAINING_POINTS_PQ),
         (spec("factory", factory="IVF4,SQ8"), TRAINING_POINTS_FACTORY),
+        (CAGRA, 10**6),
     ],
 )
 def test_training_points_of_codes_and_stores(built: IndexSpec, expected: int) -> None:
@@ -226,9 +264,14 @@ def test_fewest_training_points_are_one_per_codeword(built: IndexSpec, least: in
 # ---- as data
 
 
-@pytest.mark.parametrize("built", [FLAT, HNSW, IVF_FLAT, IVF_PQ, RABITQ, spec("factory", factory="IVF4,SQ8")])
+@pytest.mark.parametrize("built", [FLAT, HNSW, IVF_FLAT, IVF_PQ, RABITQ, CAGRA, spec("factory", factory="IVF4,SQ8")])
 def test_spec_survives_json(built: IndexSpec) -> None:
     assert IndexSpec.from_dict(json.loads(json.dumps(built.to_dict()))) == built
+
+
+def test_spec_tells_of_gpus_only_where_it_is_for_one() -> None:
+    assert {"device", "gpu_bytes"} & HNSW.to_dict().keys() == set()
+    assert (CAGRA.to_dict()["device"], CAGRA.to_dict()["gpu_bytes"]) == ("gpu", 9)
 
 
 @pytest.mark.parametrize("kind", ["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_rabitq"])

@@ -138,7 +138,7 @@ def test_generation_is_publishable_when_all_that_answer_hold_it(
 def test_generation_is_held_by_every_shard_where_one_ready_replica_of_each_has_it(
     observed: dict[ReplicaKey, ObservedReplica], held: bool
 ) -> None:
-    assert held_by_every_shard("a", 2, observed, 2) is held
+    assert held_by_every_shard({A0, A0_SECOND, A1}, observed, 2) is held
 
 
 def crossing(lag: int, *versions: int) -> ObservedReplica:
@@ -372,10 +372,10 @@ def test_replicas_of_a_collection_are_all_pairs() -> None:
     assert replicas_of("a", config, 2) == [A0, A0_SECOND, A1, ReplicaKey("a", 1, 1)]
 
 
-@pytest.mark.parametrize(("device", "resources"), [("cpu", (0.5, 0.0)), ("gpu", (0.5, 1.0))])
+@pytest.mark.parametrize(("device", "resources"), [("cpu", (0.5, 0.0)), ("gpu", (0.5, 0.25))])
 def test_replica_resources_ask_for_a_gpu_only_where_wanted(device: Any, resources: tuple[float, float]) -> None:
-    config = CollectionConfig(dimension=2, index=IndexConfig(device=device))
-    assert replica_resources(config, Settings(data="memory://x", shard_cpus=0.5)) == resources
+    config = CollectionConfig(dimension=2, index=IndexConfig(num_gpus=0.25))
+    assert replica_resources(config, Settings(data="memory://x", shard_cpus=0.5), device) == resources
 
 
 @pytest.mark.parametrize(

@@ -350,6 +350,33 @@ def test_description_survives_encoding() -> None:
     assert SegmentDescription.decode(empty.encode(), "n") == empty
 
 
+TWIN = {
+    "recall": 0.93,
+    "operating_points": [
+        {"target_recall": 0.95, "params": {"ef_search": 60}, "recall": 0.96, "recall_low": 0.951, "latency_ms": 0.4}
+        | {"met": True, "queries_per_s": 900.0}
+    ],
+}
+
+
+def test_description_tells_of_a_twin_only_where_there_is_one() -> None:
+    assert b"cpu_twin" not in DESCRIPTION.encode()
+    assert DESCRIPTION.twin_points == ()
+    twinned = replace(DESCRIPTION, cpu_twin=TWIN)
+    again = SegmentDescription.decode(twinned.encode(), "n")
+    assert again == twinned
+    assert again.twin_points == (OperatingPoint(0.95, {"ef_search": 60}, 0.96, 0.951, 0.4, True, 900.0),)
+
+
+@pytest.mark.parametrize(
+    "twin", [["x"], {"recall": 0.9}, {**TWIN, "recall": "x"}, {**TWIN, "operating_points": [{"met": True}]}, "x"]
+)
+def test_description_of_a_twin_in_another_form_is_corrupt(twin: Any) -> None:
+    data = json.loads(DESCRIPTION.encode()) | {"cpu_twin": twin}
+    with pytest.raises(Corrupt, match="segment"):
+        SegmentDescription.decode(json.dumps(data).encode(), "segment.json")
+
+
 def test_description_without_the_newer_fields_is_read() -> None:
     raw = json.loads(DESCRIPTION.encode())
     del raw["considered"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from cluster.arrow_rows import vectors_array, vectors_view
 from cluster.config import IdType, Metric
 from cluster.ids import ID_ARROW_TYPE
 from cluster.query import Hits
-from cluster.topk import join_queries, merge_hits, recall_at_k, smaller_is_better, split_hits
+from cluster.topk import best_of_each, join_queries, merge_hits, recall_at_k, smaller_is_better, split_hits
 
 few = settings(max_examples=120, deadline=None, derandomize=True)
 
@@ -166,6 +166,21 @@ def test_merge_keeps_vectors_as_rows_of_the_columns() -> None:
     parts = [hits_of([[Point(i, float(i), i)]], "int64", with_columns=True) for i in (2, 1)]
     merged = merge_hits(parts, 2, "l2")
     assert vectors_view(merged.columns["vector"].combine_chunks()).tolist() == [[1, -1], [2, -2]]
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("which", [None, 0, 1])
+def test_answer_is_degraded_where_a_part_is(which: int | None, queries: int, columns: bool) -> None:
+    parts = [hits_of([[Point(i, float(i), i), Point(i + 9, 9.0, i)]] * queries, "int64", columns) for i in (1, 2)]
+    parts = [replace(part, degraded="cpu") if number == which else part for number, part in enumerate(parts)]
+    told = "" if which is None else "cpu"
+    merged = merge_hits(parts, 1, "l2")
+    joined = join_queries(parts)
+    assert [merged.degraded, joined.degraded] == [told, told]
+    assert [part.degraded for part in split_hits(joined, [queries, queries])] == [told, told]
+    assert best_of_each(joined, 1).degraded == told
+    assert model_of(best_of_each(joined, 1)) == [query[:1] for query in model_of(joined)]
 
 
 def test_merge_does_not_write_to_its_parts() -> None:

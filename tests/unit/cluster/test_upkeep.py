@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from math import log, log2
+from math import ceil, log, log2
 
 import pytest
 
 from cluster.config import CollectionConfig, IndexConfig, Upkeep
+from cluster.gpu_memory import GpuFacts
+from cluster.index_policy import MEMORY_MARGIN
 from cluster.shard_entry import SegmentRef, ShardEntry, TombstonesRef
 from cluster.upkeep import (
     Merge,
@@ -253,3 +255,11 @@ def test_largest_build_fits_the_memory_of_the_shard() -> None:
 def test_lists_that_few_points_cannot_train_do_not_keep_segments_small() -> None:
     lists = CollectionConfig(16, index=IndexConfig("ivf_flat", nlist=100))
     assert largest_build(lists, 2**20) > 5_000
+
+
+def test_host_memory_of_a_gpu_s_graph_is_its_file_and_a_copy_of_the_vectors() -> None:
+    there = CollectionConfig(768, index=IndexConfig("cagra", device="gpu"))
+    assert build_bytes(there, 1_000_000) == ceil(1_000_000 * (4 * 768 + 4 * 64 + 16 + 4 * 768) * MEMORY_MARGIN)
+    wanted = CollectionConfig(768, index=IndexConfig("cagra"))
+    assert build_bytes(wanted, 1_000_000, GpuFacts()) == build_bytes(there, 1_000_000)
+    assert largest_build(wanted, 2**30, GpuFacts()) == largest_build(there, 2**30) < largest_build(wanted, 2**30)

@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from actors.switch_facts import Statuses
 from cluster import paths
 from cluster.arrow_rows import vectors_array
+from cluster.cluster_gpus import ClusterGpus
 from cluster.config import Metric
 from cluster.manifest import Manifest, ManifestLog, SegmentRef
 from cluster.object_store import ObjectStore, open_store
@@ -75,13 +77,16 @@ def run_import(
     listener: Callable[[JobStatus], None] = lambda status: None,
     collection: str = "words",
     job_id: str = JOB,
+    gpus: Callable[[], ClusterGpus] = ClusterGpus,
+    statuses: Callable[[], Statuses] = dict,
 ) -> Manifest:
     """One import; `store` is what the importer itself uses, where it is not the one that `data` opens."""
     store = store or open_store(data)
     options = ImportOptions(collection, str(source), columns or Columns(), create or {}, memory_bytes)
     # On a clock that stands still only the changes of phase are written: the same puts in every run.
     reporter = JobReporter(store, JobStatus(job_id, "import", collection), listener, ManualClock())
-    importer = Importer(data, store, log_of(store, collection), options, Workers(run_tasks, 2))
+    workers = Workers(run_tasks, 2, gpus=gpus)
+    importer = Importer(data, store, log_of(store, collection), options, workers, statuses)
     return importer.run(job_id, reporter)
 
 

@@ -15,6 +15,7 @@ from actors.segment_rows import deleted_rows, open_rows
 from actors.segment_upkeep import seal_tail
 from actors.switch_facts import Statuses
 from cluster.arrow_rows import vectors_array
+from cluster.cluster_gpus import ClusterGpus
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.entry_log import EntryLog
 from cluster.ids import id_array
@@ -149,13 +150,14 @@ def run_rebuild(
     run_tasks: TaskRunner = run_tasks_here,
     job_id: str = JOB,
     statuses: Callable[[], Statuses] = dict,
+    gpus: Callable[[], ClusterGpus] = ClusterGpus,
     **options: Any,
 ) -> dict[str, Any]:
     """One rebuild; `store` is what the job itself uses, where it is not the one that the collection's data opens."""
     store = store or collection.store
     reporter = JobReporter(store, JobStatus(job_id, "rebuild", "words"), listener, ManualClock())
     wanted = RebuildOptions("words", **options)
-    place = (wanted, Workers(run_tasks, 2), str(collection.folder), ManualClock(), statuses)
+    place = (wanted, Workers(run_tasks, 2, gpus=gpus), str(collection.folder), ManualClock(), statuses)
     job = Rebuilder(collection.data, store, log_of(store), *place)
     manifest, report = job.run(job_id, reporter)
     assert manifest == collection.newest

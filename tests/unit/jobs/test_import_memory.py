@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from cluster.arrow_rows import vectors_array
 
-ROWS, DIMENSION = 600_000, 128
+ROWS, DIMENSION = 400_000, 128
 FILE_BYTES = ROWS * DIMENSION * 4
 MEMORY_BYTES = 16 * 1024 * 1024
 IMPORT = """
@@ -49,7 +49,7 @@ print(manifest.points, len(manifest.segments), peak - before)
 
 
 def test_import_of_one_large_row_group_stays_within_its_memory(tmp_path: Path) -> None:
-    """307 MB in a single row group, 16 MiB for each index; decoding and BLAS buffers take about 130 MiB at any size."""
+    """205 MB in a single row group, 16 MiB for each index; decoding and BLAS buffers take about 130 MiB at any size."""
     vectors = np.random.default_rng(5).standard_normal((ROWS, DIMENSION), dtype=np.float32)
     table = pa.table({"id": np.arange(ROWS), "vector": vectors_array(vectors)})
     pq.write_table(table, tmp_path / "big.parquet", row_group_size=ROWS, compression="none")

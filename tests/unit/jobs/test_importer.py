@@ -680,7 +680,9 @@ def segment_ids(store: ObjectStore) -> set[str]:
 def fail_after(segments: int, error: BaseException) -> Any:
     """A task runner that raises once so many segments are published."""
 
-    def run(function: Any, items: Any, num_cpus: float, in_flight: int) -> Iterator[tuple[int, Any]]:
+    def run(
+        function: Any, items: Any, num_cpus: float, in_flight: int, num_gpus: float = 0.0
+    ) -> Iterator[tuple[int, Any]]:
         published = 0
         for number, event in run_tasks_here(function, items, num_cpus, in_flight):
             yield number, event
@@ -859,7 +861,9 @@ def test_import_that_no_shard_could_hold_is_refused_before_a_row_is_read(tmp_pat
     assert_left_alone(open_store(data))
 
 
-def refuse_tasks(function: Any, items: Any, num_cpus: float, in_flight: int) -> Iterator[tuple[int, Any]]:
+def refuse_tasks(
+    function: Any, items: Any, num_cpus: float, in_flight: int, num_gpus: float = 0.0
+) -> Iterator[tuple[int, Any]]:
     raise AssertionError("a task was run")
 
 
@@ -867,7 +871,9 @@ def test_builds_ask_for_what_one_node_has_free_though_faiss_uses_all_of_it(tmp_p
     asked: list[tuple[str, float, int]] = []
     threads: set[int] = set()
 
-    def run_tasks(function: Any, items: Any, num_cpus: float, in_flight: int) -> Iterator[tuple[int, Any]]:
+    def run_tasks(
+        function: Any, items: Any, num_cpus: float, in_flight: int, num_gpus: float = 0.0
+    ) -> Iterator[tuple[int, Any]]:
         asked.append((function.__name__, num_cpus, in_flight))
         threads.update(getattr(item, "threads", 0) for item in items)
         return run_tasks_here(function, [replace(i, threads=1) if hasattr(i, "threads") else i for i in items], 1, 1)
@@ -902,7 +908,9 @@ def test_commit_of_another_writer_in_between_is_a_conflict(exists: bool, tmp_pat
         run_import(data, source, create={"metric": "l2"})
     theirs: list[Manifest] = []
 
-    def tasks_beside_another(function: Any, items: Any, num_cpus: float, in_flight: int) -> Iterator[tuple[int, Any]]:
+    def tasks_beside_another(
+        function: Any, items: Any, num_cpus: float, in_flight: int, num_gpus: float = 0.0
+    ) -> Iterator[tuple[int, Any]]:
         if not theirs:
             log = log_of(store)
             config = CollectionConfig(4, metric="l2", index=IndexConfig())
@@ -929,7 +937,9 @@ def once_before_rows_are_read(action: Callable[[], object]) -> Any:
     """A task runner that runs `action` ahead of the first task of an import."""
     actions = [action]
 
-    def run_tasks(function: Any, items: Any, num_cpus: float, in_flight: int) -> Iterator[tuple[int, Any]]:
+    def run_tasks(
+        function: Any, items: Any, num_cpus: float, in_flight: int, num_gpus: float = 0.0
+    ) -> Iterator[tuple[int, Any]]:
         if actions:
             actions.pop()()
         return run_tasks_here(function, items, num_cpus, in_flight)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.unit.jobs.under_load import Load, run_under_load
+
+pytestmark = pytest.mark.usefixtures("one_target")
 
 
 def test_rebuild_and_compaction_under_load(tmp_path: Path) -> None:

@@ -296,6 +296,7 @@ def test_index_option_is_a_kind_or_an_object() -> None:
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_jobs, "run_tasks", lambda *args, waiting: run_tasks_here(*args))
     monkeypatch.setattr(ray_jobs, "cluster_cpus", lambda: ray_jobs.ClusterCpus(2, 2, 2))
+    monkeypatch.setattr(ray_jobs, "cluster_gpus", ray_jobs.ClusterGpus)
     monkeypatch.setattr(ray_runtime, "find_supervisor", lambda namespace: "a supervisor")
     monkeypatch.setattr(ray_runtime, "wait_until_served", lambda *args: None)
     monkeypatch.setattr(report, "FINISH_PAUSES_S", (0.0, 0.0))

@@ -55,7 +55,12 @@ class MortalTasks:
         self._store.at = self._store.calls + calls
 
     def __call__(
-        self, function: Callable[[T], Iterator[Any]], items: Sequence[T], num_cpus: float, in_flight: int
+        self,
+        function: Callable[[T], Iterator[Any]],
+        items: Sequence[T],
+        num_cpus: float,
+        in_flight: int,
+        num_gpus: float = 0.0,
     ) -> Iterator[tuple[int, Any]]:
         for number, item in enumerate(items):
             told = 0  # events of an earlier try are not told twice

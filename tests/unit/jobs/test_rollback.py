@@ -420,7 +420,9 @@ def test_job_that_another_generation_comes_before_leaves_no_segments(
     made.write(range(100, 140), [5, 6])
     sealed = list[str]()
 
-    def run(function: object, items: object, num_cpus: float, in_flight: int) -> Iterator[tuple[int, Any]]:
+    def run(
+        function: object, items: object, num_cpus: float, in_flight: int, num_gpus: float = 0.0
+    ) -> Iterator[tuple[int, Any]]:
         for number, event in run_tasks_here(function, items, num_cpus, in_flight):  # type: ignore[arg-type]
             sealed[:] = [name for name in segment_ids(made) if name.startswith("rollback-1-")]
             if at == "seal" and sealed:

@@ -29,6 +29,7 @@ def run_tasks_and_listen(*args: Any, waiting: Any) -> Any:
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_jobs, "run_tasks", run_tasks_and_listen)
     monkeypatch.setattr(ray_jobs, "cluster_cpus", lambda: ray_jobs.ClusterCpus(2, 2, 2))
+    monkeypatch.setattr(ray_jobs, "cluster_gpus", ray_jobs.ClusterGpus)
     monkeypatch.setattr(ray_runtime, "find_supervisor", lambda namespace: "a supervisor")
     monkeypatch.setattr(ray_runtime, "wait_until_served", lambda *args: None)
     monkeypatch.setattr(report, "FINISH_PAUSES_S", (0.0, 0.0))

@@ -24,9 +24,12 @@ import numpy as np
 import pyarrow as pa
 
 from actors.coordinator import Coordinator
+from actors.gpu_device import GpuDevice
+from actors.replica_status import ReplicaStatus
 from actors.shard_client import ServingTable
 from actors.supervisor import Supervisor
 from cluster.arrow_rows import vectors_array
+from cluster.cluster_gpus import ClusterGpus
 from cluster.config import Limits, Settings, Upkeep
 from cluster.errors import EaglerayError, Unavailable
 from cluster.manifest import Manifest, ManifestLog
@@ -74,6 +77,7 @@ class Shape:
     index: dict[str, Any] = field(default_factory=lambda: {"kind": "hnsw"})
     target_recall: float = 0.95
     seed: int = 0
+    gpus: float = 0.0  # of the cluster, each opened as a double
 
 
 class _Unobserved:
@@ -136,7 +140,8 @@ class Load:
         self.shape = shape
         pool = np.random.default_rng(shape.seed).standard_normal((shape.points, DIMENSION)).astype(np.float32)
         self.points = Acknowledged(pool, shape.points, 4 * shape.points, shape.seed)
-        self.runtime = LocalRuntime(self.store, folder / "cache", SETTINGS, tick_s=0.02)
+        how: dict[str, Any] = {"tick_s": 0.02, "gpus": shape.gpus, "open_gpu": _open_double}
+        self.runtime = LocalRuntime(self.store, folder / "cache", SETTINGS, **how)
         self.failed_searches: list[str] = []
         self.failed_writes: list[str] = []
         self.wrong: list[str] = []
@@ -207,15 +212,21 @@ class Load:
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 
+    def statuses(self) -> dict[ReplicaKey, ReplicaStatus]:
+        assert self._supervisor is not None
+        told: dict[ReplicaKey, ReplicaStatus] = self._supervisor.describe(COLLECTION)["statuses"]
+        return told
+
     def rebuild(self, run_tasks: TaskRunner = run_tasks_here, **options: Any) -> Job:
         def run(store: ObjectStore, listener: Listener) -> Any:
             job_id = f"rebuild-{_nonce()}"
             log = ManifestLog(store, COLLECTION, _nonce)
             reporter = JobReporter(store, JobStatus(job_id, "rebuild", COLLECTION), listener)
             given = RebuildOptions(COLLECTION, **options)
-            return Rebuilder(self.data, store, log, given, Workers(run_tasks, 1), str(self.folder / "jobs")).run(
-                job_id, reporter
-            )
+            workers = Workers(run_tasks, 1, gpus=lambda: ClusterGpus(self.shape.gpus, self.runtime.free_gpus))
+            place = (workers, str(self.folder / "jobs"))
+            rebuilder = Rebuilder(self.data, store, log, given, *place, statuses=self.statuses)
+            return rebuilder.run(job_id, reporter)
 
         return run
 
@@ -416,6 +427,12 @@ def run_under_load(
         return load
 
     return asyncio.run(asyncio.wait_for(run(), 4 * JOB_TIMEOUT_S))
+
+
+def _open_double(share: float) -> GpuDevice:
+    from tests.gpu_double import double_device  # only where there are GPUs
+
+    return double_device(share=share)
 
 
 async def until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:

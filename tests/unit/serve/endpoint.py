@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from actors.coordinator import Coordinator
 from cluster.arrow_rows import vectors_array
+from cluster.cluster_gpus import ClusterGpus
 from cluster.config import CollectionConfig, Limits
 from cluster.errors import EaglerayError, NotFound, Unavailable
 from cluster.manifest import ManifestLog
@@ -39,6 +40,7 @@ from jobs.import_source import Columns
 from jobs.importer import Importer, ImportOptions, Workers
 from jobs.report import JobReporter, JobStatus
 from serve.arrow_bodies import ARROW
+from serve.gpu_checks import CountGpus
 from serve.job_service import JobService
 from serve.metrics import EndpointMetrics
 from serve.problems import PROBLEM
@@ -175,6 +177,7 @@ class EndpointOptions:
     limits: Limits = field(default_factory=Limits)
     name: str = "endpoint-1"
     follow: bool = True  # False: an endpoint that never reaches the supervisor
+    gpus: CountGpus = ClusterGpus  # that it has none
 
 
 @asynccontextmanager
@@ -203,6 +206,7 @@ async def another_endpoint(eagleray: Serving, data: str, options: EndpointOption
         exchange=directory,
         limits=options.limits,
         name=options.name,
+        gpus=options.gpus,
     )
     app = build_app(services)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

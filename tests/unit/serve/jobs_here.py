@@ -39,6 +39,7 @@ class JobsHere(LocalJobs):
         monkeypatch.setattr(jobs_main, "_connected", connected)
         monkeypatch.setattr(ray_jobs, "run_tasks", lambda *args, waiting: run_tasks_here(*args))
         monkeypatch.setattr(ray_jobs, "cluster_cpus", lambda: ray_jobs.ClusterCpus(1, 1, 1))
+        monkeypatch.setattr(ray_jobs, "cluster_gpus", ray_jobs.ClusterGpus)
         monkeypatch.setattr(ray_runtime, "find_supervisor", lambda namespace: "a supervisor")
         monkeypatch.setattr(ray_runtime, "wait_until_served", served)
         monkeypatch.setattr(ray_runtime, "RayDirectory", lambda *place: DirectoryElsewhere(endpoint))

@@ -24,6 +24,8 @@ def test_params_are_numbers_by_name() -> None:
 
 def test_sweep_gives_an_operating_point_per_value_beside_what_is_fixed() -> None:
     assert read_sweep("nprobe=1,8") == [{"nprobe": 1}, {"nprobe": 8}]
+    assert read_sweep("itopk_size=64,128") == [{"itopk_size": 64}, {"itopk_size": 128}]
+    assert read_sweep("search_width=1,4") == [{"search_width": 1}, {"search_width": 4}]
     points = operating_points("rerank=2", None, "ef_search=16,64")
     assert points == ({"rerank": 2.0, "ef_search": 16}, {"rerank": 2.0, "ef_search": 64})
     assert operating_points("", 0.9, None) == ({"target_recall": 0.9},)

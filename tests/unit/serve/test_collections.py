@@ -69,7 +69,7 @@ def test_create_takes_every_kind_with_its_options_and_the_same_again(index: dict
     async def scenario(endpoint: Endpoint) -> None:
         created = await endpoint.create("words", dimension=4, index=index)
         told = created["config"]["index"]
-        assert told == {"target_recall": 0.95, "device": "cpu", "memory_bytes": None} | index
+        assert told == {"target_recall": 0.95, "device": "auto", "memory_bytes": None} | index
         for same in (index, told, nulls | index):
             again = await endpoint.http.put("/v1/collections/words", json={"dimension": 4, "index": same})
             assert (again.status_code, facts(again.json())) == (200, facts(created))

@@ -102,6 +102,7 @@ DESCRIPTION: dict[str, Any] = {
     "points": 117_659,
     "version": 4,
     "generation": 3,
+    "device": "cpu",
     "serving_generation": 3,
     "ready": True,
     "reason": "",

@@ -42,8 +42,8 @@ from tests.unit.actors.points import manifest_log, random_points
 from tests.unit.serve.endpoint import Endpoint, arrow_stream, memory_url, running_endpoint, stream_of
 
 SEED = 20_240_601
-EXAMPLES = 120  # per operation, beside the schema's own edge cases
-FEW_EXAMPLES = 40  # of those whose bodies and answers are small
+EXAMPLES = 60  # per operation, beside the schema's own edge cases
+FEW_EXAMPLES = 25  # of those whose bodies and answers are small
 DIMENSION = 1  # so that made-up vectors often fit
 COLLECTIONS = ("words", "names")
 SCRATCH = tuple(f"scratch-{number}" for number in range(12))

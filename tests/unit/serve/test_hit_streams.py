@@ -48,6 +48,15 @@ def test_answers_after_a_write_tell_its_lsn() -> None:
         assert json.loads(table.schema.metadata[b"lsn"]) == {"0": lsn}
 
 
+def test_answer_is_told_to_be_degraded_where_it_is() -> None:
+    for columns in (None, pa.table({"rank": pa.array([7], pa.int8())})):
+        hits = Hits(np.array([1]), pa.array([5]), np.ones(1, np.float32), columns)
+        for degraded in ("cpu", "", "cpu"):  # what is kept of one answer is not the next one's
+            written = write_result(SearchResult(hits, Coverage(1.0, 1.0), 1, {0: 1}, degraded))  # type: ignore[arg-type]
+            metadata = pa.ipc.open_stream(written).read_all().schema.metadata
+            assert metadata.get(b"degraded") == (b"cpu" if degraded else None)
+
+
 def plainly_written(result: SearchResult) -> Any:
     """The table that the documentation promises, made without any shortcut."""
     hits = result.hits

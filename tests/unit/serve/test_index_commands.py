@@ -24,8 +24,10 @@ from tests.unit.serve.listening import listening
 INDEX = [
     *("--index", "hnsw", "--target-recall", "0.9", "--index-memory-bytes", "5000000"),
     *("--build-seconds", "60", "--churn", "0.25", "--index-options", '{"m": 16, "codes": "sq8"}'),
+    *("--device", "cpu", "--num-gpus", "0.5", "--no-cpu-twin", "--gpu-full", "refuse", "--wait-for-gpu"),
 ]
-INDEX_CONFIG = IndexConfig("hnsw", 0.9, "cpu", 5_000_000, 60.0, 0.25, m=16, codes="sq8")
+GPU_FIELDS: dict[str, Any] = {"num_gpus": 0.5, "cpu_twin": False, "gpu_full": "refuse", "wait_for_gpu": True}
+INDEX_CONFIG = IndexConfig("hnsw", 0.9, "cpu", 5_000_000, 60.0, 0.25, m=16, codes="sq8", **GPU_FIELDS)
 LISTS = CollectionConfig(16, "l2", index=IndexConfig("ivf_flat", 0.9, nlist=16))
 CODES = CollectionConfig(16, "l2", index=IndexConfig("ivf_pq", 0.9, nlist=4, pq_m=1, pq_bits=4))
 POINTS = random_points(LISTS, 700)
@@ -77,7 +79,7 @@ def test_create_tells_what_the_endpoint_says_of_a_wrong_option(tmp_path: Path) -
 )
 def test_index_options_that_cannot_be_read_are_refused(options: str, message: str) -> None:
     with pytest.raises(Invalid, match=message) as error:
-        index_fields("hnsw", None, None, None, 0.5, options)
+        index_fields(options, kind="hnsw", churn=0.5, device=None)
     assert [field.field for field in error.value.errors] == ["index_options"]
 
 

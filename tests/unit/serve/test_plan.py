@@ -65,7 +65,7 @@ def test_plan_takes_the_options_of_the_index() -> None:
     options = ["--index", "ivf_pq", "--index-options", '{"pq_m": 48, "nlist": 512}', "--target-recall", "0.9"]
     bounds = ["--memory-bytes", "90000000", "--build-seconds", "30.5", "--churn", "0.5"]
     answer = told_json("plan", *WORDS, *options, *bounds)
-    index = IndexConfig("ivf_pq", 0.9, "cpu", 90_000_000, 30.5, 0.5, pq_m=48, nlist=512)
+    index = IndexConfig("ivf_pq", 0.9, "auto", 90_000_000, 30.5, 0.5, pq_m=48, nlist=512)
     assert answer["config"] == CollectionConfig(384, index=index).to_dict()
     assert answer["index"]["params"] == {"nlist": 512, "pq_m": 48, "pq_bits": 4}
 

@@ -8,7 +8,8 @@ import pytest
 
 from cluster.config import ALL_OPTIONS, CollectionConfig, IndexConfig, Limits
 from cluster.errors import Invalid
-from cluster.query import SearchParams
+from cluster.gpu_memory import GpuFacts
+from cluster.query import RAW_KNOBS, SearchParams
 from serve.decoding import decode, decode_parameters
 from serve.job_bodies import ImportBody, check_create
 from serve.job_service import command_line
@@ -29,6 +30,10 @@ def encoded(**fields: Any) -> bytes:
     return json.dumps(fields).encode()
 
 
+def no_gpus(config: CollectionConfig) -> GpuFacts | None:
+    return None
+
+
 def fields_of(error: Invalid) -> list[str]:
     return [field.field for field in error.errors]
 
@@ -45,6 +50,7 @@ INDEXES = (
     IndexConfig("ivf_pq", pq_m=5, pq_bits=8, rerank_store="float32"),
     IndexConfig("ivf_rabitq", rerank_store="sq8"),
     IndexConfig("factory", factory="HNSW8,SQ8", rerank_store="float16"),
+    IndexConfig("cagra", graph_degree=64, num_gpus=0.25, cpu_twin=False, gpu_full="refuse", wait_for_gpu=True),
 )
 
 
@@ -79,6 +85,12 @@ def test_null_option_is_one_that_was_not_given() -> None:
         ("nlist", 1_048_576, 1_048_577),
         ("pq_m", 65_536, 65_537),
         ("pq_bits", 8, 5),
+        ("num_gpus", 0.001, 0.0009),
+        ("num_gpus", 1.0, 1.01),
+        ("gpu_full", "refuse", "drop"),
+        ("device", "gpu", "tpu"),
+        ("graph_degree", 8, 7),
+        ("graph_degree", 128, 129),
         ("codes", "sq8", "int8"),
         ("rerank_store", "none", "disk"),
         ("factory", "x" * 200, "x" * 201),
@@ -112,7 +124,7 @@ def test_search_body_and_url_options_have_the_same_defaults() -> None:
     body, options = decode(encoded(vector=[1.0, 2.0]), SearchBody), decode_parameters([], SearchOptions)
     for name in ("k", "timeout_ms", "min_coverage", "exact", "with_vectors"):
         assert getattr(body, name) == getattr(options, name)
-    for name in ("nprobe", "ef_search", "rerank", "target_recall"):
+    for name in (*RAW_KNOBS, "target_recall"):
         assert getattr(body.params, name) is getattr(options, name) is None
     assert json_query(body, CONFIG, Limits()).params == SearchParams()
 
@@ -124,7 +136,7 @@ def test_json_query_carries_every_option() -> None:
             k=7,
             timeout_ms=50,
             min_coverage=0.25,
-            params={"nprobe": 3, "ef_search": 4, "rerank": 1.5},
+            params={"nprobe": 3, "ef_search": 4, "rerank": 1.5, "itopk_size": 96, "search_width": 2},
             with_attributes=["b", "a", "b"],
             with_vectors=True,
         ),
@@ -134,7 +146,7 @@ def test_json_query_carries_every_option() -> None:
     assert query.vectors.dtype == np.float32
     assert query.vectors.tolist() == [[1, 2], [3, 4]]
     assert (query.k, query.timeout_ms, query.min_coverage, query.with_vectors) == (7, 50.0, 0.25, True)
-    assert query.params == SearchParams(3, 4, 1.5)
+    assert query.params == SearchParams(3, 4, 1.5, itopk_size=96, search_width=2)
     assert query.with_attributes == ("b", "a")
 
 
@@ -147,6 +159,8 @@ def test_arrow_query_carries_every_option() -> None:
             ("nprobe", "3"),
             ("ef_search", "4"),
             ("rerank", "1.5"),
+            ("itopk_size", "96"),
+            ("search_width", "2"),
             ("with_attributes", "b,a,,b"),
             ("with_vectors", "true"),
         ],
@@ -156,7 +170,7 @@ def test_arrow_query_carries_every_option() -> None:
     assert query.vectors.dtype == np.float32
     assert query.vectors.tolist() == [[1, 2]]
     assert (query.k, query.timeout_ms, query.min_coverage, query.with_vectors) == (7, 50.5, 0.25, True)
-    assert query.params == SearchParams(3, 4, 1.5)
+    assert query.params == SearchParams(3, 4, 1.5, itopk_size=96, search_width=2)
     assert query.with_attributes == ("b", "a")
 
 
@@ -168,6 +182,9 @@ def test_arrow_query_carries_every_option() -> None:
         ({"target_recall": 1}, SearchParams(target_recall=1.0)),
         ({"rerank": 1_000}, SearchParams(rerank=1_000.0)),
         ({"exact": False, "nprobe": 2}, SearchParams(nprobe=2)),
+        ({"itopk_size": 32}, SearchParams(itopk_size=32)),
+        ({"itopk_size": 512, "search_width": 64}, SearchParams(itopk_size=512, search_width=64)),
+        ({"search_width": 1}, SearchParams(search_width=1)),
     ],
 )
 def test_accuracy_is_asked_for_alike_in_json_and_arrow(options: dict[str, Any], params: SearchParams) -> None:
@@ -182,6 +199,8 @@ def test_accuracy_is_asked_for_alike_in_json_and_arrow(options: dict[str, Any], 
         ({"exact": True, "ef_search": 3, "rerank": 2, "target_recall": 0.9}, ["ef_search", "rerank", "target_recall"]),
         ({"target_recall": 0.9, "nprobe": 3}, ["nprobe"]),
         ({"target_recall": 0.9, "ef_search": 3, "rerank": 2}, ["ef_search", "rerank"]),
+        ({"exact": True, "itopk_size": 64}, ["itopk_size"]),
+        ({"target_recall": 0.9, "search_width": 4, "itopk_size": 64}, ["itopk_size", "search_width"]),
     ],
 )
 def test_two_ways_to_ask_for_accuracy_are_refused_by_name(options: dict[str, Any], named: list[str]) -> None:
@@ -200,11 +219,21 @@ def test_two_ways_to_ask_for_accuracy_are_refused_by_name(options: dict[str, Any
         ("target_recall", 1.01),
         ("ef_search", 65_537),
         ("nprobe", 1.5),
+        ("itopk_size", 31),
+        ("search_width", 0),
     ],
 )
 def test_search_parameter_out_of_bounds_is_refused_by_name(name: str, value: float) -> None:
     for prefix, query in (("params.", query_of_json), ("", query_of_arrow)):
         with pytest.raises(Invalid) as error:
+            query({name: value}, k=10)
+        assert fields_of(error.value) == [prefix + name]
+
+
+@pytest.mark.parametrize(("name", "value", "limit"), [("itopk_size", 513, "<= 512"), ("search_width", 65, "<= 64")])
+def test_knob_over_a_limit_of_graphs_on_gpus_is_refused_with_the_limit(name: str, value: int, limit: str) -> None:
+    for prefix, query in (("params.", query_of_json), ("", query_of_arrow)):
+        with pytest.raises(Invalid, match=limit) as error:
             query({name: value}, k=10)
         assert fields_of(error.value) == [prefix + name]
 
@@ -298,7 +327,7 @@ def test_fetch_body_keeps_integers_and_strings_apart() -> None:
     ],
 )
 def test_create_of_an_import_may_give_any_part_of_a_config(create: dict[str, Any]) -> None:
-    check_create(create)
+    check_create(create, no_gpus)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +349,7 @@ def test_create_of_an_import_may_give_any_part_of_a_config(create: dict[str, Any
 )
 def test_create_of_an_import_names_its_wrong_field(create: dict[str, Any], field: str) -> None:
     with pytest.raises(Invalid) as error:
-        check_create(create)
+        check_create(create, no_gpus)
     assert fields_of(error.value) == [field]
     assert field in str(error.value)
 

@@ -92,7 +92,10 @@ def test_one_vector_is_searched_like_vectors_of_one(tmp_path: Path) -> None:
         one = (await endpoint.search("words", vector=query)).json()
         many = (await endpoint.search("words", vectors=[query])).json()
         assert len(one["results"][0]) == 10
-        assert one | {"took_ms": 0} == many | {"took_ms": 0}
+        for answer in (one, many):  # a shard may be claimed between the two
+            assert answer.pop("lsn").keys() == {"0", "1"}
+            assert answer.pop("took_ms") >= 0.0
+        assert one == many
 
     run_with_endpoint(scenario, tmp_path)
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,15 @@ from tests.ray.server import RunningServer, alive, problem_of, wait_until
 
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WORDS = ROOT / "examples" / "words" / "wordnet-minilm-384-5k.parquet"
 SEED = 11
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    server = RunningServer(tmp_path_factory.mktemp("data"))
-    server.start()
-    yield server
-    if server.running:
-        server.stop()
-    server.client.close()
+def server(eagleray: RunningServer) -> RunningServer:
+    """That of the folder, which is ended here: this module is the last one that uses it."""
+    return eagleray
 
 
 @pytest.fixture(scope="module")

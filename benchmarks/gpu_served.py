@@ -1,0 +1,170 @@
+"""The same collections through a running Eagleray: its shard's actor by the direct connection, and HTTP Arrow batches.
+
+`eagleray up` over the folder of the benchmark finds what is committed there. This process joins its Ray to learn where
+the actor listens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu_collection import Made
+from benchmarks.gpu_sets import K, cores
+from benchmarks.gpu_ways import hits_of, timed_calls
+from cluster.config import Settings
+from cluster.errors import EaglerayError, Unavailable
+from cluster.placement import ReplicaKey
+
+NEEDED = ("ray", "starlette", "httpx", "uvloop", "httptools")
+READY_S, LOOK_S = 120.0, 0.2
+NAMESPACE = Settings(data="memory://").namespace
+
+
+def missing() -> str:
+    """Which modules of the serving stack are not installed; "" where all are."""
+    return ", ".join(name for name in NEEDED if importlib.util.find_spec(name) is None)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running Eagleray; `ray` is joined."""
+
+    target: str
+    client: Any
+    ray: Any
+
+    def wait_for(self, made: Made, device: str) -> Any:
+        """The handle of the collection's one actor, once it answers from the device."""
+        from actors.ray_replica import replica_name
+
+        give_up_s, why = time.monotonic() + READY_S, ""
+        while time.monotonic() < give_up_s:
+            try:
+                answer = self.client.search(made.name, made.segment.rows.vectors(0, 1), k=1, timeout_ms=30_000)
+                if not answer.get("degraded"):
+                    return self.ray.get_actor(replica_name(ReplicaKey(made.name, 0, 0, device)), namespace=NAMESPACE)  # type: ignore[arg-type]
+                why = "the twin on host memory answers"
+            except (EaglerayError, ValueError) as error:
+                why = str(error)
+            time.sleep(LOOK_S)
+        raise Unavailable(f"{made.name} was not served within {READY_S:g} s: {why}")
+
+
+@contextmanager
+def running(data: Path) -> Iterator[Server]:
+    """`eagleray up` over the folder, with all cores for the one shard that is asked at a time."""
+    os.environ["RAY_AUTH_MODE"] = "token"  # as that Ray asks of who joins; read when Ray is imported
+    import ray
+
+    from benchmarks.served import start_server
+    from serve.client import Client
+    from serve.local_cluster import free_ports
+
+    port, began_s = free_ports(1)[0], time.time()
+    server = start_server(str(data), port, "--shard-threads", str(cores()))
+    try:
+        ray.init(address=_address_since(began_s), log_to_driver=False, logging_level="ERROR")
+        with Client(f"http://127.0.0.1:{port}", timeout_s=120.0) as client:
+            yield Server(client.target, client, ray)
+    finally:
+        ray.shutdown()
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=60)
+
+
+def _address_since(began_s: float) -> str:
+    """Of the Ray that `eagleray up` started: it leaves its address in its temporary folder."""
+    started = [path for path in Path("/tmp").glob("er-*/ray_current_cluster") if path.stat().st_mtime >= began_s - 1.0]
+    if not started:
+        raise Unavailable("no Ray of an `eagleray up` was found under /tmp")
+    return max(started, key=lambda path: path.stat().st_mtime).read_text().strip()
+
+
+class ActorWay:
+    """Searches of the shard's actor over the direct connection, as a coordinator makes them."""
+
+    def __init__(self, made: Made, handle: Any, server: Server, device: str, in_flight: int) -> None:
+        self.name = f"actor x{in_flight}"
+        self._made, self._in_flight = made, in_flight
+        self._key = ReplicaKey(made.name, 0, 0, device)  # type: ignore[arg-type]
+        self._endpoint = server.ray.get(handle.status.remote()).endpoint
+        if self._endpoint is None:
+            raise Unavailable(f"replica {self._key} takes no direct connections")
+
+    async def _with_client(self, use: Any) -> Any:
+        from actors.direct_client import DirectShardClient, ShardConnection
+
+        client = DirectShardClient(ShardConnection(self._key, self._endpoint))
+        try:
+            return await use(client)
+        finally:
+            client.connection.close()
+
+    def rate(self, parts: Sequence[Any], seconds: float) -> float:
+        async def ask_all(client: Any) -> float:
+            async def ask(part: Any) -> None:
+                await client.search(self._made.request(part))
+
+            await ask(parts[0])  # the connection is made
+            return await timed_calls(ask, parts, seconds, self._in_flight)
+
+        return float(self._run(ask_all))
+
+    def ids(self, queries: Any) -> Any:
+        async def ask(client: Any) -> Any:
+            return await client.search(self._made.request(queries))
+
+        return hits_of(self._run(ask))
+
+    def _run(self, use: Any) -> Any:
+        return _on_uvloop(self._with_client(use))
+
+
+def _on_uvloop(work: Any) -> Any:
+    """As coordinators run."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+class HttpWay:
+    """Arrow batches to the endpoint, whose coordinator asks the actor; closed loop over keep-alive connections."""
+
+    def __init__(self, made: Made, server: Server, connections: int) -> None:
+        self.name = f"HTTP x{connections}"
+        self._made, self._server, self._connections = made, server, connections
+        self._requests: dict[int, list[bytes]] = {}  # by batch
+
+    def rate(self, parts: Sequence[Any], seconds: float) -> float:
+        from serve.load import run_closed_loop
+
+        batch = len(parts[0])
+        if batch not in self._requests:
+            self._requests = {batch: self._encoded(parts)}
+        requests = self._requests[batch]
+        report = run_closed_loop(self._server.target, requests, self._connections, max(seconds, 0.5), 0.2)
+        if report.failures or report.unanswered:
+            raise Unavailable(f"HTTP answered {report.failures}, {report.unanswered} not at all")
+        return report.per_second * batch
+
+    def _encoded(self, parts: Sequence[Any]) -> list[bytes]:
+        from serve.bench_queries import search_requests
+
+        form = ("arrow", len(parts[0]), {"k": K, "timeout_ms": 30_000}, {})
+        return search_requests(self._server.target, self._made.name, np.concatenate(parts), *form)
+
+    def ids(self, queries: Any) -> Any:
+        answer = self._server.client.search(self._made.name, queries, k=K, timeout_ms=30_000)
+        return np.array([[hit["id"] for hit in hits] for hits in answer["results"]])

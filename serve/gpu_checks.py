@@ -1,0 +1,48 @@
+"""Whether the cluster has the GPUs that a collection asks for: told when they are asked for, not by a job later.
+
+The memory of GPUs is not looked at here: the job that builds for them asks their drivers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from actors.shard import ReplicaStatus
+from cluster.cluster_gpus import ClusterGpus
+from cluster.config import CollectionConfig
+from cluster.gpu_memory import GpuFacts
+from cluster.index_policy import choose
+from cluster.placement import ReplicaKey
+from jobs.build_plan import build_gpus, held_gpus
+
+CountGpus = Callable[[], ClusterGpus]  # the cluster's, as Ray counts them; blocks
+Statuses = Mapping[ReplicaKey, ReplicaStatus]
+
+
+def gpus_for(config: CollectionConfig, count: CountGpus, held: float = 0.0) -> GpuFacts | None:
+    """What a build of the collection would be told of GPUs; None: it does without.
+
+    `held` are those of its own replicas. Invalid where it asks for GPUs that the cluster does not have, Unavailable
+    where others hold them.
+    """
+    found = build_gpus(config, count, held)
+    return None if found is None else found.facts
+
+
+def held_by(config: CollectionConfig, statuses: Statuses) -> float:
+    """GPUs that a collection's replicas have."""
+    return held_gpus(((key, status.state) for key, status in statuses.items()), config.index.num_gpus)
+
+
+def check_new_collection(config: CollectionConfig, count: CountGpus, exists: bool) -> None:
+    """Refuse an index that no shard could build, and GPUs that are not there: Invalid, Unavailable.
+
+    Of a collection that `exists` nothing is asked of the cluster: its replicas have their GPUs, or wait for them.
+    """
+    if exists or config.index.device == "cpu":
+        gpu: GpuFacts | None = GpuFacts()
+    elif config.index.device == "auto":  # without points it needs none yet
+        gpu = GpuFacts() if config.index.wait_for_gpu or count().total > 0 else None
+    else:
+        gpu = gpus_for(config, count)
+    choose(0, config, gpu)

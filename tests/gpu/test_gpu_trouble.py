@@ -1,0 +1,182 @@
+"""What goes wrong on a GPU: no memory, a lost device, an index that answers wrongly. The twin on the host answers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+
+from actors import gpu_placement
+from actors.faiss_index import FaissIndex, faiss_metric, use_threads
+from actors.gpu_device import GpuDevice, GpuLost, GpuMemoryFull
+from actors.gpu_index import place_on_gpu
+from actors.gpu_placement import GpuPlacement
+from actors.segment_loader import LoadedSegment, load_on_host
+from actors.twin_index import TwinIndex
+from benchmarks.gpu_collection import Made, make
+from benchmarks.gpu_sets import K, cores
+from benchmarks.gpu_ways import hits_of
+from cluster import paths
+from cluster.errors import Unavailable
+from cluster.manifest import SegmentRef
+from cluster.object_store import open_store
+from cluster.query import Hits, SearchParams
+from cluster.segment import checksum_bytes
+from tests.gpu.cases import DIMENSION, Case, clusters, recall
+
+COUNT, WRONG_FROM = 120_000, 100_000
+ROOT = Path(__file__).parents[2]
+PROVOKE_S = 240
+FLAT = Case("flat", "l2")
+METRIC = FLAT.metric
+
+
+@pytest.fixture(scope="module")
+def collection(device: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    use_threads(cores())
+    collection = make(tmp_path_factory.mktemp("gpu"), "trouble", clusters(METRIC, COUNT), FLAT.index, device)
+    yield collection
+    collection.delete()
+
+
+def loaded_again(collection: Made, device: Any, cpu_twin: bool = True) -> LoadedSegment:
+    """The segment loaded once more, and placed on that device if that can be."""
+    segment_id = collection.description.segment_id
+    store = open_store(str(collection.data))
+    data = store.get(paths.segment_file(collection.name, segment_id, paths.DESCRIPTION))
+    ref = SegmentRef(segment_id, collection.description.count, checksum_bytes(data))
+    segment = load_on_host(store, collection.name, ref, METRIC, collection.data / "cache", cpu_twin)
+    GpuPlacement(device).place(segment)
+    return segment
+
+
+def index_of(segment: LoadedSegment) -> TwinIndex:
+    index = segment.searcher.index
+    assert isinstance(index, TwinIndex)
+    return index
+
+
+def found(segment: LoadedSegment) -> float:
+    vectors = clusters(METRIC, COUNT)
+    return recall(segment.search(vectors.queries, K, SearchParams())[0], vectors.truth)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_index_over_its_share_is_not_placed_and_the_twin_answers(collection: Made, device: Any) -> None:
+    small = GpuDevice(device.library, device._memory, 1e-4, device.name)
+    try:
+        segment = loaded_again(collection, small)
+        index = index_of(segment)
+        assert index.gpu is None
+        assert "bytes" in index.why
+        assert found(segment) >= 0.999
+        with pytest.raises(GpuMemoryFull, match=r"\d+ bytes"):
+            place_on_gpu(small, index.cpu, segment.spec, DIMENSION, METRIC, segment.rows)
+    finally:
+        small.close()
+
+
+def test_an_index_over_its_share_is_refused_without_a_twin(collection: Made, device: Any) -> None:
+    small = GpuDevice(device.library, device._memory, 1e-4, device.name)
+    try:
+        with pytest.raises(Unavailable, match=r"\d+ bytes"):
+            loaded_again(collection, small, cpu_twin=False)
+    finally:
+        small.close()
+
+
+def test_a_search_without_memory_is_answered_by_the_twin_and_the_next_by_the_gpu(device: Any, tmp_path: Path) -> None:
+    """All memory of the device is really taken meanwhile, in a process of its own."""
+    done = provoked("full", tmp_path)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    print(told)
+    assert told["taken"] > 0
+    assert told["before"] == {"recall": pytest.approx(1.0, abs=0.001), "degraded": ""}
+    assert told["during"] == {"recall": pytest.approx(1.0, abs=0.001), "degraded": "cpu"}
+    assert told["after"] == {"recall": pytest.approx(1.0, abs=0.001), "degraded": ""}
+    assert told["facts"]["out_of_memory"] >= 1
+    assert not told["device"]["lost"]
+
+
+# --- a lost device --------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_device_ends_the_process_or_the_twin_answers_from_then_on(device: Any, tmp_path: Path) -> None:
+    """A kernel that traps ends the context in a process of its own. FAISS asserts for some calls, which ends the
+    process, and Ray starts it again; where it raises, the twin answers."""
+    done = provoked("lost", tmp_path)
+    print(f"exit code {done.returncode}\n{done.stderr[-2_000:]}")
+    assert "the kernel ended with CUDA's error" in done.stderr
+    assert "CUDA's error 0" not in done.stderr
+    if not done.stdout.strip():
+        assert done.returncode == -signal.SIGABRT
+        return
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["before"]["degraded"] == ""
+    for answer in (told["during"], told["after"]):
+        assert answer == {"recall": pytest.approx(1.0, abs=0.001), "degraded": "cpu"}
+    assert told["device"]["lost"]
+
+
+def test_after_an_error_that_says_lost_nothing_is_asked_of_the_gpu(collection: Made, device: Any) -> None:
+    """The error is made here, in the thread of a second device object: the GPU itself is well."""
+    doomed = GpuDevice(device.library, device._memory, 0.5, device.name)
+    segment = loaded_again(collection, doomed)
+    index = index_of(segment)
+    assert index.gpu is not None, index.why
+
+    def fail(resources: Any) -> None:
+        raise RuntimeError("CUDA error 700 an illegal memory access was encountered")
+
+    with pytest.raises(GpuLost):
+        doomed.run(fail)
+    assert "700" in doomed.lost
+    assert found(segment) >= 0.999
+    assert "700" in str(index.facts()["degraded"])
+    with pytest.raises(GpuLost):
+        doomed.run(lambda resources: None)
+
+
+def provoked(what: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.gpu.provoke", what, str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PROVOKE_S)
+
+
+# --- wrong answers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["rows", "scores"])
+def test_wrong_answers_above_100000_rows_are_noticed_at_load(
+    collection: Made, device: Any, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """As of an index that computes right for the first rows alone: what is placed has other vectors from there on."""
+    assert index_of(loaded_again(collection, device)).gpu is not None, "a right one is taken"
+    vectors = clusters(METRIC, COUNT).vectors.copy()
+    vectors[WRONG_FROM:] *= np.float32(0.0 if wrong == "rows" else 1.02)
+    place = place_on_gpu
+
+    def place_wrong(device: Any, cpu: FaissIndex, spec: Any, dimension: int, metric: Any, rows: Any) -> Any:
+        other = faiss.IndexFlat(dimension, faiss_metric(metric))
+        other.add(vectors)
+        return place(device, FaissIndex(other, spec, metric), spec, dimension, metric, rows)
+
+    monkeypatch.setattr(gpu_placement, "place_on_gpu", place_wrong)
+    segment = loaded_again(collection, device)
+    index = index_of(segment)
+    assert index.gpu is None
+    assert "self-test" in index.why
+    assert found(segment) >= 0.999
+    (hits,) = collection.view.search(collection.request(clusters(METRIC, COUNT).queries))
+    assert isinstance(hits, Hits), "what was loaded before is not touched"
+    assert recall(hits_of((hits,)), collection.ids[clusters(METRIC, COUNT).truth]) >= 0.999

@@ -1,0 +1,364 @@
+"""Replicas of generations on GPUs: which are wanted and asked, and the switch to another device while writes go on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors import ray_replica, ray_runtime
+from actors.gpu_device import GpuDevice
+from actors.replica_status import ReplicaStatus
+from actors.serving_table import served_collection
+from actors.shard_client import ServingTable
+from actors.supervisor import RETIRE_AFTER_S
+from actors.wanted_replicas import own_replicas, wanted_replicas
+from cluster import wal as wal_module
+from cluster.config import IndexConfig, ServedOn, Settings
+from cluster.errors import Unavailable
+from cluster.manifest import Manifest, ShardEntry
+from cluster.memory_store import MemoryStore
+from cluster.object_store import open_store
+from cluster.placement import ReplicaKey, WantedReplica
+from cluster.query import Hits, SearchGroup, SearchParams, ShardSearch
+from cluster.routing import Routing
+from cluster.shard_entry import LogPosition, LogSet, behind_logs
+from tests.fakes import SETTINGS, LocalRuntime, ManualClock, Serving, serving, table_when
+from tests.gpu_double import double_device
+from tests.unit.actors.batches import CONFIG
+from tests.unit.actors.points import commit, manifest_log, random_points
+from tests.unit.actors.reshard_load import Load, load, until
+
+Scenario = Callable[[Serving, Load, ManualClock, MemoryStore], Awaitable[None]]
+TWO = replace(CONFIG, shards=2, replicas=2, index=IndexConfig(num_gpus=0.5))
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wal_module, "APPEND_PAUSE_S", 0.001)
+    monkeypatch.setattr("actors.crossing.PERIOD_S", 0.01)
+
+
+def version(number: int, device: ServedOn, shards: int = 1) -> Manifest:
+    config = replace(TWO, shards=shards, replicas=1)
+    entries = tuple(ShardEntry(shard) for shard in range(shards))
+    return Manifest("words", number, config, Routing(shards), number, entries, "", "", device=device)
+
+
+def keys(device: ServedOn, shards: int = 2, replicas: int = 2) -> set[ReplicaKey]:
+    return {ReplicaKey("words", shard, number, device) for shard in range(shards) for number in range(replicas)}
+
+
+# --- which are wanted ---------------------------------------------------------------------------------------------
+
+
+def test_generation_on_gpus_is_wanted_of_other_replicas_beside_those_of_what_is_served() -> None:
+    settings = Settings(data="memory://x", shard_cpus=2.0)
+    cpu, gpu = ReplicaKey("words", 0, 0), ReplicaKey("words", 0, 0, "gpu")
+    assert wanted_replicas(version(2, "gpu"), version(1, "cpu"), settings) == {
+        cpu: WantedReplica(1, 1, 1, 2.0, 0.0, served=1, served_generation=1),
+        gpu: WantedReplica(2, 2, 1, 2.0, 0.5),
+    }
+    assert wanted_replicas(version(3, "cpu"), version(2, "gpu"), settings) == {
+        cpu: WantedReplica(3, 3, 1, 2.0, 0.0),
+        gpu: WantedReplica(2, 2, 1, 2.0, 0.5, served=2, served_generation=2),
+    }
+    assert wanted_replicas(version(3, "gpu"), version(2, "gpu"), settings) == {
+        gpu: WantedReplica(3, 3, 1, 2.0, 0.5, served=2, served_generation=2)
+    }
+
+
+def test_fewer_shards_on_another_device_leave_the_old_ones_all_their_replicas() -> None:
+    wanted = wanted_replicas(version(2, "gpu", shards=1), version(1, "cpu", shards=2), SETTINGS)
+    assert wanted.keys() == keys("gpu", 1, 1) | keys("cpu", 2, 1)
+    assert own_replicas(version(2, "gpu", shards=1)) == [ReplicaKey("words", 0, 0, "gpu")]
+
+
+# --- who is asked -------------------------------------------------------------------------------------------------
+
+
+def test_replicas_on_another_device_are_not_asked_but_may_lead() -> None:
+    """They seal, so that they hold the new generation as well; and they are ended soon."""
+    cpu, gpu = ReplicaKey("words", 0, 0), ReplicaKey("words", 0, 0, "gpu")
+    both = ReplicaStatus("ready", (1, 2), (1, 2), epoch=3)
+    served = served_collection(version(2, "gpu"), {cpu: both, gpu: ReplicaStatus("ready", (2,), (2,))}, None)
+    assert served.replicas == {0: (gpu,)}
+    assert served.primaries == {0: cpu}
+
+
+def test_replica_that_finds_no_gpu_goes_on_with_the_twin_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(share: float) -> GpuDevice:
+        raise Unavailable(f"no GPU of which {share:g} could be had")
+
+    monkeypatch.setattr(ray_replica.GpuDevice, "open", refuse)
+    config = replace(CONFIG, index=IndexConfig("flat", device="gpu"))
+    settings = Settings(data=str(tmp_path / "data"), cache_dir=str(tmp_path), shard_threads=1, observed_share=0.0)
+    commit(open_store(settings.data), "words", config, random_points(config, 50))
+    actor = ray_replica.ShardActor(settings, ReplicaKey("words", 0, 0, "gpu"), 1, 0.5)
+    try:
+        status = asyncio.run(actor.status())
+        assert (status.state, status.gpu) == ("ready", None)
+        assert status.degraded == "no GPU of which 0.5 could be had"
+        request = ShardSearch(1, np.zeros((1, 4), np.float32), (SearchGroup(0, 1, 3, SearchParams()),))
+        (hits,) = asyncio.run(actor.search(request))
+        assert isinstance(hits, Hits)
+        assert (hits.counts.tolist(), hits.degraded) == ([3], "cpu")
+    finally:
+        actor._replica.close()
+
+
+def test_replica_on_a_gpu_opens_its_share_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_replica.GpuDevice, "open", lambda share: double_device(share=share))
+    config = replace(CONFIG, index=IndexConfig("flat", device="gpu"))
+    settings = Settings(data=str(tmp_path / "data"), cache_dir=str(tmp_path), shard_threads=1, observed_share=0.0)
+    commit(open_store(settings.data), "words", config, random_points(config, 50))
+    actor = ray_replica.ShardActor(settings, ReplicaKey("words", 0, 0, "gpu"), 1, 0.5)
+    try:
+        status = asyncio.run(actor.status())
+        assert status.gpu is not None
+        assert (status.gpu["share"], status.degraded) == (0.5, "")
+        assert actor._device is not None
+        actor._device.close()
+    finally:
+        actor._replica.close()
+
+
+# --- the switch ---------------------------------------------------------------------------------------------------
+
+
+def under_load(scenario: Scenario, tmp_path: Path, gpus: float = 2.0) -> LocalRuntime:
+    """Two shards of two replicas, each of half a GPU where it is on one."""
+    store, clock = MemoryStore(), ManualClock()
+    manifest_log(store, "words").create(TWO)
+    runtime = LocalRuntime(store, tmp_path, gpus=gpus)
+
+    async def run() -> None:
+        async with (
+            asyncio.timeout(40),
+            serving(store, tmp_path, SETTINGS, clock, runtime) as eagleray,
+            load(eagleray, monotonic=False) as made,
+        ):
+            await scenario(eagleray, made, clock, store)
+
+    try:
+        asyncio.run(run())
+    finally:
+        runtime.close()
+    return runtime
+
+
+class Refusing(LocalRuntime):
+    """Has nobody on a GPU lead."""
+
+    refuses = True
+
+    async def lead(self, key: ReplicaKey) -> None:
+        if self.refuses and key.device == "gpu":
+            raise Unavailable("the test wants no primary on a GPU yet")
+        await super().lead(key)
+
+
+def next_generation(store: MemoryStore, device: ServedOn) -> Manifest:
+    """All is in the logs: the same as before, to be loaded anew."""
+    log = manifest_log(store, "words")
+    base = log.newest_live()
+    return log.commit_generation(base, base.config, tuple(map(ShardEntry, range(len(base.shards)))), device=device)
+
+
+async def switched(eagleray: Serving, made: Load, manifest: Manifest) -> None:
+    """Until it is served by all its replicas, and led by some of them."""
+    await eagleray.directory.refresh("words")
+    await made.until_served(manifest.generation)
+
+    def is_so() -> bool:
+        served = made.served()
+        assert served is not None
+        asked = {key for replicas in served.replicas.values() for key in replicas}
+        return asked == set(own_replicas(manifest)) and set(served.primaries.values()) <= asked
+
+    await until(is_so)
+    await made.more()
+
+
+def test_collection_goes_over_to_gpus_and_back_while_it_is_searched_and_written_to(tmp_path: Path) -> None:
+    """Searches that fail end the test; so do writes that are not where they were acknowledged."""
+
+    async def scenario(eagleray: Serving, made: Load, clock: ManualClock, store: MemoryStore) -> None:
+        runtime = eagleray.runtime
+        assert set(runtime.existing()) == keys("cpu")
+        for device, before in (("gpu", "cpu"), ("cpu", "gpu")):
+            manifest = await asyncio.to_thread(next_generation, store, device)  # type: ignore[arg-type]
+            await switched(eagleray, made, manifest)
+            both = keys(device) | keys(before)  # type: ignore[arg-type]
+            assert set(runtime.existing()) == both, "the old replicas stay for queries that began there"
+            clock.advance(RETIRE_AFTER_S)
+            await until(lambda device=device: set(runtime.existing()) == keys(device))
+            await made.more()
+        assert runtime.free_gpus == 2.0
+
+    runtime = under_load(scenario, tmp_path)
+    assert {key.device for key in runtime.led} == {"cpu", "gpu"}
+
+
+def test_primary_on_another_device_leads_until_one_that_stays_does(tmp_path: Path) -> None:
+    store, clock = MemoryStore(), ManualClock()
+    manifest_log(store, "words").create(TWO)
+    runtime = Refusing(store, tmp_path, gpus=2.0)
+
+    async def run() -> None:
+        async with (
+            asyncio.timeout(30),
+            serving(store, tmp_path, SETTINGS, clock, runtime) as eagleray,
+            load(eagleray, monotonic=False) as made,
+        ):
+            manifest = await asyncio.to_thread(next_generation, store, "gpu")
+            await eagleray.directory.refresh("words")
+            await made.until_served(manifest.generation)
+            clock.advance(RETIRE_AFTER_S)
+            await until(lambda: len(runtime.existing()) == 6)  # of the old ones those that lead
+            served = made.served()
+            assert served is not None
+            assert set(served.primaries.values()) == set(runtime.existing()) - keys("gpu")
+            await made.more()
+            runtime.refuses = False
+            clock.advance(60.0)  # over the pause after a call that failed
+            await until(lambda: set(runtime.existing()) == keys("gpu"))
+            await made.more()
+
+    try:
+        asyncio.run(run())
+    finally:
+        runtime.close()
+
+
+def test_device_and_number_of_shards_change_at_once(tmp_path: Path) -> None:
+    def fewer_on_gpus(store: MemoryStore) -> Manifest:
+        log = manifest_log(store, "words")
+        base = log.newest_live()
+        logs = LogSet(0, 2, tuple(LogPosition(shard, 0, 0) for shard in range(2)))
+        entries = (behind_logs(ShardEntry(0), logs),)
+        return log.commit_generation(base, replace(base.config, shards=1), entries, device="gpu")
+
+    async def scenario(eagleray: Serving, made: Load, clock: ManualClock, store: MemoryStore) -> None:
+        await switched(eagleray, made, await asyncio.to_thread(fewer_on_gpus, store))
+        clock.advance(RETIRE_AFTER_S)
+        await until(lambda: set(eagleray.runtime.existing()) == keys("gpu", shards=1))
+        await made.more()
+
+    under_load(scenario, tmp_path)
+
+
+def test_generation_on_gpus_waits_for_them_and_says_so_while_the_old_one_is_served(tmp_path: Path) -> None:
+    async def scenario(eagleray: Serving, made: Load, clock: ManualClock, store: MemoryStore) -> None:
+        manifest = await asyncio.to_thread(next_generation, store, "gpu")
+        await eagleray.directory.refresh("words")
+        starting = ReplicaKey("words", 0, 0, "gpu")
+
+        def why() -> str:
+            status = eagleray.supervisor.describe("words")["statuses"][starting]
+            assert status.state == "starting"
+            return str(status.error)
+
+        await until(lambda: why() == "it asks for 0.5 GPU, 0 of 0 are free")
+        await made.more()
+        served = made.served()
+        assert served is not None
+        assert served.generation == 1
+        table = await table_when(eagleray.directory, lambda table: "0.5 GPU" in table.unready.get("words", ""))
+        assert "replica words/0/0/gpu is starting (it asks for 0.5 GPU, 0 of 0 are free)" in table.unready["words"]
+        eagleray.runtime.add_gpus(1.0)  # for two of the four
+        eagleray.runtime.add_gpus(1.0)
+        await switched(eagleray, made, manifest)
+
+    under_load(scenario, tmp_path, gpus=0.0)
+
+
+@pytest.mark.parametrize("cpu_twin", [True, False])
+def test_replica_on_cpus_that_restarts_while_gpus_are_waited_for_serves_again(tmp_path: Path, cpu_twin: bool) -> None:
+    """It finds the generation for GPUs first, which may have no twin, and is told to load what is served."""
+    store, key = MemoryStore(), ReplicaKey("words", 0, 0)
+    config = replace(CONFIG, index=IndexConfig("flat", device="cpu"))
+    commit(store, "words", config, random_points(config, 20))
+    built = replace(config, index=IndexConfig("flat", device="gpu", cpu_twin=cpu_twin))
+    commit(store, "words", built, random_points(built, 20))
+    log = manifest_log(store, "words")
+    log.commit_generation(log.newest_live(), built, log.newest_live().shards, device="gpu")
+    runtime = LocalRuntime(store, tmp_path)
+
+    def serves(generation: int, table: ServingTable) -> bool:
+        served = table.collections.get("words")
+        return served is not None and served.generation == generation and served.primaries == {0: key}
+
+    async def run() -> None:
+        runtime.start(key, WantedReplica(1, 1, 1, 0.0))
+        await runtime.load(key, 1)  # what an earlier supervisor served
+        async with serving(store, tmp_path, runtime=runtime) as eagleray:
+            await table_when(eagleray.directory, partial(serves, 1))
+            runtime.kill(key)
+            await table_when(eagleray.directory, lambda table: not table.collections["words"].primaries)
+            runtime.revive(key)
+            await table_when(eagleray.directory, partial(serves, 1))
+
+    try:
+        asyncio.run(asyncio.wait_for(run(), 30))
+    finally:
+        runtime.close()
+
+
+def test_supervisor_that_takes_over_after_the_switch_hands_the_lead_over(tmp_path: Path) -> None:
+    """It finds the replicas on both devices, and all of them hold what is served: those that seal do."""
+    store = MemoryStore()
+    manifest_log(store, "words").create(replace(TWO, replicas=1))
+    runtime = Refusing(store, tmp_path, gpus=2.0)
+
+    def led_by(device: ServedOn, generation: int) -> Callable[[ServingTable], bool]:
+        def is_so(table: ServingTable) -> bool:
+            served = table.collections.get("words")
+            wanted = keys(device, replicas=1)
+            return served is not None and (served.generation, set(served.primaries.values())) == (generation, wanted)
+
+        return is_so
+
+    async def run() -> None:
+        async with serving(store, tmp_path, SETTINGS, ManualClock(), runtime) as eagleray:
+            await table_when(eagleray.directory, led_by("cpu", 1))
+            manifest = next_generation(store, "gpu")
+            await eagleray.directory.refresh("words")
+            await table_when(eagleray.directory, led_by("cpu", 2))
+            for key in keys("cpu", replicas=1):
+                await runtime.load(key, manifest.version)
+        runtime.refuses, clock = False, ManualClock()
+        async with serving(store, tmp_path, SETTINGS, clock, runtime) as eagleray:
+            table = await table_when(eagleray.directory, led_by("gpu", 2))
+            asked = {key for replicas in table.collections["words"].replicas.values() for key in replicas}
+            assert asked == keys("gpu", replicas=1)
+            clock.advance(RETIRE_AFTER_S)
+            await until(lambda: set(runtime.existing()) == keys("gpu", replicas=1))
+
+    try:
+        asyncio.run(asyncio.wait_for(run(), 30))
+    finally:
+        runtime.close()
+
+
+def test_job_that_waits_in_vain_for_what_it_committed_says_what_that_waits_for(tmp_path: Path) -> None:
+    store = MemoryStore()
+    manifest_log(store, "words").create(replace(TWO, index=IndexConfig(device="gpu", wait_for_gpu=True)))
+
+    async def run() -> None:
+        async with serving(store, tmp_path) as eagleray:
+            waiting = "replica words/0/0/gpu is starting (it asks for 1 GPU, 0 of 0 are free)"
+            await table_when(eagleray.directory, lambda table: waiting in table.unready.get("words", ""))
+            directory: Any = eagleray.directory
+            with pytest.raises(Unavailable, match=r"generation 1 of 'words' is committed, .*it asks for 1 GPU"):
+                await ray_runtime._wait_until_served(directory, "words", 1, 0.1)
+
+    asyncio.run(asyncio.wait_for(run(), 20))

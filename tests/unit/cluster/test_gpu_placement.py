@@ -1,0 +1,177 @@
+"""Devices in what is wanted and led, GPUs as they are counted, and their memory at a switch of generations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.cluster_gpus import NO_GPUS, ClusterGpus
+from cluster.config import CollectionConfig, IndexConfig, ServedOn
+from cluster.errors import Exhausted
+from cluster.gpu_memory import GPU_MARGIN
+from cluster.manifest_format import added_on, config_built_for
+from cluster.placement import (
+    Candidate,
+    Load,
+    ObservedReplica,
+    ReplicaKey,
+    WantedReplica,
+    choose_lead,
+    held_by_every_shard,
+    plan,
+    replicas_of,
+)
+from cluster.switch_memory import NodeMemory, ReplicaBytes, switch_memory
+from cluster.switch_order import in_switch_order
+
+CPU, GPU = ReplicaKey("words", 0, 1), ReplicaKey("words", 0, 1, "gpu")
+SECOND = ReplicaKey("words", 0, 2, "gpu")
+PATIENCE_S = 5.0
+GIB = 1024**3
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+
+def test_key_of_a_replica_tells_its_device_where_that_is_a_gpu() -> None:
+    assert [str(key) for key in (CPU, GPU)] == ["words/0/1", "words/0/1/gpu"]
+    assert [ReplicaKey.parse(str(key)) for key in (CPU, GPU)] == [CPU, GPU]
+    assert sorted([GPU, ReplicaKey("words", 1, 0), CPU]) == [CPU, GPU, ReplicaKey("words", 1, 0)]
+
+
+@pytest.mark.parametrize("text", ["words/0/1/cpu", "words/0/1/gpu/0", "words/0", "words/0/x"])
+def test_text_that_is_no_key_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):  # of int(), of the unpacking, or its own
+        ReplicaKey.parse(text)
+
+
+def test_replicas_of_a_generation_are_on_its_device() -> None:
+    config = CollectionConfig(2, replicas=2)
+    assert replicas_of("words", config, 1, "gpu") == [ReplicaKey("words", 0, number, "gpu") for number in range(2)]
+
+
+def test_generation_is_held_where_its_own_replicas_hold_it() -> None:
+    both = {CPU: ObservedReplica("ready", 2, (1, 2)), GPU: ObservedReplica("ready", 2, (2,))}
+    assert held_by_every_shard({GPU}, both, 2)
+    assert not held_by_every_shard({GPU}, both | {GPU: ObservedReplica("failed", 2, (2,))}, 2)
+    assert not held_by_every_shard({GPU}, both, 1)
+
+
+# --- who leads ----------------------------------------------------------------------------------------------------
+
+
+def ready(lsn: int = 7, epoch: int = 0, **more: Any) -> Candidate:
+    return Candidate("ready", lsn, epoch, **more)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "staying", "chosen"),
+    [
+        ({CPU: ready(epoch=3), GPU: ready()}, {CPU, GPU}, None),
+        ({CPU: ready(epoch=3), GPU: ready()}, None, None),
+        ({CPU: ready(epoch=3), GPU: ready()}, {GPU}, GPU),
+        ({CPU: ready(epoch=3), GPU: ready(6), SECOND: ready(7)}, {GPU, SECOND}, SECOND),
+        ({CPU: ready(epoch=3), GPU: ready(epoch=4)}, {GPU}, None),  # it does, by now
+        ({CPU: ready(epoch=3), GPU: ready(asked=True), SECOND: ready()}, {GPU, SECOND}, None),
+        ({CPU: ready(epoch=3), GPU: ready(refused=True), SECOND: ready(3)}, {GPU, SECOND}, SECOND),
+        ({CPU: ready(epoch=3), GPU: ready(refused=True)}, {GPU}, None),
+        ({CPU: ready(epoch=3), GPU: Candidate("starting")}, {GPU}, None),
+        ({CPU: ready(epoch=3), GPU: ready(log_set=None)}, {GPU}, None),  # it holds nothing yet
+        ({CPU: ready(9), GPU: ready(7)}, {GPU}, GPU),  # nobody leads
+        ({CPU: ready(9), GPU: ready(refused=True)}, {GPU}, CPU),
+    ],
+)
+def test_lead_goes_to_a_replica_that_stays(
+    replicas: dict[ReplicaKey, Candidate], staying: set[ReplicaKey] | None, chosen: ReplicaKey | None
+) -> None:
+    assert choose_lead(replicas, CPU, PATIENCE_S, staying) == chosen
+
+
+# --- in which order they load -------------------------------------------------------------------------------------
+
+
+def test_replicas_on_two_devices_do_not_wait_for_each_other() -> None:
+    """Those on CPUs have to load a newer version of what is served, those on GPUs the generation that comes."""
+    old = WantedReplica(3, 1, 1, 0.0, served=3, served_generation=1)
+    new = WantedReplica(4, 2, 1, 0.0, 1.0)
+    wanted = {ReplicaKey("words", 0, number, "cpu"): old for number in range(2)}
+    wanted |= {ReplicaKey("words", 0, number, "gpu"): new for number in range(2)}
+    observed = {
+        key: ObservedReplica("ready", 1, (1,)) if key.device == "cpu" else ObservedReplica("failed") for key in wanted
+    }
+    ordered = in_switch_order(plan(wanted, observed), wanted, observed)
+    assert set(ordered) == {Load(key, one.version) for key, one in wanted.items()}
+
+
+# --- what is counted ----------------------------------------------------------------------------------------------
+
+
+def test_gpus_of_a_cluster_are_those_of_its_nodes_and_the_smallest_memory_counts() -> None:
+    assert ClusterGpus.of([2.0, 1.0], [0.5, 0.0, 1.0], [(80, "large"), (24, "small")]) == ClusterGpus(
+        3.0, 1.5, 24, "small"
+    )
+    assert ClusterGpus.of([1.0], [1.0], []) == ClusterGpus(1.0, 1.0, None, "")
+    assert ClusterGpus.of([], [], []) == NO_GPUS == ClusterGpus()
+
+
+@pytest.mark.parametrize(
+    ("index", "device", "built"),
+    [
+        (IndexConfig(), "gpu", IndexConfig(device="gpu")),
+        (IndexConfig(device="gpu"), "cpu", IndexConfig(device="cpu")),
+        (IndexConfig("ivf_pq", nlist=8), "gpu", IndexConfig("ivf_pq", device="gpu", nlist=8)),
+        (
+            IndexConfig("cagra", 0.9, num_gpus=0.5, codes="float16", graph_degree=32),
+            "gpu",
+            IndexConfig("auto", 0.9, "gpu", num_gpus=0.5),
+        ),
+    ],
+)
+def test_segments_are_added_for_the_device_of_the_generation_by_kinds_that_cpus_build(
+    index: IndexConfig, device: ServedOn, built: IndexConfig
+) -> None:
+    assert config_built_for(CollectionConfig(8, index=index), device) == CollectionConfig(8, index=built)
+    facts = added_on(device)
+    assert (facts is None) == (device == "cpu")
+    assert facts is None or not facts.builds
+
+
+# --- memory of a switch -------------------------------------------------------------------------------------------
+
+ROOMY = {"a": NodeMemory(900 * GIB, 1_000 * GIB)}
+
+
+def on_gpu(shard: int, loaded: float, coming: float, left: float | None) -> ReplicaBytes:
+    """In GiB; what is coming is given with the margin."""
+    there = None if left is None else int(left * GIB)
+    return ReplicaBytes(shard, "a", 0, 0, int(loaded * GIB), int(coming / GPU_MARGIN * GIB), there)
+
+
+def test_generation_that_fits_beside_on_every_gpu_is_loaded_so() -> None:
+    told = switch_memory([on_gpu(0, 4, 5, 5), on_gpu(1, 4, 5, None)], ROOMY, twin_may_answer=False)
+    assert (told.mode, told.short_of_gpu) == ("beside", ())
+    assert "short_of_gpu" not in told.to_dict()
+
+
+def test_twin_answers_where_a_gpu_has_no_room_for_both() -> None:
+    replicas = [on_gpu(0, 4, 5, 4), on_gpu(1, 4, 5, 1), on_gpu(2, 4, 5, 5)]
+    told = switch_memory(replicas, ROOMY)
+    assert (told.mode, told.short_of_gpu) == ("beside", (replicas[1], replicas[0]))
+    assert (
+        "shard 1 needs 5.00 GiB on its GPU of node a beside the 4.00 GiB that are loaded, 1.00 GiB are there; shard 0 "
+        "needs 5.00 GiB on its GPU of node a beside the 4.00 GiB that are loaded, 4.00 GiB are there; of 2 replica(s) "
+        "the twin on the host answers until there is room; the new generation is loaded beside what is served"
+    ) in told.statement
+    facts = told.to_dict()["short_of_gpu"]
+    assert isinstance(facts, list)
+    assert [(each["shard"], each["available_bytes"]) for each in facts] == [(1, GIB), (0, 4 * GIB)]
+
+
+def test_replicas_whose_twin_may_not_answer_go_over_one_at_a_time_or_not_at_all() -> None:
+    two = [on_gpu(0, 4, 5, 1), on_gpu(0, 4, 5, 5)]
+    assert switch_memory(two, ROOMY, twin_may_answer=False).mode == "one_at_a_time"
+    with pytest.raises(Exhausted, match=r"GPU memory of the switch: shard 0 needs 5\.00 GiB .*, 1\.00 GiB are there\."):
+        switch_memory(two[:1], ROOMY, twin_may_answer=False)
+    with pytest.raises(Exhausted, match=r"0\.50 GiB are there\. .*index\.cpu_twin"):
+        switch_memory([on_gpu(0, 4, 5, 0.5), two[1]], ROOMY, twin_may_answer=False)

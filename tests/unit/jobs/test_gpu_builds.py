@@ -1,0 +1,354 @@
+"""Imports, rebuilds and the way back with GPUs: which device a generation gets, and what its builds ask for."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.gpu_device import GpuDevice
+from actors.replica_status import ReplicaStatus
+from actors.segment_loader import read_description
+from cluster.cluster_gpus import ClusterGpus
+from cluster.config import CollectionConfig, IndexConfig
+from cluster.errors import Exhausted, Invalid, Unavailable
+from cluster.gpu_memory import GpuFacts, host_build_bytes
+from cluster.index_policy import MEMORY_MARGIN
+from cluster.manifest import Manifest
+from cluster.object_store import ObjectStore, open_store
+from cluster.placement import ReplicaKey
+from cluster.rollback import roll_back
+from cluster.segment import SegmentDescription
+from cluster.snapshots import create_snapshot
+from jobs import build_device
+from jobs.build_device import TaskGpus
+from jobs.build_plan import BuildGpus, Builds, Workers, build_gpus, held_gpus, plan_build, segment_bytes, with_rates
+from jobs.snapshots import BranchOptions, RestoreOptions, branch, restore
+from tests.fakes import run_tasks_here
+from tests.gpu_double import double_device
+from tests.unit.jobs.imports import log_of, new_data_url, random_table, run_import, write
+from tests.unit.jobs.rebuilds import Collection, run_rebuild
+
+GB = 10**9
+SMALL = CollectionConfig(4, metric="l2", index=IndexConfig(device="gpu"))
+NEVER_ASKED: Callable[[], ClusterGpus] = lambda: pytest.fail("GPUs were looked for")  # noqa: E731
+FLAT = IndexConfig("flat")
+ONE = ClusterGpus(1.0, 1.0, 24 * GB, "small")
+TAKEN = replace(ONE, free=0.0)
+
+
+@dataclass
+class Asked:
+    """A `TaskRunner` that keeps what was asked for each function."""
+
+    gpus: dict[str, float] = field(default_factory=dict)
+
+    def __call__(
+        self,
+        function: Callable[[Any], Iterator[Any]],
+        items: Sequence[Any],
+        num_cpus: float,
+        in_flight: int,
+        num_gpus: float = 0.0,
+    ) -> Iterator[tuple[int, Any]]:
+        self.gpus[function.__name__] = num_gpus
+        return run_tasks_here(function, items, num_cpus, in_flight)
+
+
+@pytest.fixture
+def doubled(monkeypatch: pytest.MonkeyPatch) -> list[GpuDevice]:
+    """The devices that tasks opened."""
+    opened: list[GpuDevice] = []
+
+    def open_double(share: float) -> GpuDevice:
+        opened.append(double_device(share=share))
+        return opened[-1]
+
+    monkeypatch.setattr(build_device.GpuDevice, "open", open_double)
+    return opened
+
+
+def statuses_on_gpus(replicas: int = 1, **more: Any) -> Callable[[], dict[ReplicaKey, ReplicaStatus]]:
+    """Replicas of shard 0 that run on GPUs."""
+    status = ReplicaStatus("ready", node="a", **more)
+    return lambda: {ReplicaKey("words", 0, number, "gpu"): status for number in range(replicas)}
+
+
+def descriptions(store: ObjectStore, manifest: Manifest) -> list[SegmentDescription]:
+    return [read_description(store, manifest.collection, ref) for ref in manifest.segments.values()]
+
+
+# --- plans --------------------------------------------------------------------------------------------------------
+
+
+def test_collection_on_cpus_looks_for_no_gpus() -> None:
+    assert build_gpus(CollectionConfig(4, index=IndexConfig(device="cpu")), NEVER_ASKED) is None
+
+
+@pytest.mark.parametrize(
+    ("there", "held", "facts", "at_once"),
+    [
+        (ClusterGpus(), 0.0, None, 0),
+        (ONE, 0.0, None, 0),  # two replicas need two
+        (ClusterGpus(2.0, 2.0, 24 * GB, "small"), 0.0, GpuFacts(24 * GB, "small", True), 2),
+        (
+            ClusterGpus(2.0, 0.0, 24 * GB, "small"),
+            2.0,
+            GpuFacts(24 * GB, "small", False),
+            0,
+        ),  # its own replicas have them
+        (ClusterGpus(3.0, 1.0, 24 * GB, "small"), 2.0, GpuFacts(24 * GB, "small", True), 1),
+        (ClusterGpus(2.0, 0.0, 24 * GB, "small"), 1.0, None, 0),
+    ],
+)
+def test_auto_takes_gpus_where_its_replicas_and_perhaps_a_build_have_some(
+    there: ClusterGpus, held: float, facts: GpuFacts | None, at_once: int
+) -> None:
+    found = build_gpus(CollectionConfig(4, replicas=2), lambda: there, held)
+    assert found == (None if facts is None else BuildGpus(facts, 1.0, at_once))
+
+
+def test_replicas_that_wait_for_a_gpu_have_none() -> None:
+    keys = [ReplicaKey("words", 0, number, "gpu") for number in range(3)] + [ReplicaKey("words", 0, 0)]
+    assert held_gpus(zip(keys, ("ready", "starting", "unreachable", "ready"), strict=True), 0.5) == 1.0
+
+
+def test_builds_for_gpus_ask_for_as_many_as_are_free() -> None:
+    config = replace(SMALL, shards=8, index=replace(SMALL.index, num_gpus=0.5))
+    workers = Workers(run_tasks_here, 64)
+    free = BuildGpus(GpuFacts(12 * GB), 0.5, 3)
+    plan = plan_build(100_000, config, 8 * GB, workers, free)
+    assert (plan.device, plan.spec.kind, plan.builds) == ("gpu", "flat", Builds(3, 8, 8, 0.5))
+    assert plan.to_dict()["predicted_build_seconds"] is None
+    assert plan.to_dict()["gpu"] == {
+        "name": "",
+        "memory_bytes": 12 * GB,
+        "num_gpus": 0.5,
+        "predicted_bytes": plan.spec.gpu_bytes * 8,
+        "built_on": "gpu",
+    }
+    assert not plan.worth_measuring
+    taken = BuildGpus(GpuFacts(12 * GB, builds=False), 0.5, 0)
+    plan = plan_build(100_000, config, 8 * GB, workers, taken)
+    assert (plan.device, plan.builds) == ("gpu", Builds(8, 8, 8))
+    assert plan.to_dict()["gpu"]["built_on"] == "cpu"
+    assert plan.to_dict()["predicted_build_seconds"] >= 0.0
+    assert with_rates(plan, plan.rates, 8 * GB, workers) == plan
+
+
+def test_plan_without_gpus_is_for_cpus_and_says_nothing_of_them() -> None:
+    plan = plan_build(1_000, replace(SMALL, index=IndexConfig()), GB, Workers(run_tasks_here, 2))
+    assert (plan.device, plan.builds.num_gpus) == ("cpu", 0.0)
+    assert "gpu" not in plan.to_dict()
+
+
+def test_segment_for_gpus_takes_host_memory_for_what_is_copied_there() -> None:
+    config = CollectionConfig(64, metric="l2", index=IndexConfig("cagra", device="gpu"))
+    spec = plan_build(100_000, config, 64 * GB, Workers(run_tasks_here, 2), BuildGpus(GpuFacts(), 1.0, 1)).spec
+    copied = host_build_bytes(spec, 100_000, 64)
+    assert copied >= 100_000 * 64 * 4
+    assert segment_bytes(spec, 100_000, 64) == pytest.approx((spec.predicted_bytes + copied) * MEMORY_MARGIN, abs=1)
+
+
+# --- the GPU of a task --------------------------------------------------------------------------------------------
+
+
+def test_task_opens_the_share_that_it_was_given_and_closes_it(doubled: list[GpuDevice]) -> None:
+    with TaskGpus(GpuFacts(), 0.5).device() as device:
+        assert device is doubled[0]
+        assert device.facts()["share"] == 0.5
+    with pytest.raises(Unavailable, match="closed"):
+        device.run(lambda resources: None)
+
+
+def test_task_that_was_given_no_gpu_opens_none(doubled: list[GpuDevice]) -> None:
+    with TaskGpus(GpuFacts(builds=False), 0.0, needed=True).device() as device:
+        assert device is None
+    assert doubled == []
+
+
+def test_task_whose_gpu_cannot_be_used_goes_on_where_cpus_can_build_the_kind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(share: float) -> GpuDevice:
+        raise Unavailable("its driver is too old")
+
+    monkeypatch.setattr(build_device.GpuDevice, "open", refuse)
+    with TaskGpus(GpuFacts(), 1.0).device() as device:
+        assert device is None
+    assert "goes on without the GPU that it asked for: its driver is too old" in caplog.text
+    with (
+        pytest.raises(Unavailable, match=r"only a GPU builds a graph for GPUs, .*: its driver is too old"),
+        TaskGpus(GpuFacts(), 1.0, needed=True).device(),
+    ):
+        pytest.fail("it goes on")
+
+
+# --- imports ------------------------------------------------------------------------------------------------------
+
+
+def imported(tmp_path: Path, points: int = 50, **options: Any) -> tuple[ObjectStore, Manifest]:
+    data = new_data_url()
+    source = write(tmp_path / "points.parquet", random_table(points), row_group_size=1_000)
+    return open_store(data), run_import(data, source, **options)
+
+
+def test_import_builds_for_gpus_on_one_that_is_free(tmp_path: Path, doubled: list[GpuDevice]) -> None:
+    asked, create = Asked(), {"metric": "l2", "index": {"kind": "cagra", "device": "gpu", "num_gpus": 0.5}}
+    store, manifest = imported(tmp_path, 1_200, create=create, gpus=lambda: ONE, run_tasks=asked)
+    assert manifest.device == "gpu"
+    assert asked.gpus == {"partition_unit": 0.0, "build_partition": 0.5}
+    assert [(each.spec["kind"], each.spec["device"]) for each in descriptions(store, manifest)] == [("cagra", "gpu")]
+    assert len(doubled) == 1
+
+
+def test_import_builds_on_cpus_where_replicas_have_all_gpus(tmp_path: Path, doubled: list[GpuDevice]) -> None:
+    data, asked = new_data_url(), Asked()
+    store = open_store(data)
+    config = replace(SMALL, index=IndexConfig("cagra", device="gpu"))
+    assert log_of(store).create(config)[0].device == "gpu"
+    source = write(tmp_path / "points.parquet", random_table(1_200), row_group_size=1_000)
+    how: dict[str, Any] = {"gpus": lambda: TAKEN, "statuses": statuses_on_gpus(), "run_tasks": asked}
+    manifest = run_import(data, source, **how)
+    (description,) = descriptions(store, manifest)
+    assert (manifest.device, description.spec["device"]) == ("gpu", "gpu")
+    assert description.spec["kind"] in ("ivf_flat", "ivf_pq"), "what the graph steps down to"
+    assert asked.gpus["build_partition"] == 0.0
+    assert doubled == []
+
+
+def test_import_in_auto_stays_on_cpus_where_others_have_the_gpus(tmp_path: Path) -> None:
+    store, manifest = imported(tmp_path, gpus=lambda: TAKEN)
+    assert manifest.device == "cpu"
+    assert ["device" in each.spec for each in descriptions(store, manifest)] == [False]
+
+
+def test_import_for_gpus_that_are_not_there_is_refused_unless_it_waits(tmp_path: Path) -> None:
+    with pytest.raises(Invalid, match=r"no GPU.*wait_for_gpu"):
+        imported(tmp_path, create={"index": {"device": "gpu"}})
+    store, manifest = imported(tmp_path, create={"index": {"device": "gpu", "wait_for_gpu": True}})
+    assert manifest.device == "gpu"
+    assert [each.spec["kind"] for each in descriptions(store, manifest)] == ["flat"]
+
+
+def test_import_for_gpus_that_others_have_now_says_how_many_are_free(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="0 of 1 are free"):
+        imported(tmp_path, create={"index": {"device": "gpu"}}, gpus=lambda: TAKEN)
+
+
+# --- rebuilds -----------------------------------------------------------------------------------------------------
+
+
+def written(tmp_path: Path, index: IndexConfig = FLAT, shards: int = 1) -> Collection:
+    """On CPUs unless the index says else."""
+    collection = Collection(CollectionConfig(4, metric="l2", shards=shards, index=index), tmp_path)
+    collection.write(range(60))
+    return collection
+
+
+def test_rebuild_changes_the_device_there_and_back(tmp_path: Path, doubled: list[GpuDevice]) -> None:
+    collection, asked = written(tmp_path, shards=2), Asked()
+    report = run_rebuild(collection, index={"device": "gpu", "num_gpus": 0.5}, gpus=lambda: ONE, run_tasks=asked)
+    newest = collection.newest
+    assert (newest.device, newest.config.index.device) == ("gpu", "gpu")
+    assert {each.spec["device"] for each in descriptions(collection.store, newest)} == {"gpu"}
+    assert asked.gpus["build_range"] == asked.gpus["look_at_segment"] == 0.5
+    assert asked.gpus["catch_up"] == asked.gpus["seal_shard"] == 0.0
+    assert report["memory"]["gpu_bytes_per_replica"] > 0
+    assert collection.held() == collection.live
+
+    asked.gpus.clear()
+    collection.write(range(50, 70), [1])
+    back = {"index": {"device": "cpu"}, "gpus": NEVER_ASKED, "run_tasks": asked, "job_id": "rebuild-2"}
+    report = run_rebuild(collection, **back)  # type: ignore[arg-type]
+    assert collection.newest.device == "cpu"
+    assert not any("device" in each.spec for each in descriptions(collection.store, collection.newest))
+    assert set(asked.gpus.values()) == {0.0}
+    assert report["gate"]["latency"] is None, "one that is served on GPUs is not compared by its twin"
+    assert collection.held() == collection.live
+
+
+def test_what_is_sealed_and_caught_up_is_for_the_device_of_its_generation(
+    tmp_path: Path, doubled: list[GpuDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.entry_seal.LITTLE_POINTS", 0)
+    collection = written(tmp_path)
+
+    def write_on(function: Any, *given: Any) -> Any:
+        if function.__name__ == "build_range":
+            collection.write(range(100, 120))
+        return run_tasks_here(function, *given)
+
+    run_rebuild(collection, index={"device": "gpu"}, gpus=lambda: ONE, run_tasks=write_on)
+    assert [each.spec["device"] for each in descriptions(collection.store, collection.newest)] == ["gpu", "gpu"]
+    collection.write(range(200, 230))
+    collection.seal()
+    assert collection.newest.device == "gpu"
+    assert [each.spec["device"] for each in descriptions(collection.store, collection.newest)] == ["gpu"] * 3
+    assert collection.held() == collection.live
+
+
+def test_rebuild_without_points_is_served_where_that_is_asked_for(tmp_path: Path) -> None:
+    collection = Collection(CollectionConfig(4), tmp_path)
+    run_rebuild(collection, index={"device": "gpu"}, gpus=lambda: ONE)
+    assert collection.newest.device == "gpu"
+    run_rebuild(collection, index={"device": "auto"}, gpus=lambda: ONE, job_id="rebuild-2")
+    assert collection.newest.device == "cpu"
+
+
+def test_rebuild_keeps_the_gpus_of_its_own_replicas_and_their_share(tmp_path: Path, doubled: list[GpuDevice]) -> None:
+    collection = written(tmp_path, IndexConfig("flat", device="gpu"))
+    run_rebuild(collection, gpus=lambda: TAKEN, statuses=statuses_on_gpus())
+    assert collection.newest.device == "gpu"
+    with pytest.raises(Unavailable, match="0 of 1 are free"):
+        run_rebuild(collection, gpus=lambda: TAKEN, job_id="rebuild-2")
+    with pytest.raises(Invalid, match=r"^index\.num_gpus: .* have 1 of a GPU each, .* device cpu first"):
+        run_rebuild(collection, index={"num_gpus": 0.5}, gpus=lambda: ONE, job_id="rebuild-3")
+    run_rebuild(collection, index={"num_gpus": 0.5, "device": "cpu"}, job_id="rebuild-4")
+    assert collection.newest.device == "cpu"
+
+
+def test_rebuild_tells_that_the_twin_answers_while_the_gpu_has_no_room_for_both(
+    tmp_path: Path, doubled: list[GpuDevice]
+) -> None:
+    collection = written(tmp_path, IndexConfig("flat", device="gpu"))
+    facts = {"total_bytes": 1_000, "free_bytes": 100, "used_bytes": 900, "share": 1.0}
+    segment = {"predicted_bytes": 1, "count": 60, "device": "gpu", "gpu_predicted_bytes": 900}
+    full = statuses_on_gpus(gpu=facts, segments=(segment,), node_memory=(10**9, 10**9))
+    report = run_rebuild(collection, gpus=lambda: TAKEN, statuses=full)
+    assert "the twin on the host answers until there is room" in report["memory"]["switch"]["statement"]
+    impatient = {"index": {"cpu_twin": False}, "gpus": lambda: TAKEN, "statuses": full, "job_id": "rebuild-2"}
+    with pytest.raises(Exhausted, match="GPU memory of the switch: shard 0 needs"):
+        run_rebuild(collection, **impatient)  # type: ignore[arg-type]
+
+
+# --- the way back -------------------------------------------------------------------------------------------------
+
+
+def test_versions_that_come_back_are_served_on_the_device_that_they_were_built_for(
+    tmp_path: Path, doubled: list[GpuDevice]
+) -> None:
+    collection = written(tmp_path)
+    collection.seal()
+    store, log = collection.store, log_of(collection.store)
+    on_cpus = collection.newest
+    run_rebuild(collection, index={"device": "gpu"}, gpus=lambda: ONE)
+    on_gpus = collection.newest
+    for name, manifest in (("cpus", on_cpus), ("gpus", on_gpus)):
+        create_snapshot(store, name, manifest, log._now())
+
+    back = roll_back(store, log)
+    assert (back.device, back.config) == ("cpu", on_cpus.config)
+    assert roll_back(store, log).device == "gpu"
+    restored = restore(store, log, RestoreOptions("words", "cpus"))
+    assert (restored.device, restored.config.index.device) == ("cpu", "auto")
+    assert restore(store, log, RestoreOptions("words", "gpus")).device == "gpu"
+    for origin in (on_cpus, on_gpus):
+        into = f"branch-of-{origin.device}"
+        made = branch(store, log, log_of(store, into), origin, BranchOptions("words", into, f"{origin.device}s"))
+        assert made.device == origin.device
+    assert uuid.UUID(made.writer)
