@@ -82,6 +82,10 @@ class GpuMemoryFull(Exception):
     """The GPU has no room for this now; it goes on working."""
 
 
+class GpuRefused(GpuMemoryFull):
+    """It is predicted not to fit: nothing was tried."""
+
+
 class GpuLost(Exception):
     """Nothing works on the GPU any more in this process."""
 
@@ -162,13 +166,16 @@ class GpuDevice:
         """
         return self._owner.call(work)
 
-    def keep(self, make: Callable[[Any], Any], bytes_taken: int) -> OnDevice:
-        """What `make(resources)` makes. It counts as `bytes_taken` of this process's share until it is closed."""
+    def keep(self, make: Callable[[Any], Any], bytes_taken: int, search_bytes: int = 0) -> OnDevice:
+        """What `make(resources)` makes. It counts as `bytes_taken` of this process's share until it is closed.
+
+        `search_bytes` are what a search of it takes for as long as it runs.
+        """
         number = next(self._numbers)
 
         def made(resources: Any) -> int | None:
             before = self.free_bytes()
-            self._owner.put(number, make(resources), bytes_taken)
+            self._owner.put(number, make(resources), bytes_taken, search_bytes)
             after = self.free_bytes()
             return None if before is None or after is None else max(0, before - after)
 
@@ -191,6 +198,16 @@ class GpuDevice:
     def used_bytes(self) -> int:
         """What this process is reckoned to have taken: by prediction, as nobody tells it of each process."""
         return PROCESS_BYTES + self._owner.taken_bytes
+
+    @property
+    def search_bytes(self) -> int:
+        """What the largest search takes of all that is kept, of which one runs at a time."""
+        return self._owner.search_bytes
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call would wait for another one."""
+        return self._owner.busy
 
     def facts(self) -> dict[str, Any]:
         """For status; bytes of the device are None where nobody can tell."""
@@ -217,7 +234,8 @@ class _Owner:
         self._library = library
         self._resources: Any = None
         self._calls: SimpleQueue[tuple[Callable[[Any], Any], Future[Any] | None] | None] = SimpleQueue()
-        self._kept: dict[int, tuple[Any, int]] = {}
+        self._kept: dict[int, tuple[Any, int, int]] = {}
+        self._working = False
         self._closed = False
         self._closing = threading.RLock()  # the garbage collector may close, wherever it is called
         self._thread = threading.Thread(target=self._serve, name="gpu", daemon=True)
@@ -225,10 +243,18 @@ class _Owner:
 
     @property
     def taken_bytes(self) -> int:
-        return sum(taken for _, taken in list(self._kept.values()))
+        return sum(taken for _, taken, _ in list(self._kept.values()))
 
-    def put(self, number: int, made: Any, bytes_taken: int) -> None:
-        self._kept[number] = made, bytes_taken
+    @property
+    def search_bytes(self) -> int:
+        return max((searching for _, _, searching in list(self._kept.values())), default=0)
+
+    @property
+    def busy(self) -> bool:
+        return self._working or not self._calls.empty()
+
+    def put(self, number: int, made: Any, bytes_taken: int, search_bytes: int) -> None:
+        self._kept[number] = made, bytes_taken, search_bytes
 
     def kept(self, number: int) -> Any:
         if number not in self._kept:
@@ -247,9 +273,10 @@ class _Owner:
         with self._closing:
             if self.lost:
                 raise GpuLost(self.lost)
-            if self._closed:
+            if not self._closed:
+                self._calls.put((work, coming))
+            if self._closed:  # before, or by the collector as this was put: then behind the end of the queue
                 raise Unavailable("the GPU was closed: this process is ending")
-            self._calls.put((work, coming))
         return coming.result()
 
     def tell(self, work: Callable[[Any], Any]) -> None:
@@ -266,11 +293,14 @@ class _Owner:
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:
             work, coming = call
+            self._working = True
             try:
                 answer = self._answer(work, coming)
             except Exception as error:  # noqa: BLE001 - of whatever class: it is the caller's
+                self._working = False
                 self._failed(error, coming)
             else:
+                self._working = False
                 if coming is not None:
                     coming.set_result(answer)
                 del answer

@@ -10,18 +10,19 @@ was made from: `GpuIndex` keeps the CPU's index for that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.code_check import CHECKED_ROWS, codes_fit
 from actors.faiss_index import FaissIndex, Vectors, build_index, check_knobs, faiss_metric, to_scores
 from actors.faiss_index import Rows as Labels
-from actors.gpu_device import GpuDevice, GpuMemoryFull, OnDevice
+from actors.gpu_device import GpuDevice, GpuRefused, OnDevice
 from cluster.config import Metric
 from cluster.errors import FieldError
-from cluster.gpu_memory import ADDED_AT_ONCE, BATCH_MAX, gpu_need, nn_descent_bytes, refusal
+from cluster.gpu_memory import ADDED_AT_ONCE, BATCH_MAX, GPU_MARGIN, gpu_need, index_bytes, nn_descent_bytes, refusal
 from cluster.gpu_policy import NPROBE_MAX, k_limit
 from cluster.index_spec import ITOPK_MAX, ITOPK_STEP, IndexSpec, fewest_training_points
 from cluster.row_selection import RowSelection
@@ -52,7 +53,7 @@ def build_on_gpu(
     need = gpu_need(spec, rows.count, dimension)
     words = refusal(need.peak, device.left_bytes(), f"building {spec.kind} of {rows.count} rows")
     if words:
-        raise GpuMemoryFull(words)
+        raise GpuRefused(words)
     build = {"flat": _flat_on_cpu, "cagra": _graph}.get(spec.kind, _lists)
     cpu = build(device, spec, dimension, metric, rows, seed, progress)
     gpu = place_on_gpu(device, cpu, spec, dimension, metric, rows)
@@ -121,7 +122,8 @@ def _graph(
     config.use_cuvs = True
     config.graph_degree = spec.params["graph_degree"]
     config.intermediate_graph_degree = spec.params["intermediate_graph_degree"]
-    config.build_algo = _build_algo(device, spec, rows.count, dimension)
+    halves = codes_fit(rows.vectors(0, min(rows.count, CHECKED_ROWS)), "float16", metric)
+    config.build_algo = _build_algo(device, spec, rows.count, dimension, halves)
     metric_type = faiss_metric(metric)
     building = device.keep(lambda resources: library.GpuIndexCagra(resources, dimension, metric_type, config), 0)
     try:
@@ -140,11 +142,15 @@ def _matrix(rows: Rows, dimension: int, spec: IndexSpec) -> NDArray[Any]:
     return vectors
 
 
-def _build_algo(device: GpuDevice, spec: IndexSpec, count: int, dimension: int) -> int:
-    """Who finds the neighbours that the graph is made of: NN-descent is quicker, and takes more memory."""
+def _build_algo(device: GpuDevice, spec: IndexSpec, count: int, dimension: int, halves: bool) -> int:
+    """Who finds the neighbours that the graph is made of: NN-descent is quicker, and takes more memory.
+
+    It looks at a float16 copy: `halves` says whether the vectors survive that.
+    """
     left, library = device.left_bytes(), device.library
-    fits = left is None or nn_descent_bytes(spec, count, dimension) <= left
-    quick = fits and count < NN_DESCENT_ROWS_MAX
+    need = index_bytes(spec, count, dimension) + nn_descent_bytes(spec, count, dimension)
+    fits = left is None or GPU_MARGIN * need <= left
+    quick = fits and halves and count < NN_DESCENT_ROWS_MAX
     return int(library.graph_build_algo_NN_DESCENT if quick else library.graph_build_algo_IVF_PQ)
 
 
@@ -181,16 +187,22 @@ def place_on_gpu(
     centre = _centre(rows, metric) if spec.kind == "flat" else None
     by_pieces = spec.kind == "flat" and (spec.codes == "float16" or centre is not None)
     need = gpu_need(spec, rows.count, dimension)
-    loading = max(need.load, 2 * need.index if by_pieces else 0)  # each piece moves what is there to a larger place
+    searching = replace(need, search=max(need.search, device.search_bytes))  # the others', too, one at a time
+    moving = 2 * need.index if by_pieces else 0  # each piece moves what is there to a larger place
+    loading = max(searching.load, moving)
     words = refusal(loading, device.left_bytes(), f"{spec.kind} of {rows.count} rows")
     if words:
-        raise GpuMemoryFull(words)
+        raise GpuRefused(words)
     library = device.library
     if by_pieces:
-        held = device.keep(lambda resources: _empty_flat(library, resources, spec, dimension, metric), need.index)
+        held = device.keep(
+            lambda resources: _empty_flat(library, resources, spec, dimension, metric), need.index, need.search
+        )
         measured = _fill(device, held, rows, centre)
     else:
-        held = device.keep(lambda resources: _copy(library, resources, cpu.faiss_object, spec, metric), need.index)
+        held = device.keep(
+            lambda resources: _copy(library, resources, cpu.faiss_object, spec, metric), need.index, need.search
+        )
         measured = held.measured_bytes
     index = GpuIndex(library, held, cpu, spec, metric, _Placed(need.index, measured, centre))
     try:
@@ -357,8 +369,11 @@ class GpuIndex:
         return {"params": library.SearchParameters(**chosen) if chosen else None}
 
     def _sound(self, labels: Labels, distances: Vectors, selection: RowSelection | None) -> tuple[Labels, Vectors]:
-        """Label -1, last and infinitely far, for what stands for no row: cuVS has several marks for that."""
-        none = (labels < 0) | (labels >= self.count)
+        """Label -1, last and infinitely far, for what stands for no row: cuVS has several marks for that.
+
+        A row without a finite distance is none, too: it fills a place, or the query was too large for float16.
+        """
+        none = (labels < 0) | (labels >= self.count) | ~(np.abs(distances) < np.finfo(np.float32).max)
         if selection is not None:
             none |= ~selection.holds(np.where(none, 0, labels))
         if not none.any():

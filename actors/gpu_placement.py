@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from actors.gpu_device import GpuDevice, GpuLost, GpuMemoryFull
+from actors.gpu_device import GpuDevice, GpuLost, GpuMemoryFull, GpuRefused
 from actors.gpu_index import GpuIndex, place_on_gpu
 from actors.loaded_segment import LoadedSegment
 from actors.segment_searcher import SegmentSearcher
@@ -14,19 +14,23 @@ from actors.twin_index import TwinIndex
 from cluster.errors import Unavailable
 
 NO_GPU = "this process has no GPU"  # of an index that was never placed
+PAUSE_MAX = 31  # promotions, each 10 s: about five minutes
 logger = logging.getLogger(__name__)
 
 
 class GpuPlacement:
     """What of a shard's segments is on the GPU of this process (None: it has none). For one thread, the one that loads.
 
-    What was refused for another reason than want of memory is not tried again.
+    What was refused for another reason than want of memory is not tried again. What the GPU had no room for although
+    that was predicted is tried more and more seldom: each time it is copied, while searches wait.
     """
 
     def __init__(self, device: GpuDevice | None) -> None:
         self._device = device
         self._known: list[LoadedSegment] = []  # those that are for GPUs, as long as a view may have them
         self._refused: set[str] = set()
+        self._surprises: dict[str, int] = {}  # by segment id: how often that was
+        self._pauses: dict[str, int] = {}  # promotions that it sits out
 
     def place(self, segment: LoadedSegment) -> None:
         """Have the GPU answer for a segment that was loaded for one; where it cannot, its twin says why.
@@ -53,11 +57,16 @@ class GpuPlacement:
             return []
         waiting = [one for one in wanted if (twin := one.twin) is not None and twin.gpu is None]
         for segment in waiting:
-            if segment.description.segment_id not in self._refused:
+            if self._is_due(segment.description.segment_id):
                 self._try(segment)
         return [
             one.description.segment_id for one in waiting if (twin := one.twin) is not None and twin.gpu is not None
         ]
+
+    def _is_due(self, segment_id: str) -> bool:
+        pause = self._pauses.get(segment_id, 0)
+        self._pauses[segment_id] = max(0, pause - 1)
+        return pause == 0 and segment_id not in self._refused
 
     def keep_only(self, in_use: Iterable[LoadedSegment]) -> None:
         """Give back the GPU memory of all other segments; searches that are still at one of these ask its twin."""
@@ -67,7 +76,10 @@ class GpuPlacement:
             if id(segment) not in kept and twin is not None and twin.gpu is not None:
                 twin.demote("its generation is no longer served")
         self._known = [segment for segment in self._known if id(segment) in kept]
-        self._refused &= {segment.description.segment_id for segment in self._known}
+        known = {segment.description.segment_id for segment in self._known}
+        self._refused &= known
+        self._surprises = {name: times for name, times in self._surprises.items() if name in known}
+        self._pauses = {name: pause for name, pause in self._pauses.items() if name in known}
 
     def _try(self, segment: LoadedSegment) -> None:
         twin, device = segment.twin, self._device
@@ -80,6 +92,8 @@ class GpuPlacement:
             hopeless = bool(why)
         except (GpuMemoryFull, GpuLost) as error:
             why, hopeless = str(error), False
+            if not isinstance(error, GpuRefused):
+                self._sit_out(segment.description.segment_id)
         except RuntimeError as error:  # whatever FAISS has against it: its twin has not
             why, hopeless = f"FAISS refuses it: {error}", True
         segment.rows.forget_pages()
@@ -93,6 +107,10 @@ class GpuPlacement:
         if gpu is not None:
             gpu.close()
         twin.demote(why)
+
+    def _sit_out(self, segment_id: str) -> None:
+        times = self._surprises[segment_id] = self._surprises.get(segment_id, 0) + 1
+        self._pauses[segment_id] = min(PAUSE_MAX, (1 << (times - 1)) - 1)
 
     def _problem(self, segment: LoadedSegment, twin: TwinIndex, gpu: GpuIndex) -> str:
         """What its self-test finds; "" where nothing is wrong."""

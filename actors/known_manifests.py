@@ -15,7 +15,9 @@ from cluster.object_store import ObjectStore
 class KnownManifests:
     """`newest` by collection, without deleted ones; `unreadable` says why a newest manifest could not be read.
 
-    A collection may be in both: then `newest` is what was read before. Every read may raise Unavailable.
+    A collection may be in both: then `newest` is what was read before. `begun` has the first version that was read of
+    one that was deleted and created again between two reads: earlier ones are of another. Every read may raise
+    Unavailable.
     """
 
     def __init__(self, store: ObjectStore, new_nonce: Callable[[], str]) -> None:
@@ -24,6 +26,7 @@ class KnownManifests:
         self._reading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.newest: dict[str, Manifest] = {}
         self.unreadable: dict[str, str] = {}
+        self.begun: dict[str, int] = {}
         self.complete = asyncio.Event()  # once every collection was read; before that an absent one may exist
 
     async def read_all(self) -> None:
@@ -45,8 +48,20 @@ class KnownManifests:
                 manifest = await asyncio.to_thread(self._log(name).newest)
             except (Corrupt, NotFound) as error:
                 self.unreadable[name] = str(error)
-            else:
-                self._keep(name, manifest)
+                return
+            known = self.newest.get(name)
+            if manifest is not None and known is not None and await self._was_deleted(manifest, since=known):
+                self.begun[name] = manifest.version
+            self._keep(name, manifest)
+
+    async def _was_deleted(self, newest: Manifest, since: Manifest) -> bool:
+        """Whether a collection was deleted, and created again, after a version; not where that cannot be read."""
+        if newest.generation == since.generation:
+            return False
+        try:
+            return await asyncio.to_thread(_deleted_since, self._log(newest.collection), newest, since.version)
+        except (Corrupt, NotFound):
+            return False
 
     async def earlier(self, newest: Manifest, version: int) -> Manifest | None:
         """An earlier version of a collection; None where it was deleted since, or cannot be read."""
@@ -66,10 +81,19 @@ class KnownManifests:
             return None
         return manifest if manifest.generation < newest.generation else None
 
+    async def on_another_device(self, manifest: Manifest) -> Manifest | None:
+        """The last version of the newest earlier generation that is served on another device, and written to the same
+        logs. None where there is none, it was deleted since, or it cannot be read."""
+        try:
+            return await asyncio.to_thread(_on_another_device, self._log(manifest.collection), manifest)
+        except (Corrupt, NotFound):
+            return None
+
     def _keep(self, name: str, manifest: Manifest | None) -> None:
         self.unreadable.pop(name, None)
         if manifest is None or manifest.state == "deleted":
             self.newest.pop(name, None)
+            self.begun.pop(name, None)
         else:
             self.newest[name] = manifest
 
@@ -84,10 +108,21 @@ def _in_use(store: ObjectStore, log: ManifestLog, newest: Manifest) -> Manifest:
     return manifest
 
 
+def _on_another_device(log: ManifestLog, manifest: Manifest) -> Manifest | None:
+    for earlier in log.generations(manifest):
+        if earlier.state == "deleted" or earlier.log_set != manifest.log_set:
+            return None
+        if earlier.device != manifest.device:
+            return earlier
+    return None
+
+
 def _earlier(log: ManifestLog, newest: Manifest, version: int) -> Manifest | None:
     """None where the collection was deleted since: the name stands for another one now."""
     if version == newest.version:
         return newest
-    if any(manifest.state == "deleted" for manifest in log.generations(newest, after=version - 1)):
-        return None
-    return log.read(version)
+    return None if _deleted_since(log, newest, version) else log.read(version)
+
+
+def _deleted_since(log: ManifestLog, newest: Manifest, version: int) -> bool:
+    return any(manifest.state == "deleted" for manifest in log.generations(newest, after=version - 1))

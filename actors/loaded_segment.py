@@ -72,8 +72,10 @@ class LoadedSegment:
         knobs = widened(self.operating_point_for(params.target_recall).params, k) | given
         if "ef_search" in given:  # for every query, however far it is
             knobs = {name: value for name, value in knobs.items() if name not in (FAR_EF_SEARCH, FAR_SCORE)}
-        if width > k + 1 and not self.searcher.takes(width, knobs):  # many tie with the k-th: more than a GPU finds
-            return self.searcher.exact(queries, width, selection)
+        if width > k and not self.searcher.takes(width, knobs):  # more than a GPU without a twin finds
+            if width > k + 1:  # many tie with the k-th
+                return self.searcher.exact(queries, width, selection)
+            width = k
         rows, scores = self.searcher.search(queries, width, knobs, selection)
         if given or not np.count_nonzero(rows < 0):
             return rows, scores

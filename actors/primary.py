@@ -122,14 +122,15 @@ class Primary:
                 f"queued_write_bytes_per_shard: {self._waiting_bytes} bytes wait already, {most} may",
                 QUEUE_FULL_RETRY_S,
             )
-        newest = self._shard.newest()
-        tail = newest.view.tail if newest is not None else None
-        if tail is not None and tail.size_bytes + self._waiting_bytes > self._upkeep.tail_bytes_max:
-            raise Exhausted(
-                f"tail_bytes_max: {tail.size_bytes} bytes wait to be sealed into a segment, "
-                f"{self._upkeep.tail_bytes_max} may",
-                TAIL_FULL_RETRY_S,
-            )
+        tail_bytes, most = self._shard.tail_bytes, self._upkeep.tail_bytes_max
+        if tail_bytes + self._waiting_bytes > most:
+            newest = self._shard.newest()
+            tail = newest.view.tail if newest is not None else None
+            told = f"tail_bytes_max: {tail_bytes} bytes wait to be sealed into a segment, {most} may"
+            if tail is None or tail.size_bytes < tail_bytes:
+                told += "; they are of a generation that is sealed no more, for a newer one is to be served: see what "
+                told += "that waits for, or roll back"
+            raise Exhausted(told, TAIL_FULL_RETRY_S)
 
     def drop_expired(self) -> None:
         """Answer the queued writes whose deadline is over. Nothing of them was put, nor will be."""

@@ -28,11 +28,12 @@ from actors.frames import BYTES_MAX
 from actors.gpu_device import GpuDevice
 from actors.niceness import work_in_background
 from actors.replica import Replica
+from actors.replica_status import ReplicaStatus, with_reason
 from actors.replica_upkeep import ReplicaUpkeep, Work
 from actors.scratch import private_folder
 from actors.segment_loader import sweep_cache
 from actors.segment_upkeep import merge_segments, seal_tail
-from actors.shard import ReplicaStatus, Shard
+from actors.shard import Shard
 from actors.shard_client import CALL_TIMEOUT_S, ShardEndpoint
 from actors.shard_server import ShardServer
 from cluster.config import Limits, Settings, parse_ports
@@ -145,8 +146,7 @@ class ShardActor:
         await self._replica.lead()
 
     async def status(self) -> ReplicaStatus:
-        status = replace(self._replica.status(), endpoint=self._endpoint)
-        return replace(status, degraded=self._no_gpu) if status.degraded and self._no_gpu else status
+        return replace(with_reason(self._replica.status(), self._no_gpu), endpoint=self._endpoint)
 
 
 def open_gpu(key: ReplicaKey, share: float) -> tuple[GpuDevice | None, str]:

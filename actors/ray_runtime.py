@@ -270,20 +270,29 @@ class RayDirectory:
             raise
 
 
-def wait_until_served(namespace: str, collection: str, generation: int, timeout_s: float) -> None:
-    """Tell the supervisor of a commit and wait until it is served; returns at once where none runs."""
+def wait_until_served(
+    namespace: str, collection: str, generation: int, timeout_s: float, tell: Callable[[str], None] = lambda why: None
+) -> None:
+    """Tell the supervisor of a commit and wait until it is served; returns at once where none runs.
+
+    `tell` hears what it waits for, whenever that changes.
+    """
     supervisor = find_supervisor(namespace)
     if supervisor is None:
         return
-    asyncio.run(_wait_until_served(RayDirectory(supervisor, namespace), collection, generation, timeout_s))
+    asyncio.run(_wait_until_served(RayDirectory(supervisor, namespace), collection, generation, timeout_s, tell))
 
 
-async def _wait_until_served(directory: RayDirectory, collection: str, generation: int, timeout_s: float) -> None:
+async def _wait_until_served(
+    directory: RayDirectory, collection: str, generation: int, timeout_s: float, tell: Callable[[str], None]
+) -> None:
     reason = "it loads"
 
     def hear(why: str) -> None:
         nonlocal reason
-        reason = why or reason
+        if why and why != reason:
+            reason = why
+            tell(why)
 
     try:
         async with asyncio.timeout(timeout_s):

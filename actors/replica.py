@@ -3,7 +3,7 @@
 Searches run one at a time in a thread, for FAISS uses several by itself; only what is known to take no more than a
 moment is done at once. Loads and claims have another thread, records of other writers a third. Calls only wait for
 these, so that the event loop is free to tell the status at any time. A search of a GPU waits for the thread of that,
-which a load may have: meanwhile none is done at once.
+which a load or another search may have: meanwhile none is done at once.
 """
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 class ReplicaGpu:
-    """`loader` is the replica's loading thread, `promote` what it does there (`Shard.promote`). `device` None: no GPU.
+    """`loader` is the replica's loading thread, `promote` what it does there (`Shard.promote`).
 
-    `busy`: the loading thread may be using the GPU, for which searches then wait.
+    `device` None: no GPU.
     """
 
     def __init__(self, name: str, device: GpuDevice | None, loader: Executor, promote: Callable[[], list[str]]) -> None:
-        self.busy = False
+        self._loading = False
         self._name = name
         self._device = device
         self._loader = loader
@@ -33,11 +33,16 @@ class ReplicaGpu:
     @contextmanager
     def used(self) -> Iterator[None]:
         """While the loading thread does what may use the GPU."""
-        self.busy = self._device is not None
+        self._loading = self._device is not None
         try:
             yield
         finally:
-            self.busy = False
+            self._loading = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a search may have to wait for the GPU: for the loading thread, or for another search."""
+        return self._loading or (self._device is not None and self._device.busy)
 
     def look(self) -> None:
         """Called every tick; tries at most each `PROMOTE_PERIOD_S`, and one try at a time."""

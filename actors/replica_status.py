@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from actors.crossing import Crossing
+from actors.gpu_placement import NO_GPU
 from actors.live_generation import LiveGeneration
 from actors.segment_loader import LoadedSegment
 from actors.shard_client import ShardEndpoint
@@ -54,6 +55,18 @@ class ReplicaStatus:
     node_memory: tuple[int, int] | None = None
     gpu: dict[str, Any] | None = None
     degraded: str = ""
+
+
+def with_reason(status: ReplicaStatus, why: str) -> ReplicaStatus:
+    """Says why, wherever it says that its process has no GPU; as it is where `why` is ""."""
+    if not why:
+        return status
+
+    def told(text: str) -> str:
+        return text.replace(NO_GPU, f"{NO_GPU}: {why}")
+
+    segments = tuple(s | {"degraded": told(s["degraded"])} if "degraded" in s else s for s in status.segments)
+    return replace(status, segments=segments, error=told(status.error), degraded=told(status.degraded))
 
 
 class LogFacts(NamedTuple):

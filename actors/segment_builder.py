@@ -56,6 +56,7 @@ REAL_QUERIES_MIN = 500  # fewer say less about the next ones than rows with nois
 SELF_TEST_ROWS = 32
 SPREAD_ROWS, LAST_ROWS = 48, 16  # of the self-test of an index for GPUs: all over the segment, and at its end
 ROUGH_EF_SEARCH = 64  # orders queries by their distance from the rows well enough
+GPU_FAILURES = (GpuMemoryFull, GpuLost, GpuWrong)  # of a build there; another one may do
 Progress = Callable[[float], None]
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ def _build_or_step_down(
     """
     try:
         return _build_best(rows, spec, config, options, path)
-    except (GpuMemoryFull, GpuLost, GpuWrong) as error:
+    except GPU_FAILURES as error:
         failed = f"{options.device.name if options.device else 'the GPU'} failed to build {spec.kind}: {error}"
     if config.index.gpu_full == "refuse":
         raise Unavailable(f"{failed}; with gpu_full step_down another index would be built")
@@ -190,7 +191,7 @@ def _build_or_step_down(
 def _build_best(rows: Rows, spec: IndexSpec, config: CollectionConfig, options: BuildOptions, path: Path) -> _Built:
     """Build, tune and save; where the target is missed and something stronger fits, that as well: the better one stays.
 
-    One index at a time is in memory.
+    One index at a time is in memory. A GPU that fails to build the stronger one has built the other: that stays.
     """
     best = _build_tuned(rows, spec, config, options, path)
     spent_s = best.build_s
@@ -200,7 +201,11 @@ def _build_best(rows: Rows, spec: IndexSpec, config: CollectionConfig, options: 
         if config.index.build_seconds is not None and longer_s > config.index.build_seconds:
             break
         aside = path.with_suffix(".again")
-        again = _build_tuned(rows, better, config, options, aside)
+        try:
+            again = _build_tuned(rows, better, config, options, aside)
+        except GPU_FAILURES as error:
+            logger.warning("a stronger %s is not built: %s", better.kind, error)
+            break
         spent_s += again.build_s
         if not again.points[0].met and again.points[0].recall <= best.points[0].recall:
             aside.unlink()
@@ -243,8 +248,17 @@ def _build_on_gpu(
 ) -> _Built:
     """The index has all rows before it is tuned: what a CPU can read is made of it once.
 
-    GpuMemoryFull, GpuLost; GpuWrong where its scores are not those of the rows.
+    GpuMemoryFull, GpuLost; GpuWrong where FAISS refuses something, or what is found or scored is not as the rows say.
     """
+    try:
+        return _built_there(device, rows, spec, config, options, path)
+    except RuntimeError as error:  # the CPU may build it all the same
+        raise GpuWrong(f"FAISS refuses it: {error}") from None
+
+
+def _built_there(
+    device: GpuDevice, rows: Rows, spec: IndexSpec, config: CollectionConfig, options: BuildOptions, path: Path
+) -> _Built:
     clock, metric = time.perf_counter, config.metric
     started = clock()
     cpu, gpu = build_on_gpu(

@@ -367,6 +367,13 @@ class Shard:
         """The newest generation that is held."""
         return max(self._generations.values(), key=lambda held: held.view.generation, default=None)
 
+    @property
+    def tail_bytes(self) -> int:
+        """Of the generation with most in its tail, of those that take the records of the log: one that is served while
+        a newer one waits is sealed no more."""
+        tails = (one.view.tail for one in self._generations.values() if one.log_set == self._log_set)
+        return max((tail.size_bytes for tail in tails if tail is not None), default=0)
+
     def retire(self, generation: int) -> None:
         """Drop every generation older than this one, and their cached files that no later one uses."""
         before = self._files.cached(self._views())

@@ -18,6 +18,7 @@ from typing import Any
 
 from actors.known_manifests import KnownManifests
 from actors.log_ends import LogEnds
+from actors.served_before import served_before
 from actors.serving_table import known_endpoints, served_collection, why_unready
 from actors.shard import ReplicaStatus
 from actors.shard_client import ServedCollection, ServingTable, ShardEndpoint
@@ -37,7 +38,6 @@ from cluster.placement import (
     Stop,
     WantedReplica,
     choose_lead,
-    held_by_every_shard,
     leader,
     may_end_logs,
     plan,
@@ -134,31 +134,13 @@ class Supervisor:
                 await asyncio.sleep(self._settings.reconcile_period_s)
 
     async def _find_served(self) -> None:
-        """For collections whose newest version cannot be switched to yet: what an earlier supervisor served.
-
-        That is what every shard holds. Where some restarted, too, it is at least what the logs are written for, until
-        those have ended.
-        """
+        """For collections whose newest version cannot be switched to yet: what an earlier supervisor served."""
         for name, newest in list(self._known.newest.items()):
             if name in self._served or self._publishable(newest):
                 continue
-            found = await self._newest_held(newest) or await self._known.in_use(newest)
+            found = await served_before(newest, self._known, self._replicas)
             if found is not None and self._known.newest.get(name) == newest:
                 self._served.setdefault(name, found)
-
-    async def _newest_held(self, newest: Manifest) -> Manifest | None:
-        """The newest version of a collection whose generation every one of its shards holds."""
-        name, manifest = newest.collection, newest
-        for version in self._replicas.versions(name):
-            if version > newest.version:
-                continue
-            earlier = await self._known.earlier(manifest, version)  # from the last one on: each is read once
-            if earlier is None:
-                return None
-            manifest = earlier
-            if held_by_every_shard(own_replicas(manifest), self._observed(), manifest.generation):
-                return manifest
-        return None
 
     def reconcile(self) -> None:
         """One round on what is known: choose what is served, act, publish. Nothing before `take_over`."""
@@ -308,7 +290,8 @@ class Supervisor:
 
     def _choose_served(self) -> None:
         """The newest version as soon as all can switch to its generation; until then what was served goes on."""
-        self._served = {name: served for name, served in self._served.items() if name in self._known.newest}
+        known, begun = self._known.newest, self._known.begun
+        self._served = {n: one for n, one in self._served.items() if n in known and one.version >= begun.get(n, 0)}
         for name, newest in self._known.newest.items():
             served = self._served.get(name)
             if (served is not None and served.generation == newest.generation) or self._publishable(newest):

@@ -146,7 +146,8 @@ def tune_with_twin(
     """As `tune`, of an index on a GPU: (its operating points, what was measured for each of them on its twin).
 
     The twin of a graph takes `ef_search`, which is tuned on it and becomes a parameter of the operating points. Others
-    are measured with the very parameters; of an exact index, without any, nothing is told.
+    are measured with the very parameters, if any: float16 codes round more on a CPU, where points lie far from the
+    origin. Of an exact index nothing is told.
     """
     points = tune(gpu, knobs, asked, target_recall, clock)
     if "itopk_size" in knobs.names:
@@ -154,7 +155,7 @@ def tune_with_twin(
         pairs = zip(points, twins, strict=True)
         return tuple(replace(point, params={**point.params, **twin.params}) for point, twin in pairs), twins
     measuring = _Tuning(cpu, knobs, asked, clock)
-    return points, tuple(measuring.told(point) for point in points) if knobs.names else ()
+    return points, tuple(measuring.told(point) for point in points) if len(asked.truth) else ()
 
 
 def _joined(nearby: _Tuning, far: _Tuning, told: _Tuning, target: float, far_score: float) -> OperatingPoint:

@@ -8,8 +8,9 @@ from typing import Any
 from actors.replica_status import ReplicaStatus
 from cluster import upkeep as policy
 from cluster.advice import AdviceFacts, IndexFacts, ObservedRecall, ShardFacts, largest_segment, rebuild_advice
-from cluster.config import CollectionConfig, Upkeep
+from cluster.config import Upkeep
 from cluster.manifest import Manifest, ShardEntry
+from cluster.manifest_format import added_on
 from cluster.placement import Candidate, ReplicaKey, leader
 
 Statuses = Mapping[ReplicaKey, ReplicaStatus]
@@ -25,8 +26,9 @@ def upkeep_facts(manifest: Manifest, statuses: Statuses, bounds: Upkeep) -> dict
         first = _first(replicas, manifest.generation)
         if first is None:
             continue
-        work = _due(entry, first, manifest.built_for, bounds)
-        shards.append(_shard_facts(entry, first, replicas, manifest, work is not None))
+        most = largest_segment(manifest.built_for, added_on(manifest.device))
+        work = _due(entry, first, most, bounds)
+        shards.append(_shard_facts(entry, first, replicas, manifest.generation, most, work is not None))
         if work is not None and (why := _why_idle(replicas)):
             idle[entry.shard] = f"{why}: {work.reason}"
     return {"advice": rebuild_advice(AdviceFacts(manifest.built_for, tuple(shards)), bounds), "idle_upkeep": idle}
@@ -39,12 +41,12 @@ def _first(replicas: Statuses, generation: int) -> ReplicaStatus | None:
 
 
 def _due(
-    entry: ShardEntry, status: ReplicaStatus, config: CollectionConfig, bounds: Upkeep
+    entry: ShardEntry, status: ReplicaStatus, points_max: int, bounds: Upkeep
 ) -> policy.Seal | policy.Merge | None:
     """What the policy asks for, as far as a status tells: of the tail only its points."""
     deleted = {each["segment_id"]: each["tombstones"] for each in status.segments}
     segments = policy.segment_facts(entry, deleted)
-    facts = policy.ShardFacts(segments, status.tail_points, points_max=largest_segment(config))
+    facts = policy.ShardFacts(segments, status.tail_points, points_max=points_max)
     return policy.wanted_upkeep(facts, bounds)
 
 
@@ -57,7 +59,7 @@ def _why_idle(replicas: Statuses) -> str:
 
 
 def _shard_facts(
-    entry: ShardEntry, first: ReplicaStatus, replicas: Statuses, manifest: Manifest, due: bool
+    entry: ShardEntry, first: ReplicaStatus, replicas: Statuses, generation: int, points_max: int, due: bool
 ) -> ShardFacts:
     segments = tuple(
         IndexFacts(
@@ -69,8 +71,8 @@ def _shard_facts(
         )
         for each in first.segments
     )
-    observed = _observed(replicas, manifest.generation)
-    return ShardFacts(entry.shard, segments, first.tail_points, due, observed, largest_segment(manifest.built_for))
+    observed = _observed(replicas, generation)
+    return ShardFacts(entry.shard, segments, first.tail_points, due, observed, points_max)
 
 
 def _planned(segment: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from cluster.placement import NEAR_RECORDS, Candidate, ObservedReplica, ReplicaK
 CALL_RETRY_S = 5.0  # after a call to a replica that failed
 LEAD_TIMEOUT_S = 60.0  # applying the rest of the WAL and loading the newest version
 LEADING = "leading its shard"
+LOST_GPU_PAUSE_S = 300.0  # between two processes of a replica each of which is ended because its GPU was lost
 SILENT_TIMEOUTS_MAX = 6  # a replica that hung for so many `replica_timeout_s` is ended
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class WatchedReplicas:
         self._told_to_lead: set[ReplicaKey] = set()
         self._call_after: dict[tuple[ReplicaKey, str], float] = {}
         self._start_after: dict[ReplicaKey, float] = {}
+        self._ended_for_gpu: dict[ReplicaKey, float] = {}  # when a replica was ended because its GPU was lost
 
     def watch(self) -> None:
         """Watch every replica that is not watched yet."""
@@ -92,9 +94,16 @@ class WatchedReplicas:
     def observed(self) -> dict[ReplicaKey, ObservedReplica]:
         statuses = {key: self.status(key) for key in self._keys}
         return {
-            key: ObservedReplica(s.state, max(s.versions, default=0), s.generations, s.crossing, s.epoch)
+            key: ObservedReplica(
+                s.state, max(s.versions, default=0), s.generations, s.crossing, s.epoch, self._gpu_is_lost(key)
+            )
             for key, s in statuses.items()
         }
+
+    def _gpu_is_lost(self, key: ReplicaKey) -> bool:
+        """And its process worth another one: a GPU that each loses does not have it started again and again."""
+        gpu, since = self.status(key).gpu, self._ended_for_gpu.get(key, float("-inf"))
+        return bool(gpu and gpu["lost"]) and self._clock() >= since + LOST_GPU_PAUSE_S
 
     def candidates(self, collection: str, shard: int) -> dict[ReplicaKey, Candidate]:
         """The replicas of a shard that run, by what decides which of them leads it."""
@@ -128,6 +137,10 @@ class WatchedReplicas:
         self.watch()
 
     def stop(self, key: ReplicaKey) -> None:
+        if self._gpu_is_lost(key):
+            self._ended_for_gpu = {key: self._clock()} | {
+                other: at for other, at in self._ended_for_gpu.items() if other in self._keys and other != key
+            }
         self._runtime.stop(key)
         self._forget(key)
 

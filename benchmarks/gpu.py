@@ -193,10 +193,13 @@ def measure_made(bench: Bench, made: Made, vectors: GpuSet, kind: str, report: R
     with replica_of(made, bench.device) as replica:
         ways: list[Way] = [RawWay(made), ScoredWay(made), ShardWay(made)]
         ways += [ReplicaWay(made, replica, many) for many in IN_FLIGHT]
-        ways += _served_ways(bench, made, report)
+        over_network = _served_ways(bench, made, report)
+        ways += over_network
         rows = [measure_batch(bench, ways, made, vectors, kind, batch, report) for batch in bench.batches]
         recalls = {way.name: recall_of(way, made, vectors) for way in ways}
-    return told_of(made, vectors, kind) | {"rows": rows, "recall": recalls}
+    served = bench.server.trouble(made.name) if bench.server is not None and over_network else ""
+    told = told_of(made, vectors, kind) | {"rows": rows, "recall": recalls}
+    return told | {"degraded": told["degraded"] or served}
 
 
 def _served_ways(bench: Bench, made: Made, report: Report) -> list[Way]:
@@ -251,8 +254,8 @@ def told_of(made: Made, vectors: GpuSet, kind: str) -> dict[str, Any]:
         "build_s": made.description.built["seconds"],
         "tuning_s": made.description.built["tuning_seconds"],
         "gpu_memory": {
-            "predicted": facts.get("gpu_predicted_bytes") or 0,
-            "measured": facts.get("gpu_measured_bytes") or 0,
+            "predicted": facts.get("gpu_predicted_bytes"),
+            "measured": facts.get("gpu_measured_bytes"),
         },
         "out_of_memory": facts.get("out_of_memory", 0),
         "degraded": facts.get("degraded", ""),

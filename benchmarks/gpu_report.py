@@ -119,7 +119,9 @@ def as_markdown(told: Mapping[str, Any]) -> str:
 def _head(told: Mapping[str, Any]) -> list[str]:
     gpu, options = told["gpu"], told["options"]
     which = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    tried = options.get("smoke") or options.get("cpu")
     return [
+        *(["NOT measured on a GPU: a tiny run on the CPU, to try the program.", ""] if tried else []),
         f"{gpu['name']}, driver {gpu['driver']}, {gpu['total_bytes'] / 2**30:.0f} GiB; {which}; {told['machine']}.",
         f"k = {K}; vectors per second, medians of {options['rounds']} alternating rounds of at least "
         f"{options['seconds']:g} s; in brackets the ratio to raw FAISS of the same round. x4: four calls at a time.",
@@ -143,13 +145,26 @@ def _case(case: Mapping[str, Any]) -> Sequence[str]:
     head = [
         f"### {case['set']}: {case['kind']}",
         f"{case['index']}; recall@{K}: {recalls}; the tuning measured {case['tuned_recall']:.4f}.",
-        f"Bytes on the GPU: {memory['predicted']:,} predicted, {memory['measured']:,} measured."
-        + (f" DEGRADED: {case['degraded']}." if case["degraded"] else ""),
+        _memory_line(memory) + _trouble(case),
         "",
         f"| batch | {' | '.join(ways)} |" + (" bound | raw / bound |" if bound else ""),
         "|---:" * (len(ways) + 1 + 2 * bound) + "|",
     ]
     return [*head, *(_line(row, ways) for row in case["rows"])]
+
+
+def _memory_line(memory: Mapping[str, int | None]) -> str:
+    predicted, measured = memory["predicted"], memory["measured"]
+    if predicted is None:
+        return "Not on a GPU."
+    return f"Bytes on the GPU: {predicted:,} predicted, {'not' if measured is None else f'{measured:,}'} measured."
+
+
+def _trouble(case: Mapping[str, Any]) -> str:
+    """Which of the figures are not the GPU's: the CPU answered."""
+    degraded = f" DEGRADED: {case['degraded']}." if case["degraded"] else ""
+    missing = case["out_of_memory"]
+    return degraded + (f" DEGRADED: {missing} searches found no memory." if missing else "")
 
 
 def _line(row: Mapping[str, Any], ways: Sequence[str]) -> str:

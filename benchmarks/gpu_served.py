@@ -60,6 +60,16 @@ class Server:
             time.sleep(LOOK_S)
         raise Unavailable(f"{made.name} was not served within {READY_S:g} s: {why}")
 
+    def trouble(self, name: str) -> str:
+        """Why answers of a collection were not all its GPU's, as its replicas tell; "" where they were."""
+        for shard in self.client.collection(name)["shards"]:
+            for replica in shard["replicas"]:
+                if replica["degraded"]:
+                    return f"the served replica: {replica['degraded']}"
+                if searches := (replica["gpu"] or {}).get("out_of_memory", 0):
+                    return f"{searches} searches of the served replica found no memory"
+        return ""
+
 
 @contextmanager
 def running(data: Path) -> Iterator[Server]:

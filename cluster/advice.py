@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from cluster.config import CollectionConfig, ServedOn, Upkeep
 from cluster.errors import Invalid
+from cluster.gpu_memory import GpuFacts
 from cluster.index_policy import plan_index
 from cluster.upkeep import POINTS_MAX, largest_build
 
@@ -182,6 +183,6 @@ def _rounded(count: int) -> int:
 
 
 @lru_cache(CONFIGS_KEPT)
-def largest_segment(config: CollectionConfig) -> int:
+def largest_segment(config: CollectionConfig, gpu: GpuFacts | None = None) -> int:
     """`cluster.upkeep.largest_build`, which takes milliseconds, remembered."""
-    return largest_build(config)
+    return largest_build(config, gpu=gpu)

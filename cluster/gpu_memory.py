@@ -54,16 +54,20 @@ class GpuFacts:
 
 @dataclass(frozen=True)
 class GpuNeed:
-    """Bytes on a GPU: of the loaded index, of a search of the largest batch on top of it, of a build at its peak."""
+    """Bytes on a GPU: of the loaded index, of a search of the largest batch on top of it, of a build at its peak.
+
+    `moved` is what loading takes beside the index where it grows piece by piece: what is there moves to a larger place.
+    """
 
     index: int
     search: int
     build: int
+    moved: int = 0
 
     @property
     def load(self) -> int:
         """What must be free to load and search, with the margin."""
-        return ceil((self.index + self.search) * GPU_MARGIN)
+        return max(ceil((self.index + self.search) * GPU_MARGIN), self.index + self.moved)
 
     @property
     def peak(self) -> int:
@@ -74,8 +78,9 @@ class GpuNeed:
 def gpu_need(spec: IndexSpec, count: int, dimension: int) -> GpuNeed:
     """Of an index of `count` vectors, for the largest batch and k that a shard is asked for."""
     k = ITOPK_MAX if spec.kind == "cagra" else SIZED_K * (RERANKED if spec.kind == "ivf_pq" else 1)
-    search = search_bytes(spec, dimension, BATCH_MAX, k, count)
-    return GpuNeed(index_bytes(spec, count, dimension), search, build_bytes(spec, count, dimension))
+    search, index = search_bytes(spec, dimension, BATCH_MAX, k, count), index_bytes(spec, count, dimension)
+    moved = index if spec.kind == "flat" and spec.codes == "float16" else 0  # FAISS does not copy these codes for cuVS
+    return GpuNeed(index, search, build_bytes(spec, count, dimension), moved)
 
 
 def refusal(need_bytes: int, free_bytes: int | None, what: str) -> str:

@@ -191,10 +191,15 @@ def too_large(spec: IndexSpec, count: int, config: CollectionConfig, gpu: GpuFac
     if gpu is None or gpu.memory_bytes is None:
         return ""
     need = gpu_need(spec, count, config.dimension)
-    told = refusal(PROCESS_BYTES + need.load, gpu.memory_bytes, f"{spec.kind} of {spec.codes} codes")
+    name = f"{spec.kind} of {_codes(spec)}"
+    told = refusal(PROCESS_BYTES + need.load, gpu.memory_bytes, f"{name}, with its process and a search,")
     if told or not gpu.builds:
         return told
-    return refusal(PROCESS_BYTES + need.peak, gpu.memory_bytes, f"to build {spec.kind} of {spec.codes} codes")
+    return refusal(PROCESS_BYTES + need.peak, gpu.memory_bytes, f"to build {name}, with its process,")
+
+
+def _codes(spec: IndexSpec) -> str:
+    return f"{spec.params['pq_m']}-byte codes" if spec.kind == "ivf_pq" else f"{spec.codes} codes"
 
 
 # --- what a config may ask for ------------------------------------------------------------------------------------
@@ -250,7 +255,8 @@ def check_asked(config: CollectionConfig, gpu: GpuFacts | None) -> None:
         where = "on device cpu" if index.device == "cpu" else "here: there are no GPUs, or too few are free"
         raise Invalid.at(
             "index.kind",
-            f"cagra is for GPUs, it cannot be had {where}; take kind hnsw, or device gpu, which wait_for_gpu waits for",
+            f"cagra is for GPUs, it cannot be had {where}; take kind hnsw, or device gpu: with wait_for_gpu it "
+            "is taken before there are GPUs",
         )
 
 
@@ -307,17 +313,23 @@ def _no_gpus(
     if total <= 0:
         return Invalid.at(
             "index.device",
-            "this cluster has no GPU: use device cpu, add a node with a GPU, or set wait_for_gpu to wait for one",
+            f"this cluster has no GPU: use {_on_cpu(config)}, add a node with a GPU, or set wait_for_gpu to wait for "
+            "one",
         )
     asked = f"{config.shards} shards x {config.replicas} replicas of {config.index.num_gpus:g} GPUs"
     if wanted > total + FRACTIONS:
         return Invalid.at(
             "index.device",
             f"{asked} take {wanted:g} GPUs, this cluster has {total:g}: use fewer shards or replicas, a smaller "
-            "num_gpus, device cpu, or set wait_for_gpu to wait for more",
+            f"num_gpus, {_on_cpu(config)}, or set wait_for_gpu to wait for more",
         )
     return Unavailable(
         f"{asked} take {missing:g} GPUs more, {free:g} of {total:g} are free: try again when others have given theirs "
         "back, or set index.wait_for_gpu to wait for them",
         retry_after_s=10.0,
     )
+
+
+def _on_cpu(config: CollectionConfig) -> str:
+    """How to do without GPUs, for a message."""
+    return "kind hnsw on device cpu" if config.index.kind == "cagra" else "device cpu"

@@ -339,7 +339,8 @@ def _nothing_fits(considered: list[Candidate], index: IndexConfig) -> Invalid:
         return Invalid.at(
             "index.target_recall",
             f"{_name(considered[0].spec)} reaches recall {best:g} at most, {index.target_recall:g} is asked for; "
-            "give it a rerank_store, lower the target, or use kind auto",
+            f"{'give it a rerank_store, ' if considered[0].spec.rerank_store == 'none' else ''}lower the target, "
+            "or use kind auto",
         )
     small = [c for c in reaching if _fits(c.spec, index)]
     if not small:

@@ -61,7 +61,7 @@ class ObservedReplica:
     That version is of the newest of its generations. All versions of one generation answer alike, for a replica
     follows the WAL; what a newer one brings is that less of it is in the tail. `crossing` are generations that are held
     once the logs of earlier sets have ended, and how many of their records each lacks. `epoch` is that of the replica
-    as primary, 0 where it is none.
+    as primary, 0 where it is none. `gpu_lost`: its process had a GPU, which will not work any more for it.
     """
 
     state: ReplicaState
@@ -69,6 +69,7 @@ class ObservedReplica:
     generations: tuple[int, ...] = ()
     crossing: Mapping[int, int] = field(default_factory=dict)
     epoch: int = 0
+    gpu_lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,16 +116,33 @@ def plan(wanted: Mapping[ReplicaKey, WantedReplica], observed: Mapping[ReplicaKe
     """Actions that bring `observed` to `wanted`: retire what is not wanted, start what is missing, load what is old.
 
     A replica that is starting or unreachable is left alone: Ray restarts it, and it loads the newest version. One that
-    lacks more than one generation has a `Load` for each, the one that is served first.
+    lacks more than one generation has a `Load` for each, the one that is served first. One whose GPU was lost is ended,
+    to be started again, while another of its shard answers with a GPU.
     """
-    actions: list[Action] = [Stop(key) for key in sorted(observed.keys() - wanted.keys())]
-    for key in sorted(wanted):
+    replaced = _to_replace(wanted, observed)
+    actions: list[Action] = [Stop(key) for key in sorted({*(observed.keys() - wanted.keys()), *replaced})]
+    for key in sorted(wanted.keys() - replaced):
         replica = observed.get(key)
         if replica is None:
             actions.append(Start(key, wanted[key]))
         elif replica.state in ("ready", "failed"):
             actions += [Load(key, version) for version in _lacking(wanted[key], replica)]
     return actions
+
+
+def _to_replace(
+    wanted: Mapping[ReplicaKey, WantedReplica], observed: Mapping[ReplicaKey, ObservedReplica]
+) -> set[ReplicaKey]:
+    """Replicas whose GPU was lost, of shards of which another one has what is served on its GPU."""
+    lost, answering = set(), set()
+    for key, one in wanted.items():
+        replica = observed.get(key, ObservedReplica("starting"))
+        served = one.generation if one.served_generation is None else one.served_generation
+        if replica.state == "ready" and replica.gpu_lost:
+            lost.add(key)
+        elif replica.state == "ready" and served in replica.generations:
+            answering.add((key.collection, key.shard, key.device))
+    return {key for key in lost if (key.collection, key.shard, key.device) in answering}
 
 
 def _lacking(wanted: WantedReplica, replica: ObservedReplica) -> list[int]:

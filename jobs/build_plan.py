@@ -14,7 +14,7 @@ from math import ceil
 from typing import Any, Protocol, TypeVar
 
 from cluster import index_costs
-from cluster.cluster_gpus import ClusterGpus
+from cluster.cluster_gpus import ClusterGpus, share_with_rest
 from cluster.config import CollectionConfig, ServedOn
 from cluster.gpu_memory import GpuFacts, host_build_bytes
 from cluster.gpu_policy import FRACTIONS, gpu_for
@@ -85,8 +85,9 @@ def build_gpus(config: CollectionConfig, gpus: Callable[[], ClusterGpus], held: 
     if config.index.device == "cpu":
         return None
     there, each = gpus(), config.index.num_gpus
-    at_once = int(there.free / each + FRACTIONS)
-    facts = gpu_for(config, there.total, there.free, there.memory_bytes, there.name, held, builds=at_once > 0)
+    free = there.free_in_shares(each, held)
+    at_once = int(free / share_with_rest(each) + FRACTIONS)
+    facts = gpu_for(config, there.total, free, there.memory_bytes, there.name, held, builds=at_once > 0)
     return None if facts is None else BuildGpus(facts, each, at_once)
 
 

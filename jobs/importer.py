@@ -146,8 +146,9 @@ class Importer:
         return ImportPlan(parent, source, build, wal_ends)
 
     def _held_gpus(self, parent: Manifest | None) -> float:
-        """GPUs of the replicas that are there, which take up what is built now."""
-        if parent is None or parent.state == "deleted" or parent.device == "cpu":
+        """GPUs of the replicas that are there, which take up what is built now; some, too, where the newest version is
+        for CPUs and the one before it is served yet."""
+        if parent is None or parent.state == "deleted":
             return 0.0
         replicas = ((key, status.state) for key, status in self._statuses().items())
         return held_gpus(replicas, parent.config.index.num_gpus)

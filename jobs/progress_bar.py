@@ -16,7 +16,7 @@ UNITS_S = (("h", 3600), ("min", 60), ("s", 1))
 def progress_bar(first_phase: str, hidden: bool = False) -> Iterator[Show]:
     """A bar on standard error; call what it gives with the phase, the share done (0 to 1) and a note."""
     columns = (TextColumn("{task.description:>9}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    note_column = TextColumn("{task.fields[note]}")
+    note_column = TextColumn("{task.fields[note]}", markup=False)  # it may hold brackets, as of eagleray[gpu]
     with Progress(*columns, note_column, console=Console(stderr=True), disable=hidden) as progress:
         bar = progress.add_task(first_phase, total=1.0, note="")
 

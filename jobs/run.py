@@ -134,17 +134,17 @@ def finish_served(
     try:
         reporter.phase("serve")
         first()
-        served = wait_until_served(settings.namespace, manifest)
+        served = wait_until_served(settings.namespace, manifest, reporter.waiting)
     finally:
         reporter.finish("succeeded", report | served)
 
 
-def wait_until_served(namespace: str, manifest: Manifest) -> dict[str, Any]:
-    """For the report: `served`, and a `message` where it is not."""
+def wait_until_served(namespace: str, manifest: Manifest, tell: Callable[[str], None]) -> dict[str, Any]:
+    """For the report: `served`, and a `message` where it is not. `tell` hears what it waits for."""
     try:
         if ray_runtime.find_supervisor(namespace) is None:
             return {"served": False, "message": f"committed; no Eagleray runs under the namespace {namespace!r}"}
-        ray_runtime.wait_until_served(namespace, manifest.collection, manifest.generation, SERVED_TIMEOUT_S)
+        ray_runtime.wait_until_served(namespace, manifest.collection, manifest.generation, SERVED_TIMEOUT_S, tell)
     except Exception as error:  # of any kind: it is told in the report, and the import stays a success
         logger.warning("generation %d of %r is not served yet", manifest.generation, manifest.collection, exc_info=True)
         return {"served": False, "message": f"committed, but not served yet: {error}"}

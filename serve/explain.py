@@ -71,6 +71,8 @@ def print_segment(out: Console, shard: int, segment: Facts, as_before: bool) -> 
     print_line(out, f"  measured: {_built_text(segment)}")
     if device == "gpu":
         print_line(out, f"  on the GPU: {_gpu_text(segment)}")
+    if segment.get("cpu_twin"):
+        print_line(out, f"  its twin on the CPU: {_twin_text(segment['cpu_twin'])}")
     out.print(_points_table(segment["operating_points"]))
 
 
@@ -123,7 +125,7 @@ def _points_table(points: Iterable[Facts]) -> Table:
 
 
 def _built_text(segment: Facts) -> str:
-    """The index's size and build time, each beside its prediction."""
+    """The index's size and build time, each beside its prediction; of one for GPUs also what it was measured on."""
     built = segment["built"]
     parts = [f"index file {bytes_text(segment['index_bytes'])} (predicted {bytes_text(segment['predicted_bytes'])})"]
     if "seconds" in built:
@@ -132,6 +134,8 @@ def _built_text(segment: Facts) -> str:
         parts.append(f"built in {seconds_text(built['seconds'])} s{predicted} with {threads_text(built['threads'])}")
     if "tuning_seconds" in built:
         parts.append(f"tuned in {seconds_text(built['tuning_seconds'])} s on {built['tuned_on']}")
+    if segment.get("device", "cpu") == "gpu":
+        parts.append(f"all on {built.get('gpu', 'a CPU')}")
     if "faiss" in built:
         parts.append(f"FAISS {built['faiss']} {built['simd']}")
     return ", ".join(parts)
@@ -147,6 +151,13 @@ def _gpu_text(segment: Facts) -> str:
         parts.append(f"out of memory in {segment['out_of_memory']:,} searches")
     degraded = f"; the CPU answers: {segment['degraded']}" if segment.get("degraded") else ""
     return ", ".join(parts) + degraded
+
+
+def _twin_text(twin: Facts) -> str:
+    """What the CPU's index was tuned to, for the collection's own target."""
+    point = twin["operating_points"][0]
+    params = params_text(point["params"]) or "exact"
+    return f"recall@10 {point['recall']:.4f} at {params}, {point['latency_ms']:.2f} ms a query"
 
 
 def plan_line(plan: Facts) -> str:

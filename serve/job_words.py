@@ -33,9 +33,9 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
 def _gpu_line(gpu: dict[str, Any]) -> str:
     """What a generation takes of GPUs, as predicted, and what builds it."""
     name = gpu["name"] or "GPUs"
-    has = "" if gpu["memory_bytes"] is None else f", {bytes_text(gpu['memory_bytes'])} a replica"
+    has = "" if gpu["memory_bytes"] is None else f" ({bytes_text(gpu['memory_bytes'])})"
     takes = f"indexes take {bytes_text(gpu['predicted_bytes'])} there as predicted"
-    return f"served on {name}: {gpu['num_gpus']:g} GPU{has}; {takes}; built on a {gpu['built_on'].upper()}"
+    return f"served on {name}: {gpu['num_gpus']:g} GPU{has} a replica; {takes}; built on a {gpu['built_on'].upper()}"
 
 
 def failure_in_words(status: dict[str, Any]) -> str:

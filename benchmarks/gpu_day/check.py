@@ -22,6 +22,7 @@ from benchmarks.gpu_collection import KINDS, Made, make
 from benchmarks.gpu_report import versions
 from benchmarks.gpu_sets import GpuSet, K, Shape, make_set
 from benchmarks.gpu_ways import hits_of
+from cluster.errors import Unavailable
 from cluster.query import SearchParams
 from cluster.row_selection import RowSelection
 from cluster.topk import recall_at_k
@@ -66,7 +67,7 @@ def searched(made: Made, vectors: GpuSet) -> str:
     twin, segment = made.segment.twin, made.segment
     assert twin is not None, "the policy did not choose a GPU"
     if twin.gpu is None:
-        return f"NOT on the GPU: {twin.why}"
+        raise Unavailable(f"not on the GPU: {twin.why}")
     queries, truth = vectors.queries[: len(vectors.truth)], vectors.truth
     (hits,) = made.view.search(made.request(queries))
     reached = float(recall_at_k(hits_of((hits,)), made.ids[truth]).mean())

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,15 @@ import pytest
 from actors.exact_search import exact_search
 from benchmarks import gpu, gpu_ceilings, gpu_sets
 from benchmarks.gpu_ceilings import Ceilings
+from benchmarks.gpu_collection import make
 from benchmarks.gpu_day import __main__ as gpu_day
+from benchmarks.gpu_day import check
 from benchmarks.gpu_report import Report, as_markdown, bars, row_of
+from benchmarks.gpu_served import Server
 from benchmarks.gpu_sets import K, Shape, made, make_set, read_words
 from benchmarks.gpu_ways import parts_of, timed, timed_calls
 from cluster.arrow_rows import vectors_array
+from tests.gpu_double import double_device
 
 ROOT = Path(__file__).parents[2]
 TINY = Shape(1_200, 8, "cosine", queries=40)
@@ -73,6 +78,7 @@ def test_every_way_is_measured_against_raw_search_of_the_same_index(measured: tu
     assert {"what": "actor and HTTP", "why": "not asked for"} in told["skipped"]
     assert "| batch | raw | raw + scores | shard | replica x1 | replica x4 |" in text
     assert f"| {flat['set']} | flat | " in text
+    assert text.startswith("NOT measured on a GPU: "), "a stand-in's figures do not pass for a GPU's"
 
 
 def test_one_kind_that_fails_is_told_and_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,9 +223,11 @@ def test_ceilings_and_bounds_are_in_the_table(measured: tuple[dict[str, Any], st
     report = Report(told["gpu"], Ceilings(3e12, {"float32": 50e12}), told["options"])
     case = deepcopy(told["cases"][0])
     case["rows"][0] |= {"bound_per_second": 2_000.0, "bound_by": "memory", "of_bound": 0.75}
-    case["degraded"] = "the GPU is lost"
+    case |= {"degraded": "the GPU is lost", "out_of_memory": 3, "gpu_memory": {"predicted": 1_000, "measured": None}}
     report.cases.append(case)
     text = as_markdown(report.to_dict())
+    assert "Bytes on the GPU: 1,000 predicted, not measured. DEGRADED" in text
+    assert "DEGRADED: 3 searches found no memory." in text
     assert "copy 3.00 TB/s (read + written); products, TFLOP/s: float32 50.0." in text
     assert "DEGRADED: the GPU is lost." in text
     assert "| 2,000 (memory) | 0.75 |" in text
@@ -263,3 +271,36 @@ def test_a_step_is_ended_at_its_limit(tmp_path: Path) -> None:
     assert codes[0] != 0
     assert codes[1] == 1
     assert "not begun, 0.5 s are over" in (tmp_path / "log.txt").read_text()
+
+
+def test_kind_that_is_not_on_the_gpu_fails_the_check(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its twin answers right, on the CPU."""
+
+    def made_without_room(*given: Any) -> Any:
+        made = make(*given)
+        assert made.segment.twin is not None
+        made.segment.twin.demote("no room")
+        return made
+
+    monkeypatch.setattr(check.GpuDevice, "open", lambda share: double_device(memory_bytes=gpu.SMOKE_BYTES))
+    monkeypatch.setattr(check, "KINDS", {"flat": check.KINDS["flat"]})
+    assert check.main(TINY) == 0
+    monkeypatch.setattr(check, "make", made_without_room)
+    assert check.main(TINY) == 1
+    assert "not on the GPU: no room" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("replica", "told"),
+    [
+        ({"degraded": "", "gpu": {"out_of_memory": 0}}, ""),
+        ({"degraded": "", "gpu": None}, ""),
+        ({"degraded": "the GPU is lost", "gpu": None}, "the served replica: the GPU is lost"),
+        ({"degraded": "", "gpu": {"out_of_memory": 2}}, "2 searches of the served replica found no memory"),
+    ],
+)
+def test_searches_that_the_cpu_answered_are_told_of_the_served_ways_too(replica: dict[str, Any], told: str) -> None:
+    client = SimpleNamespace(collection=lambda name: {"shards": [{"replicas": [replica]}]})
+    assert Server("", client, None).trouble("words") == told

@@ -53,6 +53,26 @@ def test_calls_never_overlap() -> None:
     assert most == [1]
 
 
+def test_device_is_busy_while_a_call_runs_or_waits() -> None:
+    device, began, go = double_device(), threading.Event(), threading.Event()
+
+    def work(resources: Any) -> None:
+        began.set()
+        assert go.wait(20)
+
+    assert not device.busy
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(device.run, work)
+        assert began.wait(20)
+        assert device.busy
+        go.set()
+        running.result(20)
+    assert not device.busy
+    with pytest.raises(KeyError):
+        device.run(lambda resources: {}["nothing"])
+    assert not device.busy
+
+
 def test_work_that_asks_for_work_is_not_stuck() -> None:
     device = double_device()
     assert device.run(lambda resources: device.run(lambda again: again is resources))
@@ -300,6 +320,30 @@ def test_closed_device_destroys_all_in_its_thread_and_refuses_calls() -> None:
         device.run(lambda resources: None)
     held.close()
     device.library.check()
+
+
+def test_call_is_refused_where_the_collector_closes_the_device_as_it_is_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, told = double_device(), []
+    owner, calls = device._owner, device._owner._calls
+
+    class Collecting:
+        get, empty = calls.get, calls.empty
+
+        def put(self, call: Any) -> None:
+            if call is not None:
+                owner.close()
+            calls.put(call)
+
+    def call() -> None:
+        with pytest.raises(Unavailable, match="the GPU was closed"):
+            device.run(lambda resources: None)
+        told.append(True)
+
+    monkeypatch.setattr(owner, "_calls", Collecting())
+    calling = threading.Thread(target=call, daemon=True)
+    calling.start()
+    calling.join(5)
+    assert told == [True]
 
 
 def test_device_that_is_forgotten_ends_its_thread() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,15 @@ def test_labels_that_stand_for_no_row_or_for_one_that_is_not_selected_are_none(d
     labels, distances = gpu._sound(*told, RowSelection.of(kept))
     np.testing.assert_array_equal(labels, [[5, 9, -1, -1, -1, -1]])
     np.testing.assert_array_equal(distances, [[1, 5, np.inf, np.inf, np.inf, np.inf]])
+
+
+def test_row_without_a_finite_distance_is_none(device: GpuDevice) -> None:
+    """As places are filled with where fewer rows are selected than asked for, and where float16 overflows."""
+    gpu, most = case_of("flat", "ip").placed(device), np.finfo(np.float32).max
+    told = np.array([[3, 0, 0, 0, 0]]), np.array([[9.0, np.nan, -np.inf, np.inf, -most]], dtype=np.float32)
+    labels, scores = gpu._sound(*told, RowSelection.everything(COUNT))
+    np.testing.assert_array_equal(labels, [[3, -1, -1, -1, -1]])
+    np.testing.assert_array_equal(scores, [[9.0, -np.inf, -np.inf, -np.inf, -np.inf]])
 
 
 # --- what a search hands to FAISS -------------------------------------------------------------------------------------
@@ -330,6 +340,21 @@ def test_share_of_the_gpu_bounds_what_is_placed() -> None:
     assert case.placed(device).count == COUNT
 
 
+def test_room_is_left_for_the_largest_search_of_all_that_are_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small index beside one whose searches take much: those go on."""
+    case, needs = case_of("ivf_flat", "l2"), [GpuNeed(1_000_000, 4_000_000, 0), GpuNeed(1_000_000, 1_000, 0)]
+    room = PROCESS_BYTES + 1_000_000 + 6_250_000
+    for size in (room - 1, room):
+        device, asked = double_device(size), iter(needs)
+        monkeypatch.setattr("actors.gpu_index.gpu_need", lambda *_, asked=asked: next(asked))
+        first = case.placed(device)
+        if size < room:
+            with pytest.raises(GpuMemoryFull, match="6250000 bytes of GPU memory, 6249999 can be had"):
+                case.placed(device)
+        else:
+            assert case.placed(device).predicted_bytes == first.predicted_bytes == 1_000_000
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_index_that_does_not_fit_after_all_leaves_nothing_behind(name: str) -> None:
     """As where something else took the memory meanwhile, and where nobody can tell what is free."""
@@ -457,16 +482,33 @@ def test_lists_are_trained_with_enough_points_for_the_half_that_cuvs_takes(devic
     assert [build["rows"] for build in device.library.builds] == [512, 2_400]
 
 
-@pytest.mark.parametrize(("left", "algo"), [(None, "NN_DESCENT"), (8 << 30, "NN_DESCENT"), (10_000, "IVF_PQ")])
+QUICK_BYTES = ceil(1.25 * (COUNT * (4 * DIMENSION + 4 * 32) + COUNT * (4 + 5 * 64)))  # the graph, and what builds it
+
+
+@pytest.mark.parametrize(
+    ("left", "algo"),
+    [(None, "NN_DESCENT"), (8 << 30, "NN_DESCENT"), (QUICK_BYTES, "NN_DESCENT"), (QUICK_BYTES - 1, "IVF_PQ")],
+)
 def test_neighbours_of_a_graph_are_found_the_quick_way_where_that_fits(
     left: int | None, algo: str, device: GpuDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "left_bytes", lambda: left)
-    assert _build_algo(device, SPECS["cagra"], COUNT, DIMENSION) == getattr(device.library, f"graph_build_algo_{algo}")
+    assert _build_algo(device, SPECS["cagra"], COUNT, DIMENSION, True) == getattr(
+        device.library, f"graph_build_algo_{algo}"
+    )
+
+
+@pytest.mark.parametrize(("offset", "algo"), [(0.0, "NN_DESCENT"), (5_000.0, "IVF_PQ")])
+def test_neighbours_that_float16_would_lose_are_not_found_the_quick_way(
+    offset: float, algo: str, device: GpuDevice, tmp_path: Path
+) -> None:
+    rows = rows_of(vectors_of("l2", COUNT, seed=8, offset=offset), tmp_path)
+    build_on_gpu(device, SPECS["cagra"], DIMENSION, "l2", rows, 3)
+    assert device.library.builds[-1]["algo"] == getattr(device.library, f"graph_build_algo_{algo}")
 
 
 def test_neighbours_of_a_very_large_graph_are_found_by_lists(device: GpuDevice) -> None:
-    assert _build_algo(device, SPECS["cagra"], 6_000_000, 1) == device.library.graph_build_algo_IVF_PQ
+    assert _build_algo(device, SPECS["cagra"], 6_000_000, 1, True) == device.library.graph_build_algo_IVF_PQ
 
 
 @pytest.mark.parametrize(("name", "base_only"), [("cagra", False), ("cagra float16", True)])

@@ -496,7 +496,21 @@ def test_without_a_gpu_nothing_is_tried() -> None:
     assert (loader.done, gpu.facts, gpu.lost) == (0, None, "")
 
 
-def test_search_waits_in_its_thread_while_the_gpu_may_be_busy_with_a_load(
+@contextmanager
+def at_work(device: GpuDevice) -> Iterator[None]:
+    """While the device has something long to do."""
+    began, go = threading.Event(), threading.Event()
+    working = threading.Thread(target=lambda: device.run(lambda _: (began.set(), go.wait(20))))
+    working.start()
+    assert began.wait(20)
+    try:
+        yield
+    finally:
+        go.set()
+        working.join(20)
+
+
+def test_search_waits_in_its_thread_while_the_gpu_may_be_busy_with_a_load_or_another_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("actors.replica.AT_ONCE_S", 60.0)
@@ -515,6 +529,11 @@ def test_search_waits_in_its_thread_while_the_gpu_may_be_busy_with_a_load(
             with replica._gpu.used():
                 await found(replica, 1)
             await found(replica, 1)
-            assert [name == "search" for name in threads] == [True, False, True, False]
+            with at_work(device):
+                searching = asyncio.ensure_future(found(replica, 1))
+                await asyncio.sleep(0)
+                assert not searching.done()
+            await searching
+            assert [name == "search" for name in threads] == [True, False, True, False, True]
 
     run(scenario)

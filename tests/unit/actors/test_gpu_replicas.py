@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from actors import ray_replica, ray_runtime
-from actors.gpu_device import GpuDevice
+from actors.gpu_device import GpuDevice, GpuLost
 from actors.replica_status import ReplicaStatus
 from actors.serving_table import served_collection
 from actors.shard_client import ServingTable
 from actors.supervisor import RETIRE_AFTER_S
 from actors.wanted_replicas import own_replicas, wanted_replicas
+from actors.watched_replicas import LOST_GPU_PAUSE_S
 from cluster import wal as wal_module
 from cluster.config import IndexConfig, ServedOn, Settings
 from cluster.errors import Unavailable
@@ -106,7 +107,9 @@ def test_replica_that_finds_no_gpu_goes_on_with_the_twin_and_says_why(
     try:
         status = asyncio.run(actor.status())
         assert (status.state, status.gpu) == ("ready", None)
-        assert status.degraded == "no GPU of which 0.5 could be had"
+        why = "this process has no GPU: no GPU of which 0.5 could be had"
+        assert status.degraded.endswith(why)
+        assert [segment["degraded"] for segment in status.segments] == [why]
         request = ShardSearch(1, np.zeros((1, 4), np.float32), (SearchGroup(0, 1, 3, SearchParams()),))
         (hits,) = asyncio.run(actor.search(request))
         assert isinstance(hits, Hits)
@@ -134,11 +137,16 @@ def test_replica_on_a_gpu_opens_its_share_of_it(tmp_path: Path, monkeypatch: pyt
 # --- the switch ---------------------------------------------------------------------------------------------------
 
 
-def under_load(scenario: Scenario, tmp_path: Path, gpus: float = 2.0) -> LocalRuntime:
+def under_load(
+    scenario: Scenario,
+    tmp_path: Path,
+    gpus: float = 2.0,
+    open_gpu: Callable[[float], GpuDevice | None] = lambda share: None,
+) -> LocalRuntime:
     """Two shards of two replicas, each of half a GPU where it is on one."""
     store, clock = MemoryStore(), ManualClock()
     manifest_log(store, "words").create(TWO)
-    runtime = LocalRuntime(store, tmp_path, gpus=gpus)
+    runtime = LocalRuntime(store, tmp_path, gpus=gpus, open_gpu=open_gpu)
 
     async def run() -> None:
         async with (
@@ -206,6 +214,44 @@ def test_collection_goes_over_to_gpus_and_back_while_it_is_searched_and_written_
 
     runtime = under_load(scenario, tmp_path)
     assert {key.device for key in runtime.led} == {"cpu", "gpu"}
+
+
+def test_replica_that_lost_its_gpu_gets_another_process_while_a_second_one_answers(tmp_path: Path) -> None:
+    """The primary, too; searches and writes go on."""
+    opened: list[GpuDevice] = []
+
+    def open_gpu(share: float) -> GpuDevice:
+        opened.append(double_device(share=share))
+        return opened[-1]
+
+    async def scenario(eagleray: Serving, made: Load, clock: ManualClock, store: MemoryStore) -> None:
+        manifest = await asyncio.to_thread(next_generation, store, "gpu")
+        await switched(eagleray, made, manifest)
+        served = made.served()
+        assert served is not None
+        primary = served.primaries[0]
+        lost = eagleray.runtime.replica(primary)
+
+        def lose(key: ReplicaKey) -> None:
+            device = eagleray.runtime._processes[key].device
+            assert device is not None
+            device.library.lose()
+            with pytest.raises(GpuLost):
+                device.run(lambda resources: resources.syncDefaultStreamCurrentDevice())
+
+        lose(primary)
+        await until(lambda: primary in eagleray.runtime.existing() and eagleray.runtime.replica(primary) is not lost)
+        await until(lambda: len(opened) == len(keys("gpu")) + 1)
+        await made.more()
+        await until(lambda: eagleray.supervisor.describe("words")["statuses"][primary].gpu is not None)
+        lose(primary)
+        again = eagleray.runtime.replica(primary)
+        await made.more()
+        assert eagleray.runtime.replica(primary) is again, "one process after the other would help nobody"
+        clock.advance(LOST_GPU_PAUSE_S)
+        await until(lambda: len(opened) == len(keys("gpu")) + 2)
+
+    under_load(scenario, tmp_path, open_gpu=open_gpu)
 
 
 def test_primary_on_another_device_leads_until_one_that_stays_does(tmp_path: Path) -> None:
@@ -358,7 +404,10 @@ def test_job_that_waits_in_vain_for_what_it_committed_says_what_that_waits_for(t
             waiting = "replica words/0/0/gpu is starting (it asks for 1 GPU, 0 of 0 are free)"
             await table_when(eagleray.directory, lambda table: waiting in table.unready.get("words", ""))
             directory: Any = eagleray.directory
+            told: list[str] = []
             with pytest.raises(Unavailable, match=r"generation 1 of 'words' is committed, .*it asks for 1 GPU"):
-                await ray_runtime._wait_until_served(directory, "words", 1, 0.1)
+                await ray_runtime._wait_until_served(directory, "words", 1, 0.1, told.append)
+            assert len(told) == 1, "the job says so meanwhile, and once"
+            assert waiting in told[0]
 
     asyncio.run(asyncio.wait_for(run(), 20))

@@ -12,8 +12,9 @@ import pytest
 import actors.segment_builder
 import actors.segment_searcher
 import actors.tuner
+import tests.gpu_double
 from actors.degradation import cpu_answers
-from actors.gpu_device import GpuDevice
+from actors.gpu_device import GpuDevice, GpuMemoryFull
 from actors.gpu_placement import GpuPlacement
 from actors.segment_loader import LoadedSegment, load_segment, read_description, widened
 from actors.segment_searcher import SegmentSearcher
@@ -217,6 +218,40 @@ def test_graph_that_misses_its_target_is_built_again_stronger_if_there_is_time(
     assert double_of(device).taken_bytes == double_of(double_device()).taken_bytes
 
 
+@pytest.mark.parametrize(("failed", "words"), [(GpuMemoryFull, "no room"), (RuntimeError, "FAISS refuses it: no room")])
+def test_graph_whose_stronger_one_the_gpu_fails_to_build_stays(
+    failed: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tune, tuned = actors.segment_builder.tune_with_twin, []
+
+    def missed_then_failed(*args: Any) -> Any:
+        tuned.append(args)
+        if len(tuned) > 1:
+            raise failed("no room")
+        points, twins = tune(*args)
+        return tuple(replace(point, met=False, recall=0.5) for point in points), twins
+
+    monkeypatch.setattr(actors.segment_builder, "tune_with_twin", missed_then_failed)
+    config, store, device = gpu_config("auto"), MemoryStore(), double_device()
+    ref = published(store, config, gpu_points(config), device, plan=graph_plan(config))
+    description = read_description(store, "words", ref)
+    assert (description.spec["kind"], description.spec["params"]["graph_degree"]) == ("cagra", 16)
+    assert description.built["gpu"] == "double"
+    assert f"a stronger cagra is not built: {words}" in caplog.text
+    assert double_of(device).taken_bytes == double_of(double_device()).taken_bytes
+
+
+def test_build_that_faiss_refuses_on_the_gpu_is_left_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise RuntimeError("C++ exception RAFT failure: too few rows")
+
+    monkeypatch.setattr("tests.gpu_double.GpuIndexIVFFlat.train", refused)
+    config, store = gpu_config("ivf_flat"), MemoryStore()
+    spec = read_description(store, "words", published(store, config, gpu_points(config), double_device())).spec
+    assert (spec["kind"], spec["device"]) == ("ivf_flat", "gpu")
+    assert "double failed to build ivf_flat: FAISS refuses it: C++ exception RAFT failure" in spec["reason"]
+
+
 def test_build_that_may_not_step_down_is_refused_with_the_reason() -> None:
     config, device = gpu_config("cagra", gpu_full="refuse"), double_device()
     double_of(device).taken_by_others((8 << 30) - double_of(device).taken_bytes - 1_000)
@@ -318,6 +353,25 @@ def test_index_that_faiss_refuses_is_answered_for_by_its_twin_and_not_tried_agai
     assert len(tried) == 1
 
 
+def test_index_that_does_not_fit_as_predicted_is_tried_more_and_more_seldom(tmp_path: Path) -> None:
+    made, device, tried = built("ivf_flat"), double_device(), []
+    copy = device.library.index_cpu_to_gpu
+
+    def full(*given: Any) -> None:
+        tried.append(given)
+        raise MemoryError("std::bad_alloc")
+
+    device.library.index_cpu_to_gpu = full
+    segment, placement = made.load(tmp_path, None), GpuPlacement(device)
+    placement.place(segment)
+    for _ in range(12):
+        assert placement.promote([segment]) == []
+    assert len(tried) == 1 + 3, "with the next promotion, after one more, after three more, after seven more"
+    device.library.index_cpu_to_gpu = copy
+    promoted = [placement.promote([segment]) for _ in range(7)]
+    assert promoted.index([made.ref.segment_id]) == 2
+
+
 class Faulty:
     """An index on a GPU with something wrong about it."""
 
@@ -355,7 +409,7 @@ class Faulty:
         ("rows", "it has 999 rows of 1000"),
         ("labels", "it found row"),
         ("neighbours", "it finds none of the rows 21 to"),
-        ("few", "it found 0.100 of the neighbours, 1.000 when built"),
+        ("few", "it found 0.100 of the neighbours, 1.000 were promised"),
         ("blind", "it finds none of the rows 988 to 999"),
         ("selection", "it ignores which rows it may find"),
     ],
@@ -370,6 +424,67 @@ def test_self_test_on_a_gpu_tells_what_is_wrong(fault: str, told: str, tmp_path:
     found = problem_on_gpu(searcher, segment.twin.cpu, made.spec, "l2", test, {})
     assert told in found
     assert bool(told) == bool(found)
+
+
+def moved(vectors: Any, points: Points) -> Points:
+    return Points(points.ids, vectors.astype(np.float32))
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_exact_index_whose_gpu_cannot_tell_near_points_apart_is_answered_for_by_its_twin(
+    on_gpu: bool, tmp_path: Path
+) -> None:
+    """Tight heaps around the mean but far from it: |x|^2 + |q|^2 - 2xq leaves nothing of distances within one."""
+    config, store, device = gpu_config("flat"), MemoryStore(), double_device()
+    points = gpu_points(config)
+    heaps = np.repeat([[1.0], [-1.0]], COUNT // 2, axis=0) * 1_000.0
+    ref = published(store, config, moved(heaps + 0.5 * points.vectors, points), device if on_gpu else None)
+    assert "gpu" not in read_description(store, "words", ref).built
+    segment = load_segment(store, "words", ref, "l2", tmp_path, device)
+    assert segment.twin is not None
+    assert segment.twin.gpu is None
+    assert "of the neighbours, 1.000 were promised" in segment.twin.why
+    queries = segment.rows.gather_vectors(np.arange(0, COUNT, 50))
+    rows, _ = segment.search(queries, 10, AS_TUNED)
+    assert (rows == segment.searcher.exact(queries, 10)[0]).all()
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf_flat"])
+def test_equal_rows_of_which_the_gpu_finds_others_than_were_recorded_are_as_good(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many texts have one vector; the CPU built the index and finds the first of them."""
+    config, store, device = gpu_config(kind), MemoryStore(), double_device()
+    points = gpu_points(config)
+    vectors = points.vectors.copy()
+    vectors[::4] = vectors[0]
+    search = getattr(tests.gpu_double, "GpuIndexFlat" if kind == "flat" else "GpuIndexIVFFlat").search
+
+    def last_of_equals(self: Any, x: Any, k: int, **chosen: Any) -> Any:
+        distances, labels = search(self, x, min(self.ntotal, k + COUNT // 4), **chosen)
+        order = np.lexsort((-labels, distances), axis=1)[:, :k]
+        return np.take_along_axis(distances, order, 1), np.take_along_axis(labels, order, 1)
+
+    ref = published(store, config, moved(vectors, points), None)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"tests.gpu_double.{'GpuIndexFlat' if kind == 'flat' else '_Lists'}.search", last_of_equals)
+        segment = load_segment(store, "words", ref, "l2", tmp_path, device)
+    assert segment.twin is not None
+    assert segment.twin.why == ""
+
+
+def test_twin_that_rounds_more_than_the_gpu_is_held_to_what_it_finds_itself(tmp_path: Path) -> None:
+    """Rows far from the origin are moved there on the GPU before they are rounded; on a CPU they are not."""
+    config, store, device = gpu_config("flat float16"), MemoryStore(), double_device()
+    points = gpu_points(config)
+    ref = published(store, config, moved(points.vectors + 5_000.0, points), device)
+    description = read_description(store, "words", ref)
+    assert description.operating_points[0].met
+    assert description.cpu_twin["recall"] < 0.9 < description.self_test.recall
+    assert [twin.met for twin in description.twin_points] == [False] * 3
+    segment = load_segment(store, "words", ref, "l2", tmp_path, device)
+    assert segment.twin is not None
+    assert segment.twin.why == ""
 
 
 # --- filters, limits and knobs ------------------------------------------------------------------------------------
@@ -436,10 +551,12 @@ def test_k_over_what_a_graph_on_a_gpu_gives_goes_to_the_twin(tmp_path: Path) -> 
     assert (rows >= 0).all()
     assert cpu_answers() == before
     alone = made.load(tmp_path, device, cpu_twin=False)
-    with pytest.raises(Invalid, match="601 is more than cagra takes on a GPU"):
+    with pytest.raises(Invalid, match="600 is more than cagra takes on a GPU"):
         alone.search(queries_of(made.config, 2), 600, AS_TUNED)
     assert recall_of(alone, made.points, k=100) >= 0.95
     assert double_of(device).searches[-1]["itopk_size"] >= 101
+    assert recall_of(alone, made.points, k=512) >= 0.95  # though one more would tell which tie with the last
+    assert double_of(device).searches[-1]["k"] == 512
 
 
 def test_many_equal_scores_are_found_by_a_scan_where_a_gpu_without_twin_cannot(tmp_path: Path) -> None:

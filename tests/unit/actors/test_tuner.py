@@ -354,6 +354,15 @@ def test_lists_of_a_gpu_are_measured_on_their_twin_with_the_same_parameters() ->
 
 def test_exact_index_of_a_gpu_has_nothing_to_measure_on_its_twin() -> None:
     cpu = KnownSearcher(lambda params: everywhere(10))
-    points, twins = with_twin(KnownSearcher(lambda params: everywhere(10)), cpu, Knobs((), 10_000, 0))
+    gpu, nothing = KnownSearcher(lambda params: everywhere(10)), np.empty((0, 10))
+    exact = TuningSet(asked_for(QUERIES).queries, nothing.astype(np.int64), nothing.astype(np.float32))
+    points, twins = tune_with_twin(gpu, cpu, Knobs((), 10_000, 0), exact, 0.95, gpu.clock)
     assert [point.params for point in points] == [{}, {}, {}]
     assert (twins, cpu.calls) == ((), [])
+
+
+def test_rounded_index_of_a_gpu_is_measured_on_its_twin_though_nothing_is_tuned() -> None:
+    gpu, cpu = KnownSearcher(lambda params: everywhere(10)), KnownSearcher(lambda params: everywhere(5))
+    points, twins = with_twin(gpu, cpu, Knobs((), 10_000, 0))
+    assert [(point.params, point.recall, point.met) for point in points] == [({}, 1.0, True)] * 3
+    assert [(twin.params, twin.recall, twin.met) for twin in twins] == [({}, 0.5, False)] * 3

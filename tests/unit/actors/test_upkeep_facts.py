@@ -9,9 +9,11 @@ from actors.replica_status import ReplicaStatus
 from actors.upkeep_facts import upkeep_facts
 from cluster.config import CollectionConfig, IndexConfig, Upkeep
 from cluster.manifest import Manifest, SegmentRef, ShardEntry, TombstonesRef
+from cluster.manifest_format import added_on
 from cluster.memory_store import MemoryStore
 from cluster.placement import ReplicaKey
 from cluster.routing import Routing
+from cluster.upkeep import largest_build
 from tests.fakes import SETTINGS, serving, table_when
 from tests.unit.actors.points import commit, random_points
 
@@ -86,6 +88,16 @@ def test_rows_that_a_seal_or_merge_will_take_are_no_reason_but_tell_that_nobody_
         {0: "not begun, no replica leads the shard: the tail has 100 points, seal_points is 100"},
     )
     assert told(manifest, replace(full, epoch=0, tail_points=99)) == ([], {})
+
+
+def test_segments_of_a_generation_on_gpus_may_be_as_large_as_those_that_are_made() -> None:
+    """They are made on CPUs, which takes less host memory than the copy for a GPU that links a graph."""
+    config = CollectionConfig(96, metric="l2", index=IndexConfig())
+    names = {f"s{number}": 2_000_000 for number in range(3)}
+    manifest = replace(manifest_of(*names.items()), config=config, device="gpu")
+    assert largest_build(manifest.built_for) < 2 * 2_000_000 < largest_build(manifest.built_for, gpu=added_on("gpu"))
+    status = ready(*(segment_of(name, count) | {"device": "gpu"} for name, count in names.items()))
+    assert told(manifest, status)[1] == {0: "not begun yet: 3 segments may grow, segments_max is 2"}
 
 
 def test_deleted_rows_are_those_of_the_replica_and_of_the_manifest() -> None:

@@ -138,6 +138,12 @@ def test_need_grows_with_the_count_and_covers_the_largest_batch(built: IndexSpec
     assert need.load >= need.index + need.search
 
 
+def test_float16_rows_are_there_twice_for_a_moment_while_they_are_loaded() -> None:
+    full, half = (gpu_need(spec("flat", codes), 10_000_000, 768) for codes in ("float32", "float16"))
+    assert (full.moved, half.moved) == (0, half.index)
+    assert half.load == 2 * half.index > ceil((half.index + half.search) * GPU_MARGIN)
+
+
 def test_refusal_tells_both_numbers_and_nothing_where_it_fits_or_nobody_knows() -> None:
     assert refusal(11, 10, "cagra") == "cagra takes 11 bytes of GPU memory, 10 can be had"
     assert refusal(11, -5, "it") == "it takes 11 bytes of GPU memory, 0 can be had"

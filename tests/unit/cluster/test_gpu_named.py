@@ -79,7 +79,8 @@ def test_graph_of_gpus_is_refused_where_there_are_none_with_the_way_out() -> Non
         field, message = refused(0, None, kind="cagra", device=device)
         assert field == "index.kind"
         assert message == (
-            f"cagra is for GPUs, it cannot be had {where}; take kind hnsw, or device gpu, which wait_for_gpu waits for"
+            f"cagra is for GPUs, it cannot be had {where}; take kind hnsw, or device gpu: with wait_for_gpu it "
+            "is taken before there are GPUs"
         )
     assert refused(0, None, kind="cagra", device="auto", metric="ip")[1].startswith("cagra is not served on GPUs under")
     assert chosen(POINTS_MIN, H100, kind="cagra", device="auto") == ("cagra", "float32", "gpu")
@@ -211,3 +212,20 @@ def test_gpus_that_others_hold_are_unavailable_unless_asked_to_wait() -> None:
         facts_for(of("gpu"), 4, 1)
     assert facts_for(of("gpu", wait_for_gpu=True), 4, 1) == GpuFacts(1_000, "H100")
     assert facts_for(of("gpu"), 4, 1, held=1) == GpuFacts(1_000, "H100")
+
+
+def test_advice_is_what_can_be_followed() -> None:
+    """Of a kind that has no rerank_store of its own, and of one that no CPU serves."""
+    message = refused(50_000, kind="cagra", target_recall=1.0)[1]
+    assert message.endswith("0.999 at most, 1 is asked for; lower the target, or use kind auto")
+    with pytest.raises(Invalid, match="has no GPU: use kind hnsw on device cpu, add"):
+        gpu_for(config_of(kind="cagra"), 0.0, 0.0, None, "", 0.0, builds=False)
+    with pytest.raises(Invalid, match=r"this cluster has 0\.5: .* num_gpus, kind hnsw on device cpu, or set"):
+        gpu_for(config_of(kind="cagra"), 0.5, 0.5, None, "", 0.0, builds=False)
+
+
+def test_compressed_lists_that_do_not_fit_are_told_apart() -> None:
+    plan = plan_index(2_000_000, config_of(), gpu=GpuFacts(2 * 10**9))
+    told = [each.rejected for each in plan.considered if (each.spec.kind, each.spec.device) == ("ivf_pq", "gpu")]
+    assert [reason.split(",")[0] for reason in told] == [f"ivf_pq of {m}-byte codes" for m in (384, 192, 96)]
+    assert all("with its process and a search, takes" in reason for reason in told)

@@ -16,6 +16,8 @@ from cluster.placement import (
     Load,
     ObservedReplica,
     ReplicaKey,
+    Start,
+    Stop,
     WantedReplica,
     choose_lead,
     held_by_every_shard,
@@ -109,10 +111,30 @@ def test_replicas_on_two_devices_do_not_wait_for_each_other() -> None:
 
 def test_gpus_of_a_cluster_are_those_of_its_nodes_and_the_smallest_memory_counts() -> None:
     assert ClusterGpus.of([2.0, 1.0], [0.5, 0.0, 1.0], [(80, "large"), (24, "small")]) == ClusterGpus(
-        3.0, 1.5, 24, "small"
+        3.0, 1.5, 24, "small", (0.5, 0.0, 1.0)
     )
-    assert ClusterGpus.of([1.0], [1.0], []) == ClusterGpus(1.0, 1.0, None, "")
+    assert ClusterGpus.of([1.0], [1.0], []) == ClusterGpus(1.0, 1.0, None, "", (1.0,))
     assert ClusterGpus.of([], [], []) == NO_GPUS == ClusterGpus()
+
+
+@pytest.mark.parametrize(
+    ("free", "num_gpus", "held", "usable"),
+    [
+        ([2.0, 1.0], 1.0, 0.0, 3.0),
+        ([0.5, 0.5], 1.0, 0.0, 0.0),  # of two GPUs
+        ([0.5, 0.5], 0.5, 1.0, 1.0),
+        ([0.4, 0.4, 0.4], 0.6, 1.8, 0.0),
+        ([1.2], 0.6, 1.8, 0.0),  # what three replicas leave of three GPUs
+        ([2.2], 0.6, 1.8, 1.0),
+        ([0.4, 1.0], 0.6, 0.6, 1.0),
+        ([1.0], 0.3, 0.0, 1.0),
+        ([0.7], 0.3, 0.3, 2 / 3),
+    ],
+)
+def test_of_free_gpus_those_count_that_can_be_had_in_shares_of_one(
+    free: list[float], num_gpus: float, held: float, usable: float
+) -> None:
+    assert ClusterGpus.of([4.0], free, []).free_in_shares(num_gpus, held) == pytest.approx(usable)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +157,22 @@ def test_segments_are_added_for_the_device_of_the_generation_by_kinds_that_cpus_
     facts = added_on(device)
     assert (facts is None) == (device == "cpu")
     assert facts is None or not facts.builds
+
+
+# --- a lost GPU -------------------------------------------------------------------------------------------------------
+
+
+def test_replica_that_lost_its_gpu_is_ended_while_another_of_its_shard_has_one() -> None:
+    one, two, other = (ReplicaKey("words", *numbers, "gpu") for numbers in ((0, 0), (0, 1), (1, 0)))
+    wanted = dict.fromkeys([one, two, other], WantedReplica(7, 3, 2, 1.0, 1.0, served=6, served_generation=2))
+    well, lost = ObservedReplica("ready", 7, (2, 3)), ObservedReplica("ready", 7, (2, 3), gpu_lost=True)
+    alone = {one: well, two: well, other: lost}
+    assert plan(wanted, alone) == []
+    assert plan(wanted, {**alone, one: lost}) == [Stop(one)]
+    assert plan(wanted, {**alone, one: lost, two: lost}) == [], "somebody has to answer"
+    assert plan(wanted, {**alone, one: lost, two: ObservedReplica("starting")}) == []
+    assert plan(wanted, {**alone, one: lost, two: ObservedReplica("ready", 7, (3,))}) == [Load(two, 6)]
+    assert plan(wanted, {two: well, other: lost}) == [Start(one, wanted[one])]
 
 
 # --- memory of a switch -------------------------------------------------------------------------------------------

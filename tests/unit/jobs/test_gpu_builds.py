@@ -112,6 +112,16 @@ def test_auto_takes_gpus_where_its_replicas_and_perhaps_a_build_have_some(
     assert found == (None if facts is None else BuildGpus(facts, 1.0, at_once))
 
 
+def test_builds_do_not_wait_for_what_replicas_leave_of_their_gpus() -> None:
+    """Of three GPUs each has 0.4 left: together enough for a build, but no task gets one."""
+    config = CollectionConfig(4, replicas=3, index=IndexConfig(device="gpu", num_gpus=0.6))
+    found = build_gpus(config, lambda: ClusterGpus(3.0, 1.2, 24 * GB, "small"), held=1.8)
+    assert found is not None
+    assert (found.facts.builds, found.at_once) == (False, 0)
+    with pytest.raises(Unavailable, match="take 2 GPUs more, 1 of 3 are free"):
+        build_gpus(config, lambda: ClusterGpus.of([1.0] * 3, [0.4, 0.4, 1.0], []), held=0.6)
+
+
 def test_replicas_that_wait_for_a_gpu_have_none() -> None:
     keys = [ReplicaKey("words", 0, number, "gpu") for number in range(3)] + [ReplicaKey("words", 0, 0)]
     assert held_gpus(zip(keys, ("ready", "starting", "unreachable", "ready"), strict=True), 0.5) == 1.0
@@ -219,6 +229,16 @@ def test_import_builds_on_cpus_where_replicas_have_all_gpus(tmp_path: Path, doub
     assert description.spec["kind"] in ("ivf_flat", "ivf_pq"), "what the graph steps down to"
     assert asked.gpus["build_partition"] == 0.0
     assert doubled == []
+
+
+def test_import_goes_on_with_the_gpus_of_what_is_still_served(tmp_path: Path) -> None:
+    """The newest generation is for CPUs, and not switched to yet."""
+    data = new_data_url()
+    log = log_of(open_store(data))
+    created, _ = log.create(SMALL)
+    log.commit_generation(created, SMALL, created.shards)
+    source = write(tmp_path / "points.parquet", random_table(60), row_group_size=100)
+    assert run_import(data, source, gpus=lambda: TAKEN, statuses=statuses_on_gpus()).device == "gpu"
 
 
 def test_import_in_auto_stays_on_cpus_where_others_have_the_gpus(tmp_path: Path) -> None:
@@ -352,3 +372,20 @@ def test_versions_that_come_back_are_served_on_the_device_that_they_were_built_f
         made = branch(store, log, log_of(store, into), origin, BranchOptions("words", into, f"{origin.device}s"))
         assert made.device == origin.device
     assert uuid.UUID(made.writer)
+
+
+def test_version_that_comes_back_leaves_the_replicas_their_share_of_a_gpu(
+    tmp_path: Path, doubled: list[GpuDevice]
+) -> None:
+    collection = written(tmp_path)
+    store, log = collection.store, log_of(collection.store)
+    shares = ({"device": "gpu", "num_gpus": 0.5}, {"device": "cpu"}, {"device": "gpu", "num_gpus": 1.0})
+    made: list[Manifest] = []
+    for number, index in enumerate(shares):
+        run_rebuild(collection, index=index, gpus=lambda: ONE, job_id=f"rebuild-{number}")
+        made.append(collection.newest)
+    create_snapshot(store, "half", made[0], log._now())
+    for back in (roll_back(store, log, made[0].generation), restore(store, log, RestoreOptions("words", "half"))):
+        assert (back.device, back.config.index.num_gpus) == ("gpu", 1.0)
+    roll_back(store, log, made[1].generation)
+    assert roll_back(store, log, made[0].generation).config == made[0].config, "others are started"

@@ -8,7 +8,7 @@ import jobs.__main__ as jobs_main
 from cluster import paths
 from cluster.errors import Corrupt, Invalid, NotFound
 from cluster.memory_store import MemoryStore
-from jobs.progress_bar import duration_text, progress_note
+from jobs.progress_bar import duration_text, progress_bar, progress_note
 from jobs.report import FINISH_PAUSES_S, WRITE_PERIOD_S, JobReporter, JobStatus, read_status, write_pending
 from tests.fakes import FaultyStore, ManualClock
 
@@ -214,6 +214,12 @@ def test_damaged_status_is_corrupt_by_name(data: bytes) -> None:
 )
 def test_note_of_a_progress_bar(note: tuple[Any, ...], text: str) -> None:
     assert progress_note(*note) == text
+
+
+def test_progress_bar_shows_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("build") as show:
+        show("build", 0.5, "install eagleray[gpu]")
+    assert "install eagleray[gpu]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,20 @@ def test_import_that_is_served_says_so(tmp_path: Path) -> None:
     assert status.report == {"points": 10, "version": 1, "generation": 1, "served": True}
 
 
+def test_import_tells_what_it_waits_for_until_it_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, told = new_data_url(), []
+
+    def wait(namespace: str, collection: str, generation: int, timeout_s: float, tell: Any) -> None:
+        tell("replica words/0/0/gpu is starting (it asks for 1 GPU)")
+        told.append(read_status(open_store(data), JOB))
+
+    monkeypatch.setattr(ray_runtime, "wait_until_served", wait)
+    assert "message" not in run(data, good_source(tmp_path)).report
+    (status,) = told
+    assert (status.state, status.phase) == ("running", "serve")
+    assert status.report == {"message": "replica words/0/0/gpu is starting (it asks for 1 GPU)"}
+
+
 @pytest.mark.parametrize("error", [Unavailable("no replica can be placed"), RuntimeError("a bug"), ConnectionError()])
 def test_import_that_committed_has_succeeded_though_it_is_not_served(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -50,7 +50,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     monkeypatch.setattr(ray_runtime, "find_supervisor", lambda namespace: "a supervisor")
     monkeypatch.setattr(ray_runtime, "RayDirectory", Directory)
     monkeypatch.setattr(
-        ray_runtime, "wait_until_served", lambda n, name, generation, s: waited.append((name, generation))
+        ray_runtime, "wait_until_served", lambda n, name, generation, s, tell: waited.append((name, generation))
     )
     monkeypatch.setattr(report, "FINISH_PAUSES_S", (0.0, 0.0))
     return waited

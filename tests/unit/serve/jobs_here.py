@@ -32,7 +32,7 @@ class JobsHere(LocalJobs):
         def connected(address: str | None, data: str | None, namespace: str) -> Settings:
             return Settings(endpoint.data, namespace, cache_dir=str(cache_dir))
 
-        def served(namespace: str, collection: str, generation: int, timeout_s: float) -> None:
+        def served(namespace: str, collection: str, generation: int, timeout_s: float, tell: Any) -> None:
             asyncio.run_coroutine_threadsafe(endpoint.eagleray.directory.refresh(collection), endpoint.loop).result(10)
             until(lambda: generation_of(endpoint, collection) >= generation)
 

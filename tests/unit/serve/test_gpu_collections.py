@@ -153,7 +153,7 @@ def test_gpus_are_counted_without_asking_their_drivers(monkeypatch: pytest.Monke
     monkeypatch.setattr(ray_jobs, "_nodes", lambda: {"a": {"CPU": 4.0}, "b": {"CPU": 4.0, "GPU": 2.0}})
     monkeypatch.setattr(ray_jobs, "_free", lambda resource: [0.5, 1.0] if resource == "GPU" else [])
     monkeypatch.setattr(ray_jobs.ray, "remote", lambda function: pytest.fail("a task was started"))
-    assert ray_jobs.counted_gpus() == ClusterGpus(2.0, 1.5)
+    assert ray_jobs.counted_gpus() == ClusterGpus(2.0, 1.5, by_node=(0.5, 1.0))
 
 
 def test_cluster_is_not_asked_for_gpus_that_nobody_wants() -> None:
@@ -281,6 +281,22 @@ def test_knobs_of_a_graph_reach_the_gpu_and_its_limits_are_refused_by_name(tmp_p
         many = (await endpoint.search("words", vectors=QUERIES.tolist(), k=600)).json()
         assert [len(hits) for hits in many["results"]] == [600] * 3  # by the CPU, which is no failure
         assert ("degraded" in many, len(gpu.searches)) == (False, searches)
+
+    run_with_gpus(scenario, tmp_path)
+
+
+def test_without_a_twin_what_is_over_a_limit_is_refused_by_name(tmp_path: Path) -> None:
+    config = gpu_config("cagra", cpu_twin=False)
+    points = gpu_points(config)
+
+    async def scenario(endpoint: Endpoint, gpus: Gpus) -> None:
+        await publish(endpoint, config, points, double_device())
+        refused = problem(await endpoint.search("words", vectors=QUERIES.tolist(), k=600), 400, "k")
+        assert "512" in refused["detail"]
+        assert "cpu_twin" in refused["detail"]
+        assert (await endpoint.search("words", vectors=QUERIES.tolist(), k=100)).status_code == 200
+        body = arrow_stream(QUERIES.astype(np.float32))
+        assert "512" in problem(await endpoint.search_arrow("words", body, k=600), 400, "k")["detail"]
 
     run_with_gpus(scenario, tmp_path)
 
@@ -452,6 +468,6 @@ def test_plan_takes_the_memory_of_a_gpu_that_there_would_be() -> None:
 def test_plan_of_a_job_tells_what_it_takes_of_gpus() -> None:
     gpu = {"name": "L4", "memory_bytes": 12_000_000_000, "num_gpus": 0.5, "predicted_bytes": 7_000_000_000}
     (line,) = plan_lines({"gpu": gpu | {"built_on": "gpu"}})
-    assert line == "served on L4: 0.5 GPU, 12.0 GB a replica; indexes take 7.0 GB there as predicted; built on a GPU"
+    assert line == "served on L4: 0.5 GPU (12.0 GB) a replica; indexes take 7.0 GB there as predicted; built on a GPU"
     (line,) = plan_lines({"gpu": gpu | {"name": "", "memory_bytes": None, "num_gpus": 1.0, "built_on": "cpu"}})
-    assert line == "served on GPUs: 1 GPU; indexes take 7.0 GB there as predicted; built on a CPU"
+    assert line == "served on GPUs: 1 GPU a replica; indexes take 7.0 GB there as predicted; built on a CPU"

@@ -115,7 +115,7 @@ def segment(**there: Any) -> dict[str, Any]:
 def test_segment_on_a_gpu_is_explained_with_its_bytes_there() -> None:
     output = printed(print_segment, 0, segment(), False)
     assert "2,000,000 points: cagra on a GPU (float32 codes, rerank from rows" in output
-    assert "built in 20 s with 2 threads" in output
+    assert "built in 20 s with 2 threads, all on a CPU" in output
     assert "\n  on the GPU: 6.7 GB predicted\n" in output
     output = printed(print_segment, 0, segment(gpu_measured_bytes=6_500_000_000), False)
     assert "\n  on the GPU: 6.7 GB predicted, 6.5 GB measured\n" in output
@@ -126,3 +126,14 @@ def test_segment_whose_twin_answers_says_why() -> None:
     output = printed(print_segment, 0, segment(**why), False)
     told = "6.7 GB predicted, out of memory in 3 searches; the CPU answers: the GPU was lost"
     assert f"\n  on the GPU: {told}\n" in output
+
+
+def test_segment_says_what_its_figures_were_measured_on() -> None:
+    point = {"target_recall": 0.95, "recall_low": 0.95, "queries_per_s": 0.0, "met": True}
+    there = point | {"params": {"itopk_size": 64}, "recall": 0.97, "latency_ms": 0.1}
+    twin = point | {"params": {"ef_search": 80}, "recall": 0.9512, "latency_ms": 0.42}
+    built = {"seconds": 20.0, "threads": 2, "gpu": "NVIDIA double"}
+    facts = segment(operating_points=[there], built=built, cpu_twin={"recall": 0.96, "operating_points": [twin]})
+    output = printed(print_segment, 0, facts, False)
+    assert "built in 20 s with 2 threads, all on NVIDIA double\n" in output
+    assert "\n  its twin on the CPU: recall@10 0.9512 at ef_search 80, 0.42 ms a query\n" in output
