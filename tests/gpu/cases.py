@@ -7,10 +7,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from actors.twin_index import TwinIndex
 
 from actors.exact_search import exact_search
 from actors.faiss_index import use_threads
+from actors.twin_index import TwinIndex
 from benchmarks.gpu_collection import KINDS, Made
 from benchmarks.gpu_sets import GpuSet, K, Shape, cores, made
 from cluster.config import IndexConfig, Metric
