@@ -15,7 +15,7 @@ import pytest
 
 from actors.faiss_index import use_threads
 from actors.gpu_device import GpuDevice
-from benchmarks.gpu_collection import Made, make
+from benchmarks.gpu_collection import KINDS, Made, make
 from benchmarks.gpu_sets import K, cores
 from benchmarks.gpu_ways import hits_of, replica_of
 from cluster.arrow_rows import vectors_array
@@ -25,6 +25,7 @@ from tests.gpu.cases import COUNT, Case, clusters, recall, twin_of
 
 METRIC = "cosine"
 OLD, NEW = Case("flat", METRIC), Case("cagra", METRIC)
+EVERY_KIND = pytest.mark.parametrize("kind", list(KINDS))
 
 
 @pytest.fixture
@@ -55,14 +56,15 @@ def commit_next(collection: Made, case: Case, device: Any) -> None:
     other.shard.retire(other.view.generation + 1)
 
 
-def test_a_switch_serves_both_generations_and_then_the_new_one_alone(collection: Made, device: Any) -> None:
-    old = collection.view.generation
-    commit_next(collection, NEW, device)
+@EVERY_KIND
+def test_a_switch_serves_both_generations_and_then_the_new_one_alone(collection: Made, device: Any, kind: str) -> None:
+    old, new = collection.view.generation, Case(kind, METRIC)
+    commit_next(collection, new, device)
     gc.collect()
     alone = device.facts()["used_bytes"]
     view = collection.shard.load()
     kinds = [segment.spec.kind for segment in view.segments]
-    assert (view.generation, kinds) == (old + 1, ["cagra"])
+    assert (view.generation, kinds) == (old + 1, [new.index.kind])
     for generation in (old, old + 1):
         assert found(collection, generation) >= 0.94
         assert answer(collection, generation, clusters(METRIC).queries).degraded == ""
