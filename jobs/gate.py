@@ -91,7 +91,7 @@ def look_at_segment(task: SegmentTask) -> Iterator[dict[str, object]]:
 
 
 def _look(task: SegmentTask, device: GpuDevice | None) -> Iterator[dict[str, object]]:
-    """What is served on GPUs is asked on this one; without any its twin is asked."""
+    """What is served on GPUs is asked on this one, exact indexes as well; without any its twin is asked."""
     place, config = task.place, task.config
     try:
         segment = load_segment(place.store, place.collection, task.ref, config.metric, place.cache, device)
@@ -100,7 +100,8 @@ def _look(task: SegmentTask, device: GpuDevice | None) -> Iterator[dict[str, obj
         return
     rows, count = segment.rows, task.ref.count
     points = sum_of_points(rows, np.arange(count)) if task.summed else PointSum()
-    view, exact, parts = _view(config, segment, task.deleted), segment.spec.is_exact, []
+    exact = segment.spec.is_exact and segment.spec.device == "cpu"
+    view, parts = _view(config, segment, task.deleted), []
     for start in range(0, len(task.queries), AT_ONCE):
         queries = task.queries[start : start + AT_ONCE]
         truth = _hits(view, queries, EXACTLY)
@@ -154,7 +155,10 @@ class LatencyTask:
 
 
 def measure_latency(task: LatencyTask) -> Iterator[dict[str, object]]:
-    """Both shards in one process, one segment in memory at a time. Yields {"old_ms": float, "new_ms": float}."""
+    """Both shards in one process, one segment in memory at a time. Yields {"old_ms": float, "new_ms": float}.
+
+    Nothing where the GPU that it asked for cannot be used: the twins' times would say nothing.
+    """
     place = task.place
     use_threads(place.threads)
     with base_rows():
@@ -162,6 +166,8 @@ def measure_latency(task: LatencyTask) -> Iterator[dict[str, object]]:
             ref.segment_id: deleted_rows(place.store, place.collection, task.old, ref) for ref in task.old.segments
         }
     with place.gpus.device() as device:
+        if place.gpus.share and device is None:
+            return
         with base_rows():
             old = ShardSegments(task.old_config, task.old.segments, deleted)
             old_ms = _shard_ms(place, old, task.queries, device)
@@ -257,15 +263,15 @@ def _segment_tasks(place: Place, candidate: Candidate, queries: Vectors) -> list
     return tasks + gone
 
 
-def _least_latency(task: LatencyTask, binding: bool, workers: Workers, builds: Builds) -> MeasuredLatency:
-    """Of as many tries as it takes to be within its bound, at most `LATENCY_TRIES`."""
-    least = MeasuredLatency(float("inf"), float("inf"), binding)
+def _least_latency(task: LatencyTask, binding: bool, workers: Workers, builds: Builds) -> MeasuredLatency | None:
+    """Of as many tries as it takes to be within its bound, at most `LATENCY_TRIES`; None where none measured it."""
+    least = unmeasured = MeasuredLatency(float("inf"), float("inf"), binding)
     for _ in range(LATENCY_TRIES):
         for _, event in workers.build(measure_latency, [task], builds):
             least = MeasuredLatency(min(least.old_ms, event["old_ms"]), min(least.new_ms, event["new_ms"]), binding)
         if not binding or least.new_ms <= least.bound_ms:
             break
-    return least
+    return None if least == unmeasured else least
 
 
 class _Seen:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from actors.gpu_device import GpuDevice
@@ -27,6 +28,8 @@ from cluster.snapshots import create_snapshot
 from jobs import build_device
 from jobs.build_device import TaskGpus
 from jobs.build_plan import BuildGpus, Builds, Workers, build_gpus, held_gpus, plan_build, segment_bytes, with_rates
+from jobs.gate import SegmentTask, look_at_segment
+from jobs.rebuild_task import Place
 from jobs.snapshots import BranchOptions, RestoreOptions, branch, restore
 from tests.fakes import run_tasks_here
 from tests.gpu_double import double_device
@@ -290,6 +293,39 @@ def test_rebuild_changes_the_device_there_and_back(tmp_path: Path, doubled: list
     assert set(asked.gpus.values()) == {0.0}
     assert report["gate"]["latency"] is None, "one that is served on GPUs is not compared by its twin"
     assert collection.held() == collection.live
+
+
+def test_gate_asks_an_exact_index_on_its_gpu(tmp_path: Path, doubled: list[GpuDevice]) -> None:
+    """The self-test at its load is not all."""
+    collection = written(tmp_path)
+    run_rebuild(collection, index={"device": "gpu"}, gpus=lambda: ONE)
+    manifest = collection.newest
+    (entry,) = manifest.shards
+    place = Place(collection.data, manifest.collection, "gate", None, gpus=TaskGpus(GpuFacts(), 1.0))
+    searches, looks = [], []
+    for queries in (np.empty((0, 4), np.float32), np.ones((3, 4), np.float32)):
+        task = SegmentTask(place, entry.segments[0], np.empty(0, np.int64), manifest.config, queries, False)
+        *_, last = look_at_segment(task)
+        looks.append(last["look"])
+        searches.append(len(doubled[-1].library.searches))
+    assert searches[1] > searches[0]
+    assert not any(look.exact or look.damaged for look in looks)
+
+
+def test_gate_compares_no_times_of_twins_where_its_gpu_cannot_be_used(
+    tmp_path: Path, doubled: list[GpuDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection = written(tmp_path)
+    run_rebuild(collection, index={"device": "gpu"}, gpus=lambda: ONE)
+    report = run_rebuild(collection, gpus=lambda: ONE, job_id="rebuild-2")
+    assert report["gate"]["latency"] is not None
+
+    def gone(share: float) -> GpuDevice:
+        raise Unavailable("it fell off the bus")
+
+    monkeypatch.setattr(build_device.GpuDevice, "open", gone)
+    report = run_rebuild(collection, gpus=lambda: ONE, job_id="rebuild-3")
+    assert report["gate"]["latency"] is None
 
 
 def test_what_is_sealed_and_caught_up_is_for_the_device_of_its_generation(
