@@ -90,7 +90,12 @@ class RayRuntime:
         return await answer(self._handle(key).status.remote(), f"replica {key}", dead=NotFound)
 
     async def waits_for(self, key: ReplicaKey) -> str:
-        """What Ray may lack to start it: such as GPUs, for which an actor waits until a node with some joins."""
+        """What Ray may lack to start it: such as GPUs, for which an actor waits until a node with some joins.
+
+        Nothing where it has its place, and is loading.
+        """
+        if await asyncio.to_thread(_has_a_place, self._handle(key)):
+            return ""
         wanted = self._asked.get(key)
         asked = {"GPU": 1.0 if key.device == "gpu" else 0.0}  # of what an earlier supervisor started: about
         if wanted is not None:
@@ -110,6 +115,11 @@ class RayRuntime:
         if key not in self.handles:
             raise NotFound(f"no process for replica {key}")
         return self.handles[key]
+
+
+def _has_a_place(actor: Any) -> bool:
+    """Whether a process was started for an actor. Not documented, though a DeveloperAPI: what is asks a server."""
+    return bool(ray._private.state.actors(actor._actor_id.hex())["Address"]["Port"])
 
 
 def _lacking(asked: Mapping[str, float]) -> str:

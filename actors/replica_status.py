@@ -56,6 +56,11 @@ class ReplicaStatus:
     gpu: dict[str, Any] | None = None
     degraded: str = ""
 
+    @property
+    def waits(self) -> bool:
+        """Whether it has no process yet because something lacks for one, which `error` then tells."""
+        return self.state == "starting" and bool(self.error)
+
 
 def with_reason(status: ReplicaStatus, why: str) -> ReplicaStatus:
     """Says why, wherever it says that its process has no GPU; as it is where `why` is ""."""

@@ -8,11 +8,12 @@ What is built for GPUs is built on one where one is free; where replicas hold th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Protocol, TypeVar
 
+from actors.switch_facts import Statuses
 from cluster import index_costs
 from cluster.cluster_gpus import ClusterGpus, share_with_rest
 from cluster.config import CollectionConfig, ServedOn
@@ -21,7 +22,6 @@ from cluster.gpu_policy import FRACTIONS, gpu_for
 from cluster.index_costs import REFERENCE, Rates
 from cluster.index_policy import MEMORY_MARGIN, IndexPlan, like, plan_index
 from cluster.index_spec import IndexSpec
-from cluster.placement import ReplicaKey, ReplicaState
 
 MEASURED_MIN = 50_000  # rows of a segment whose build takes much longer than measuring how long
 T = TypeVar("T")
@@ -91,9 +91,9 @@ def build_gpus(config: CollectionConfig, gpus: Callable[[], ClusterGpus], held: 
     return None if facts is None else BuildGpus(facts, each, at_once)
 
 
-def held_gpus(replicas: Iterable[tuple[ReplicaKey, ReplicaState]], num_gpus: float) -> float:
-    """GPUs that a collection's replicas have: those that have not started yet wait for theirs."""
-    return num_gpus * sum(key.device == "gpu" and state != "starting" for key, state in replicas)
+def held_gpus(statuses: Statuses, num_gpus: float) -> float:
+    """GPUs that a collection's replicas have; some may still wait for theirs, others load already."""
+    return num_gpus * sum(key.device == "gpu" and not status.waits for key, status in statuses.items())
 
 
 def segment_bytes(spec: IndexSpec, count: int, dimension: int) -> int:

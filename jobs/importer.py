@@ -150,8 +150,7 @@ class Importer:
         for CPUs and the one before it is served yet."""
         if parent is None or parent.state == "deleted":
             return 0.0
-        replicas = ((key, status.state) for key, status in self._statuses().items())
-        return held_gpus(replicas, parent.config.index.num_gpus)
+        return held_gpus(self._statuses(), parent.config.index.num_gpus)
 
     def _measured(
         self, plan: ImportPlan, job_id: str, pieces: dict[int, dict[int, int]], reporter: JobReporter

@@ -204,8 +204,7 @@ class Rebuilder:
                 f"its replicas have {had:g} of a GPU each, and keep that as long as the collection is served on GPUs: "
                 f"rebuild it with device cpu first, then with device gpu and num_gpus {asked:g}",
             )
-        replicas = ((key, status.state) for key, status in self._statuses().items())
-        return build_gpus(config, self._workers.gpus, held_gpus(replicas, had))
+        return build_gpus(config, self._workers.gpus, held_gpus(self._statuses(), had))
 
     def _measured(self, place: Place, plan: RebuildPlan, reporter: JobReporter) -> RebuildPlan:
         """The plan with rates measured on a sample of the rows, where the build is long enough to be worth it.

@@ -31,7 +31,7 @@ def gpus_for(config: CollectionConfig, count: CountGpus, held: float = 0.0) -> G
 
 def held_by(config: CollectionConfig, statuses: Statuses) -> float:
     """GPUs that a collection's replicas have."""
-    return held_gpus(((key, status.state) for key, status in statuses.items()), config.index.num_gpus)
+    return held_gpus(statuses, config.index.num_gpus)
 
 
 def check_new_collection(config: CollectionConfig, count: CountGpus, exists: bool) -> None:

@@ -175,6 +175,7 @@ def test_replica_waits_for_gpus_and_says_for_how_many(settings: Settings) -> Non
         runtime.start(first, WantedReplica(1, 1, 1, 0.0, 1.0))
         await runtime.status(first)
         await asyncio.to_thread(until, lambda: free_gpus() == 1.0)
+        assert await runtime.waits_for(first) == "", "it has its place"
         runtime.start(second, WantedReplica(1, 1, 1, 0.0, 2.0))
         asked = asyncio.ensure_future(runtime.status(second))
         assert await runtime.waits_for(second) == (

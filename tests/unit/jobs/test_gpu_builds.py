@@ -127,7 +127,10 @@ def test_builds_do_not_wait_for_what_replicas_leave_of_their_gpus() -> None:
 
 def test_replicas_that_wait_for_a_gpu_have_none() -> None:
     keys = [ReplicaKey("words", 0, number, "gpu") for number in range(3)] + [ReplicaKey("words", 0, 0)]
-    assert held_gpus(zip(keys, ("ready", "starting", "unreachable", "ready"), strict=True), 0.5) == 1.0
+    waiting, loading = ReplicaStatus("starting", error="it asks for 1 GPU, 0 of 0 are free"), ReplicaStatus("starting")
+    statuses = (ReplicaStatus("ready"), waiting, ReplicaStatus("unreachable", error="silent"), ReplicaStatus("ready"))
+    assert held_gpus(dict(zip(keys, statuses, strict=True)), 0.5) == 1.0
+    assert held_gpus({keys[0]: loading, keys[1]: waiting}, 0.5) == 0.5
 
 
 def test_builds_for_gpus_ask_for_as_many_as_are_free() -> None:
