@@ -136,7 +136,9 @@ class Killing:
         assert report.wrong == []
         outside = [f for f in report.failed if not any(start <= f.sent <= stop for start, stop in self.outages)]
         assert outside == []
-        assert self.described()["points"] == report.live
+        wait_until(  # a status is some seconds old
+            lambda: self.described()["points"] == report.live, f"{report.live} points are told", BACK_S
+        )
 
 
 def command_of(pid: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.ray.job_load import JobLoad, LoadReport, LoadShape
-from tests.ray.server import RunningServer
+from tests.ray.server import RunningServer, wait_until
 
 pytestmark = pytest.mark.ray
 COLLECTION = "loaded"
@@ -53,7 +53,9 @@ def test_jobs_under_load_fail_no_search_and_lose_no_write(server: RunningServer)
     for name, times in phases.items():
         assert report.recall(*times) >= TARGET - 0.02, name
     assert {answer.generation for answer in report.answers} == set(range(generation, generation + GENERATIONS + 1))
-    assert server.client.collection(COLLECTION)["points"] == report.live
+    wait_until(  # a status is some seconds old
+        lambda: server.client.collection(COLLECTION)["points"] == report.live, f"{report.live} points are told"
+    )
 
 
 def tell(report: LoadReport, phases: dict[str, tuple[float, float]]) -> None:
