@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from actors.live_generation import LiveGeneration
 from actors.segment_loader import LoadedSegment
 from actors.shard_client import ShardEndpoint
 from actors.shard_view import ShardView
-from cluster.placement import ReplicaState
+from cluster.placement import ReplicaKey, ReplicaState
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class ReplicaStatus:
     def waits(self) -> bool:
         """Whether it has no process yet because something lacks for one, which `error` then tells."""
         return self.state == "starting" and bool(self.error)
+
+
+Statuses = Mapping[ReplicaKey, ReplicaStatus]
 
 
 def with_reason(status: ReplicaStatus, why: str) -> ReplicaStatus:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from actors.shard import ReplicaStatus
+from actors.replica_status import ReplicaStatus, Statuses
 from actors.shard_client import ServedCollection, ShardEndpoint
 from cluster.manifest import Manifest, ShardEntry
 from cluster.placement import Candidate, ReplicaKey, leader
-
-Statuses = Mapping[ReplicaKey, ReplicaStatus]
 
 
 def served_collection(manifest: Manifest, statuses: Statuses, before: ServedCollection | None) -> ServedCollection:

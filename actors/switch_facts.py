@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from actors.replica_status import ReplicaStatus
+from actors.replica_status import ReplicaStatus, Statuses
 from cluster.config import CollectionConfig
 from cluster.index_costs import replica_memory
-from cluster.placement import ReplicaKey, replicas_of
+from cluster.placement import replicas_of
 from cluster.switch_memory import NodeMemory, ReplicaBytes, SwitchMemory, switch_memory
 
-Statuses = Mapping[ReplicaKey, ReplicaStatus]
 IndexSize = tuple[int, int]  # predicted bytes of a shard's indexes, and its points
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from actors.replica_status import ReplicaStatus
+from actors.replica_status import ReplicaStatus, Statuses
 from cluster import upkeep as policy
 from cluster.advice import AdviceFacts, IndexFacts, ObservedRecall, ShardFacts, largest_segment, rebuild_advice
 from cluster.config import Upkeep
 from cluster.manifest import Manifest, ShardEntry
 from cluster.manifest_format import added_on
-from cluster.placement import Candidate, ReplicaKey, leader
-
-Statuses = Mapping[ReplicaKey, ReplicaStatus]
+from cluster.placement import Candidate, leader
 
 
 def upkeep_facts(manifest: Manifest, statuses: Statuses, bounds: Upkeep) -> dict[str, Any]:

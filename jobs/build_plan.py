@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Protocol, TypeVar
 
-from actors.switch_facts import Statuses
+from actors.replica_status import Statuses
 from cluster import index_costs
 from cluster.cluster_gpus import ClusterGpus, share_with_rest
 from cluster.config import CollectionConfig, ServedOn

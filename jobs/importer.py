@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.faiss_index import check_factory
-from actors.switch_facts import Statuses
+from actors.replica_status import Statuses
 from cluster import paths
 from cluster.attributes import types_after_import
 from cluster.config import CollectionConfig, check_collection_name

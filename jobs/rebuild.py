@@ -20,9 +20,10 @@ import numpy as np
 
 from actors.entry_seal import DraftEntry, finished_entry
 from actors.faiss_index import check_factory
+from actors.replica_status import Statuses
 from actors.segment_rows import HashRange
 from actors.shard_place import ShardPlace, newest_of_generation
-from actors.switch_facts import Statuses, memory_of_switch
+from actors.switch_facts import memory_of_switch
 from cluster.config import ALL_OPTIONS, CollectionConfig, check_collection_name
 from cluster.errors import Conflict, Invalid
 from cluster.gate import GateFacts, GateFailed, PointSum, gate_report, refusals

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actors import ray_jobs, ray_runtime
-from actors.switch_facts import Statuses
+from actors.replica_status import Statuses
 from cluster.config import Settings
 from cluster.gate import GateFailed
 from cluster.manifest import Manifest, ManifestLog

@@ -5,18 +5,15 @@ The memory of GPUs is not looked at here: the job that builds for them asks thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from actors.shard import ReplicaStatus
 from cluster.cluster_gpus import ClusterGpus
 from cluster.config import CollectionConfig
 from cluster.gpu_memory import GpuFacts
 from cluster.index_policy import choose
-from cluster.placement import ReplicaKey
-from jobs.build_plan import build_gpus, held_gpus
+from jobs.build_plan import build_gpus
 
 CountGpus = Callable[[], ClusterGpus]  # the cluster's, as Ray counts them; blocks
-Statuses = Mapping[ReplicaKey, ReplicaStatus]
 
 
 def gpus_for(config: CollectionConfig, count: CountGpus, held: float = 0.0) -> GpuFacts | None:
@@ -27,11 +24,6 @@ def gpus_for(config: CollectionConfig, count: CountGpus, held: float = 0.0) -> G
     """
     found = build_gpus(config, count, held)
     return None if found is None else found.facts
-
-
-def held_by(config: CollectionConfig, statuses: Statuses) -> float:
-    """GPUs that a collection's replicas have."""
-    return held_gpus(statuses, config.index.num_gpus)
 
 
 def check_new_collection(config: CollectionConfig, count: CountGpus, exists: bool) -> None:

@@ -16,10 +16,11 @@ from cluster.gpu_memory import GpuFacts
 from cluster.manifest import Manifest
 from cluster.rollback import roll_back
 from cluster.snapshots import check_snapshot_name, delete_snapshot, list_snapshots, read_snapshot
+from jobs.build_plan import held_gpus
 from jobs.collect_garbage import CollectGarbageOptions
 from serve.decoding import decode
 from serve.descriptions import describe_collection
-from serve.gpu_checks import gpus_for, held_by
+from serve.gpu_checks import gpus_for
 from serve.http_messages import json_response, read_json_body
 from serve.job_bodies import (
     BranchBody,
@@ -86,7 +87,8 @@ class JobRoutes:
         if known:
             facts = await self._services.directory.describe(name)
             config: CollectionConfig = facts["manifest"].config
-            await asyncio.to_thread(gpus_for, config, count, held_by(config, facts["statuses"]))
+            held = held_gpus(facts["statuses"], config.index.num_gpus)
+            await asyncio.to_thread(gpus_for, config, count, held)
         elif body.create is None:
             raise NotFound(f"no collection {name!r}; give create to have the import make it")
 
@@ -99,7 +101,7 @@ class JobRoutes:
                 raise Invalid.at("shard", f"collection {manifest.collection!r} has {shards}")
             case RebuildBody():
                 points = describe_collection(facts, None)["points"]  # those that are not in segments yet, too
-                count, held = self._services.gpus, held_by(manifest.config, facts["statuses"])
+                count, held = self._services.gpus, held_gpus(facts["statuses"], manifest.config.index.num_gpus)
                 await asyncio.to_thread(
                     check_rebuild, body, manifest.config, points, lambda wanted: gpus_for(wanted, count, held)
                 )

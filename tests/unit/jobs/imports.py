@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from actors.switch_facts import Statuses
+from actors.replica_status import Statuses
 from cluster import paths
 from cluster.arrow_rows import vectors_array
 from cluster.cluster_gpus import ClusterGpus

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from actors.replica_status import Statuses
 from actors.segment_rows import deleted_rows, open_rows
 from actors.segment_upkeep import seal_tail
-from actors.switch_facts import Statuses
 from cluster.arrow_rows import vectors_array
 from cluster.cluster_gpus import ClusterGpus
 from cluster.config import CollectionConfig, IndexConfig
