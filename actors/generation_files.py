@@ -35,13 +35,14 @@ class GenerationFiles:
         cache_dir: Path,
         device: GpuDevice | None = None,
         on_cpus: bool = False,
+        no_gpu: str = "",
     ) -> None:
         self._store = store
         self._collection = collection
         self._shard = shard
         self._cache_dir = cache_dir
         self._on_cpus = on_cpus
-        self.placement = GpuPlacement(device)
+        self.placement = GpuPlacement(device, no_gpu)
 
     def generation(self, manifest: Manifest, views: Sequence[ShardView]) -> LiveGeneration:
         """The generation at the applied LSN of its entry. `views` are all that are in use."""

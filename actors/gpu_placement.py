@@ -19,14 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 class GpuPlacement:
-    """What of a shard's segments is on the GPU of this process (None: it has none). For one thread, the one that loads.
+    """What of a shard's segments is on the GPU of this process. For one thread, the one that loads.
 
+    `device` None: it has none, and `no_gpu` is why, where it should have one.
     What was refused for another reason than want of memory is not tried again. What the GPU had no room for although
     that was predicted is tried more and more seldom: each time it is copied, while searches wait.
     """
 
-    def __init__(self, device: GpuDevice | None) -> None:
+    def __init__(self, device: GpuDevice | None, no_gpu: str = "") -> None:
         self._device = device
+        self._absent = f"{NO_GPU}: {no_gpu}" if no_gpu else NO_GPU
         self._known: list[LoadedSegment] = []  # those that are for GPUs, as long as a view may have them
         self._refused: set[str] = set()
         self._surprises: dict[str, int] = {}  # by segment id: how often that was
@@ -83,7 +85,10 @@ class GpuPlacement:
 
     def _try(self, segment: LoadedSegment) -> None:
         twin, device = segment.twin, self._device
-        if twin is None or device is None:
+        if twin is None:
+            return
+        if device is None:
+            twin.demote(self._absent)
             return
         gpu: GpuIndex | None = None
         try:

@@ -28,7 +28,7 @@ from actors.frames import BYTES_MAX
 from actors.gpu_device import GpuDevice
 from actors.niceness import work_in_background
 from actors.replica import Replica
-from actors.replica_status import ReplicaStatus, with_reason
+from actors.replica_status import ReplicaStatus
 from actors.replica_upkeep import ReplicaUpkeep, Work
 from actors.scratch import private_folder
 from actors.segment_loader import sweep_cache
@@ -104,7 +104,7 @@ class ShardActor:
         sweep_cache(cache_dir, time.time())
         store = open_store(self._settings.data)
         place = (store, self._key.collection, self._key.shard, cache_dir)
-        return Shard(*place, device=self._device, on_cpus=self._key.device == "cpu")
+        return Shard(*place, device=self._device, on_cpus=self._key.device == "cpu", no_gpu=self._no_gpu)
 
     def _manifest(self, version: int) -> Manifest:
         return ManifestLog(open_store(self._settings.data), self._key.collection, _new_nonce).read(version)
@@ -146,7 +146,7 @@ class ShardActor:
         await self._replica.lead()
 
     async def status(self) -> ReplicaStatus:
-        return replace(with_reason(self._replica.status(), self._no_gpu), endpoint=self._endpoint)
+        return replace(self._replica.status(), endpoint=self._endpoint)
 
 
 def open_gpu(key: ReplicaKey, share: float) -> tuple[GpuDevice | None, str]:

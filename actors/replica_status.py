@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from actors.crossing import Crossing
-from actors.gpu_placement import NO_GPU
 from actors.live_generation import LiveGeneration
 from actors.segment_loader import LoadedSegment
 from actors.shard_client import ShardEndpoint
@@ -63,18 +62,6 @@ class ReplicaStatus:
 
 
 Statuses = Mapping[ReplicaKey, ReplicaStatus]
-
-
-def with_reason(status: ReplicaStatus, why: str) -> ReplicaStatus:
-    """Says why, wherever it says that its process has no GPU; as it is where `why` is ""."""
-    if not why:
-        return status
-
-    def told(text: str) -> str:
-        return text.replace(NO_GPU, f"{NO_GPU}: {why}")
-
-    segments = tuple(s | {"degraded": told(s["degraded"])} if "degraded" in s else s for s in status.segments)
-    return replace(status, segments=segments, error=told(status.error), degraded=told(status.degraded))
 
 
 class LogFacts(NamedTuple):

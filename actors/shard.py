@@ -41,8 +41,8 @@ class Shard:
     """The generations of one shard. `load` adds one or renews it, `retire` drops old ones.
 
     `before_arrival` is called when the log of a later set is about to take the place of the one that is followed: who
-    leads that one has to give up. What was built for a GPU is placed on `device`. A replica that is `on_cpus` holds
-    such a generation only until others serve it: there its twin is loaded, whatever `cpu_twin` says.
+    leads that one has to give up. What was built for a GPU is placed on `device`; `no_gpu`: why there is none. One that
+    is `on_cpus` holds such a generation only until others serve it: its twin is loaded, whatever `cpu_twin` says.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Shard:
         new_nonce: Callable[[], str] = lambda: uuid.uuid4().hex,
         device: GpuDevice | None = None,
         on_cpus: bool = False,
+        no_gpu: str = "",
     ) -> None:
         self.collection = collection
         self.number = shard
@@ -63,7 +64,7 @@ class Shard:
         self.before_arrival: Callable[[], None] = lambda: None
         self.crossing: Crossing | None = None
         self._store = store
-        self._files = GenerationFiles(store, collection, shard, cache_dir, device, on_cpus)
+        self._files = GenerationFiles(store, collection, shard, cache_dir, device, on_cpus, no_gpu)
         self._log = ManifestLog(store, collection, new_nonce)
         self._lock = threading.Lock()
         self._moved = threading.Condition(self._lock)  # on to another LSN
@@ -369,8 +370,7 @@ class Shard:
 
     @property
     def tail_bytes(self) -> int:
-        """Of the generation with most in its tail, of those that take the records of the log: one that is served while
-        a newer one waits is sealed no more."""
+        """Of the largest tail that takes the log's records: what is served is not sealed while a newer one waits."""
         tails = (one.view.tail for one in self._generations.values() if one.log_set == self._log_set)
         return max((tail.size_bytes for tail in tails if tail is not None), default=0)
 
