@@ -42,7 +42,7 @@ bench: env ## The served endpoint beside FAISS in process (BENCH="--data ... --q
 bench-peers: env ## Eagleray beside Chroma's server and a plain Ray Serve deployment around FAISS, in one run
 	$(BIN)/python -m benchmarks.peers $(BENCH)
 
-bench-record: env ## Record the ratios to FAISS in process that tests/ray/test_speed_guard.py guards
+bench-record: env ## Record the ratios to FAISS in process that tests/ray/one_eagleray/test_endpoint_speed.py guards
 	$(BIN)/python -m benchmarks.speed_guard --record
 
 bench-build: env ## Building segments beside FAISS in process, and two shards at once beside one with two threads

@@ -1,4 +1,6 @@
-"""What the served endpoint keeps of FAISS's speed, in half a minute: tests/ray/test_speed_guard.py guards the ratios.
+"""What the served endpoint keeps of FAISS's speed, in half a minute.
+
+tests/ray/one_eagleray/test_endpoint_speed.py guards the ratios.
 
     python -m benchmarks.speed_guard [--record]
 

@@ -19,11 +19,10 @@ QUIET_S = 3.0  # of searches, fetches and writes without a job
 JOBS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rebuild", {"kind": "rebuild"}),
     ("1 to 3", {"kind": "rebuild", "shards": 3}),
-    ("3 to 2", {"kind": "rebuild", "shards": 2}),
     ("rollback", {"kind": "rollback"}),
     ("compact", {"kind": "compact"}),
 )
-GENERATIONS = 4  # that they make
+GENERATIONS = 3  # that they make
 
 
 @pytest.fixture(scope="module")

@@ -390,7 +390,7 @@ def test_like_keeps_the_lists_that_were_asked_for_as_far_as_points_allow() -> No
 # ---- after the build
 
 
-@few
+@settings(few, max_examples=100)  # each goes through several plans
 @given(st.integers(20_000, 5_000_000), configs())
 def test_stronger_doubles_the_graph_and_ends(count: int, config: CollectionConfig) -> None:
     plan = plan_or_none(count, config)

@@ -43,7 +43,7 @@ from tests.unit.serve.endpoint import Endpoint, arrow_stream, memory_url, runnin
 
 SEED = 20_240_601
 EXAMPLES = 60  # per operation, beside the schema's own edge cases
-FEW_EXAMPLES = 25  # of those whose bodies and answers are small
+FEW_EXAMPLES = 15  # of those whose bodies and answers are small
 DIMENSION = 1  # so that made-up vectors often fit
 COLLECTIONS = ("words", "names")
 SCRATCH = tuple(f"scratch-{number}" for number in range(12))

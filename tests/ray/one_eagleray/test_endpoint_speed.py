@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.speed_guard import UP_OPTIONS, import_words, losses, measure_ratios, read_recorded
+from benchmarks.served import COLLECTION
+from benchmarks.speed_guard import import_words, losses, measure_ratios, read_recorded
 from tests.ray.server import RunningServer
 
 pytestmark = pytest.mark.ray
@@ -19,12 +20,10 @@ ROUNDS, TRIES = 5, 3
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    server = RunningServer(tmp_path_factory.mktemp("data"), *UP_OPTIONS)
-    server.start()
-    yield server
-    server.stop()
-    server.client.close()
+def server(eagleray: RunningServer) -> Iterator[RunningServer]:
+    """That of the folder, on which nothing else is yet: this module is the first one that uses it."""
+    yield eagleray
+    eagleray.client.call("DELETE", f"/v1/collections/{COLLECTION}")
 
 
 def test_endpoint_keeps_its_share_of_faiss_speed(server: RunningServer) -> None:
