@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from actors.tuner import (
+    ASKED_FIRST,
     HELD_OUT_MAX,
     THROUGHPUT_BATCH,
     Knobs,
@@ -22,7 +23,7 @@ from actors.tuner import (
 from cluster.index_spec import RERANK_GRID, search_grid
 from cluster.segment import OperatingPoint
 
-QUERIES = np.zeros((100, 2), np.float32)
+QUERIES = np.stack([np.arange(100), np.zeros(100)], axis=1).astype(np.float32)  # each has its number
 GRAPH = Knobs(("ef_search",), 10_000, 0)
 LISTS = Knobs(("nprobe",), 10_000, 64)
 REFINED = Knobs(("nprobe", "rerank"), 10_000, 64)
@@ -60,9 +61,11 @@ class KnownSearcher:
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         self.calls.append((len(queries), dict(params)))
         self.clock.now += self._cost_s(params) * len(queries)
-        found = self._found(params)[: len(queries)]
-        rows = np.where(np.arange(width) < found[:, None], np.arange(width), 1_000)
+        rows = np.where(np.arange(width) < self.found(queries, params)[:, None], np.arange(width), 1_000)
         return rows, np.zeros(rows.shape, np.float32)
+
+    def found(self, queries: Any, params: dict[str, float]) -> Found:
+        return self._found(params)[queries[:, 0].astype(int)]
 
 
 def points_of(searcher: KnownSearcher, knobs: Knobs, target: float) -> tuple[OperatingPoint, ...]:
@@ -175,14 +178,11 @@ class DistanceSearcher(KnownSearcher):
     def __init__(self) -> None:
         super().__init__(lambda params: everywhere(10))
 
-    def search(
-        self, queries: Any, width: int, params: dict[str, float]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def found(self, queries: Any, params: dict[str, float]) -> Found:
         effort = np.full(len(queries), params["ef_search"])
         if "far_score" in params:
             effort[queries[:, 1] > params["far_score"]] = params["far_ef_search"]
-        self._found = lambda _: np.where(effort >= queries[:, 0], 10, 5)
-        return super().search(queries, width, params)
+        return np.where(effort >= queries[:, 0], 10, 5)
 
 
 def at_distances(needed: Any, distances: Any) -> TuningSet:
@@ -255,13 +255,103 @@ def test_tune_of_two_knobs_that_reach_nothing_gives_the_best_pair_not_met() -> N
     assert point.recall == pytest.approx(0.7)
 
 
-def test_tune_measures_every_pair_once_whatever_the_targets_ask_again() -> None:
-    searcher = KnownSearcher(lambda params: np.tile(reaching(params), 10))
-    queries = np.zeros((2 * THROUGHPUT_BATCH, 2), np.float32)  # no batch of a measurement of speed has so many
-    tune(searcher, REFINED, asked_for(queries), 0.95, searcher.clock)
-    recalls = [tuple(params.items()) for size, params in searcher.calls if size == len(queries)]
-    assert len(recalls) > 3
-    assert len(set(recalls)) == len(recalls)
+class CountingSearcher(KnownSearcher):
+    """Counts how often each query is asked with each parameters, but for what is timed: one query, or the first 256."""
+
+    def __init__(self, found: Callable[[Any], Found], cost_s: Callable[[Any], float] = lambda params: 1e-3) -> None:
+        super().__init__(found, cost_s)
+        self.asked: dict[tuple[tuple[str, float], ...], NDArray[np.int64]] = {}
+
+    def found(self, queries: Any, params: dict[str, float]) -> Found:
+        numbers = queries[:, 0].astype(int)
+        if len(numbers) > 1 and not np.array_equal(numbers, np.arange(THROUGHPUT_BATCH)):
+            counts = self.asked.setdefault(tuple(params.items()), np.zeros(1_000, np.int64))
+            counts[numbers] += 1
+        return super().found(queries, params)
+
+
+def numbered(count: int) -> Any:
+    return np.stack([np.arange(count), np.zeros(count)], axis=1).astype(np.float32)
+
+
+def test_tune_asks_every_pair_each_query_once_whatever_the_targets_ask_again() -> None:
+    searcher = CountingSearcher(lambda params: np.tile(reaching(params), 10))
+    points = tune(searcher, REFINED, asked_for(numbered(600)), 0.95, searcher.clock)
+    assert len(searcher.asked) > 3
+    assert max(counts.max() for counts in searcher.asked.values()) == 1
+    for point in points:  # what is told of them was measured with all
+        assert searcher.asked[tuple(point.params.items())].sum() == 600
+
+
+def test_parameters_that_miss_the_target_are_asked_few_queries() -> None:
+    """A quarter of the queries finds 5 of 10 below 500: the mean is .875."""
+    short = np.arange(1_000) % 4 == 0
+    searcher = CountingSearcher(lambda params: np.where(short & (params["ef_search"] < 500), 5, 10))
+    points = tune(searcher, GRAPH, asked_for(numbered(1_000)), 0.95, searcher.clock)
+    least = min(ef for ef in EF_GRID if ef >= 500)
+    assert [(point.params, point.met, point.recall) for point in points] == [({"ef_search": least}, True, 1.0)] * 3
+    missing = [counts.sum() for ((_, ef),), counts in searcher.asked.items() if ef < 500]
+    assert len(missing) > 5
+    assert np.median(missing) <= 8 * ASKED_FIRST
+
+
+def in_lists(count: int, seed: int = 5) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of each query's ten true rows, (count, 10): in which list of the 64 they are, nearest first, and how many rows
+    of all lists up to one more come before them by their codes."""
+    random = np.random.default_rng(seed)
+    lists = np.minimum(63, (random.exponential(8.0, (count, 1)) * random.exponential(1.0, (count, 10))).astype(int))
+    return lists, random.poisson(random.exponential(0.8, (count, 10)))
+
+
+def coded(count: int) -> Callable[[Any], Found]:
+    """What an index of lists of codes finds of them: who is in a list that is visited, and among the candidates."""
+    lists, before = in_lists(count)
+
+    def found(params: Any) -> Found:
+        nearer = before * np.log2(1 + params["nprobe"])
+        return ((lists < params["nprobe"]) & (nearer < 10 * params["rerank"] / 2)).sum(axis=1)
+
+    return found
+
+
+def least_of(found: Callable[[Any], Found], target: float, count: int) -> set[tuple[float, float]]:
+    """For each number of candidates the fewest lists that are proven to reach a target, by all queries of all pairs."""
+    reached = set()
+    for rerank in RERANK_GRID[:-1]:
+        for nprobe in NPROBE_GRID:
+            shares = found({"nprobe": nprobe, "rerank": rerank}) / 10
+            if recall_interval(shares)[0] >= target and recall_interval(shares[round(0.7 * count) :])[1] >= target:
+                reached.add((float(nprobe), float(rerank)))
+                break
+    return reached
+
+
+@pytest.mark.parametrize("target", [0.8, 0.9, 0.95, 0.97])
+def test_what_follows_from_other_parameters_changes_no_point(target: float) -> None:
+    """As by all queries of all pairs, of which few are asked: here lists are what costs."""
+    found = coded(1_000)
+    searcher = CountingSearcher(found, lambda params: params["nprobe"] * 1e-3 + params["rerank"] * 1e-7)
+    point = tune(searcher, REFINED, asked_for(numbered(1_000)), target, searcher.clock)[0]
+    expected = min(least_of(found, target, 1_000))
+    assert point.met
+    assert (point.params["nprobe"], point.params["rerank"]) == expected
+    assert point.recall == pytest.approx(found(point.params).mean() / 10)
+    asked = sum(counts.sum() for counts in searcher.asked.values())
+    assert asked < 0.6 * 1_000 * len(searcher.asked)
+
+
+def test_what_followed_wrongly_is_asked_before_it_is_chosen() -> None:
+    """Half of the queries find all in 1 or 2 lists, and in 32 or more, but nothing between, where the others do."""
+
+    def found(params: Any) -> Found:
+        easy = 0 if 2 < params["nprobe"] < 32 else 10
+        return np.where(np.arange(100) % 2, easy, 10 if params["nprobe"] >= 20 else 5)
+
+    searcher = KnownSearcher(found)
+    points = tune(searcher, LISTS, asked_for(numbered(30)), 0.95, searcher.clock)  # all of them in one call
+    for point in points:
+        assert (point.met, point.recall) == (True, 1.0)
+        assert found(point.params).min() == 10
 
 
 def test_tune_of_an_index_without_knobs_is_exact_for_every_target() -> None:
