@@ -18,8 +18,10 @@ from cluster.errors import EaglerayError
 from cluster.manifest import Manifest, ShardEntry
 from cluster.placement import NEAR_RECORDS
 
-PERIOD_S = 0.1  # how often the earlier logs are read on; writes wait as long once these have ended
+PERIOD_S = 0.1  # how often the earlier logs are read on while that finds anything
+PERIODS_MAX = 20  # it waits so much longer at last where it finds nothing: each look at a log is a request that costs
 NEAR_S = 1.0  # what is left is near as well where it is read within this, and more writes come than let it get less
+RecordsRead = Callable[[], int | None]  # by the crossing; None where there is none
 logger = logging.getLogger(__name__)
 
 
@@ -53,6 +55,11 @@ class Crossing:
     def number(self) -> int:
         """Of its generation."""
         return self.generation.view.generation
+
+    @property
+    def read(self) -> int:
+        """How many records of the earlier sets it has read."""
+        return self._log.read
 
     @property
     def crossed(self) -> bool:
@@ -123,7 +130,12 @@ class Crossing:
 
 
 class CrossingThread:
-    """Has a crossing read on each `PERIOD_S`, until there is none. `failure` is why the last time did not succeed."""
+    """Has a crossing read on until there is none. `failure` is why the last time did not succeed.
+
+    Each `PERIOD_S` while there is something to read, then after twice the pause before, up to `PERIODS_MAX` of these:
+    a generation may wait long for its other shards. When the logs have ended, and writes wait, the supervisor has every
+    replica load it once more: that reads on by itself, and the thread begins anew with short pauses.
+    """
 
     def __init__(self, name: str, closed: threading.Event) -> None:
         self.failure = ""
@@ -131,29 +143,43 @@ class CrossingThread:
         self._closed = closed
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._called = threading.Event()
 
-    def see_to(self, crossing: Callable[[], bool], advance: Callable[[], bool], arrive: Callable[[], None]) -> None:
-        """Run while `crossing()`, unless this does so already. Where `advance` says that all was read, `arrive`."""
+    def see_to(self, read: RecordsRead, advance: Callable[[], bool], arrive: Callable[[], None]) -> None:
+        """Run while `read()` is not None; at once, where this does so already. `arrive` where `advance` says so."""
+        self._called.set()
         with self._lock:
-            if self._thread is None and crossing() and not self._closed.is_set():
-                args = (crossing, advance, arrive)
+            if self._thread is None and read() is not None and not self._closed.is_set():
+                args = (read, advance, arrive)
                 self._thread = threading.Thread(target=self._run, args=args, name="cross", daemon=True)
                 self._thread.start()
 
-    def _run(self, crossing: Callable[[], bool], advance: Callable[[], bool], arrive: Callable[[], None]) -> None:
+    def _run(self, read: RecordsRead, advance: Callable[[], bool], arrive: Callable[[], None]) -> None:
+        periods, before = 1, None
         while True:
+            self._called.clear()  # what is called for from now on is seen the next time
             with self._lock:
-                if self._closed.is_set() or not crossing():
+                if self._closed.is_set() or read() is None:
                     self._thread, self.failure = None, ""
                     return
-            failure = ""
-            try:
-                if advance():
-                    arrive()
-            except Exception as error:  # told, and done again: what is served goes on
-                failure = f"crossing to another log set: {error}"
-                if failure != self.failure and not self._closed.is_set():
-                    ours = isinstance(error, EaglerayError)
-                    logger.warning("%s: %s", self._name, failure, exc_info=None if ours else error)
-            self.failure = failure
-            self._closed.wait(PERIOD_S)
+            self.failure = self._advanced(advance, arrive)
+            now = read()
+            periods = 1 if now != before else min(PERIODS_MAX, 2 * periods)
+            before = None if self._called_within(periods) else now
+
+    def _advanced(self, advance: Callable[[], bool], arrive: Callable[[], None]) -> str:
+        """Why it failed; empty where it did not."""
+        try:
+            if advance():
+                arrive()
+        except Exception as error:  # told, and done again: what is served goes on
+            failure = f"crossing to another log set: {error}"
+            if failure != self.failure and not self._closed.is_set():
+                ours = isinstance(error, EaglerayError)
+                logger.warning("%s: %s", self._name, failure, exc_info=None if ours else error)
+            return failure
+        return ""
+
+    def _called_within(self, periods: int) -> bool:
+        """Wait so long, or until it is called, or closed."""
+        return any(self._called.wait(PERIOD_S) or self._closed.is_set() for _ in range(periods))

@@ -296,10 +296,14 @@ class Replica:
     def _see_to_crossing(self) -> None:
         """While a generation of another log set is on its way, a thread has it read on."""
         shard = self._shard
-        if shard is not None:
-            self._crosser.see_to(
-                lambda: shard.crossing is not None, shard.advance, lambda: self._loader.submit(shard.arrive).result()
-            )
+        if shard is None:
+            return
+
+        def read() -> int | None:
+            crossing = shard.crossing
+            return crossing.read if crossing is not None else None
+
+        self._crosser.see_to(read, shard.advance, lambda: self._loader.submit(shard.arrive).result())
 
     def _give_up_lead(self) -> None:
         """The log that this one may lead has ended; what waits is answered before the shard goes on with another."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -13,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from actors.exact_search import exact_search
-from actors.segment_loader import LoadedSegment
+from actors.segment_loader import LoadedSegment, cached_path, download_verified
 from actors.segment_rows import HashRange, LiveRows, SegmentPart
 from actors.tuner import TUNING_K
 from cluster import paths
@@ -27,6 +28,7 @@ from cluster.row_selection import RowSelection
 from cluster.segment import Checksum, Rows, SegmentDescription, check_entry
 from cluster.topk import smaller_is_better
 
+FREE_SHARE = 0.1  # of the disk of the cache that stays free of files which are kept only to save a second fetch
 ROWS_AT_ONCE = 1_000_000  # ids that are compared with each other: 40 bytes each
 UNIT_SLACK = 1e-2  # of a vector's length under cosine: float16 rounds it
 TIE_SLACK = 1e-5  # relative: the same distance, computed in another order
@@ -34,17 +36,30 @@ TIE_SLACK = 1e-5  # relative: the same distance, computed in another order
 Vectors = NDArray[np.float32]
 
 
-def verify_stored(store: ObjectStore, home: str, description: SegmentDescription) -> None:
+def verify_stored(store: ObjectStore, home: str, description: SegmentDescription, cache_dir: Path) -> None:
     """Corrupt unless the store itself holds the files as they were written, whatever copies are cached here.
 
-    Files that the store has locally are verified whenever they are opened.
+    Files that the store has locally are verified whenever they are opened. What is read of others is kept in the cache,
+    where there is room: whoever opens them next does not fetch them again.
     """
     for name, expected in description.files.items():
         key = paths.segment_file(home, description.segment_id, name)
-        if store.local_path(key) is None:
-            checksum = Checksum()
-            store.download(key, Path(os.devnull), checksum.add)
-            check_entry(checksum.entry, expected, key)
+        if store.local_path(key) is not None:
+            continue
+        cached = cached_path(cache_dir, expected)
+        if not cached.exists() and _has_room(cache_dir, expected.size_bytes):
+            download_verified(store, key, cached, expected)
+            continue
+        checksum = Checksum()
+        store.download(key, Path(os.devnull), checksum.add)
+        check_entry(checksum.entry, expected, key)
+
+
+def _has_room(cache_dir: Path, size_bytes: int) -> bool:
+    """Whether so much less leaves free what others write meanwhile."""
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    disk = shutil.disk_usage(cache_dir)
+    return disk.free - size_bytes >= FREE_SHARE * disk.total
 
 
 def wrong_rows(rows: Rows, config: CollectionConfig, routing: Routing, shard: int) -> Iterator[str]:

@@ -48,6 +48,7 @@ T = TypeVar("T")
 __all__ = [
     "LoadedSegment",
     "cached_path",
+    "download_verified",
     "load_on_host",
     "load_segment",
     "opened",
@@ -138,7 +139,7 @@ def verified_file(store: ObjectStore, home: str, description: SegmentDescription
     if _is_whole(cached, expected):
         os.utime(cached)  # in use: `sweep_cache` leaves it
     else:
-        _download(store, key, cached, expected)
+        download_verified(store, key, cached, expected)
     return cached
 
 
@@ -162,7 +163,8 @@ def cached_path(cache_dir: Path, entry: FileEntry) -> Path:
     return cache_dir / entry.checksum.replace(":", "-")
 
 
-def _download(store: ObjectStore, key: str, target: Path, expected: FileEntry) -> None:
+def download_verified(store: ObjectStore, key: str, target: Path, expected: FileEntry) -> None:
+    """Fetch an object into a local file, which is there once it is whole; Corrupt unless it is as expected."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
     try:

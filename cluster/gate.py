@@ -30,7 +30,8 @@ class GateFailed(Conflict):
 
 @dataclass(frozen=True)
 class PointSum:
-    """How many points, and the sum of their 64-bit hashes: the same in whatever order they are, wherever they lie."""
+    """How many points, and the sum of 64-bit hashes of their ids, vectors and attributes: the same in whatever order
+    they are, wherever they lie."""
 
     count: int = 0
     total: int = 0

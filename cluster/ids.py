@@ -38,12 +38,12 @@ def hash_ids(ids: Any) -> NDArray[np.uint64]:
     of their UTF-8 bytes. Stored data depends on it: it must never change.
     """
     if pa.types.is_integer(ids.type):
-        return _splitmix64(ids.to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64))
+        return splitmix64(ids.to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64))
     digests = (xxhash.xxh3_64_intdigest(text.encode()) for text in ids.to_pylist())
     return np.fromiter(digests, dtype=np.uint64, count=len(ids))
 
 
-def _splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     mixed = values + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -230,6 +230,11 @@ class Rows:
         self._vector_numbers, self._shifts = self._numbers(mapped)
         self._first_hashes = np.array([batch.column("id_hash")[0].as_py() for batch in self._batches], dtype=np.uint64)
 
+    @property
+    def row_bytes(self) -> int:
+        """Of a row in the file, attributes and all: the mean."""
+        return max(1, len(self._mapping) // max(1, self.count))
+
     def forget_pages(self) -> None:
         """Give back the pages of the file that were read so far; they are mapped again when they are needed."""
         self._mapping.madvise(mmap.MADV_DONTNEED)

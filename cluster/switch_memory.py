@@ -18,7 +18,7 @@ from cluster.index_policy import MEMORY_MARGIN
 from cluster.manifest_format import Switch
 
 SPARE_SHARE = 0.05  # of a node's memory, for what comes and goes
-GIB = 1024.0**3
+MIB, GIB = 1024.0**2, 1024.0**3
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class ReplicaBytes:
     @property
     def on_gpu(self) -> str:
         return (
-            f"shard {self.shard} needs {_gib(ceil(self.gpu_coming * GPU_MARGIN))} GiB on its GPU of node {self.node} "
-            f"beside the {_gib(self.gpu_loaded)} GiB that are loaded, {_gib(self.gpu_left or 0)} GiB are there"
+            f"shard {self.shard} needs {_size(ceil(self.gpu_coming * GPU_MARGIN))} on its GPU of node {self.node} "
+            f"beside the {_size(self.gpu_loaded)} that are loaded, {_size(self.gpu_left or 0)} are there"
         )
 
 
@@ -79,8 +79,9 @@ class NodeNeed:
 
     def __str__(self) -> str:
         return (
-            f"node {self.node} needs {_gib(self.beside)} GiB beside the {_gib(self.loaded)} GiB that {self.replicas} "
-            f"replica(s) have loaded, {_gib(self.available)} GiB are there"
+            f"node {self.node} needs {_size(self.beside)} beside the {_size(self.loaded)} that "
+            f"{_replicas(self.replicas)} {'has' if self.replicas == 1 else 'have'} loaded, {_size(self.available)} are "
+            "there"
         )
 
 
@@ -99,10 +100,10 @@ class SwitchMemory:
         tight = sorted(self.nodes, key=lambda need: (need.available - need.beside, need.node))[:3]
         told = [str(need) for need in tight]
         if self.unknown:
-            told.append(f"of the nodes of {self.unknown} replica(s) nothing is known")
+            told.append(f"of the nodes of {_replicas(self.unknown)} nothing is known")
         if self.short_of_gpu:
             told += [replica.on_gpu for replica in self.short_of_gpu[:3]]
-            told.append(f"of {len(self.short_of_gpu)} replica(s) the twin on the host answers until there is room")
+            told.append(f"of {_replicas(len(self.short_of_gpu))} the twin on the host answers until there is room")
         how = "is loaded beside what is served"
         if self.mode == "one_at_a_time":
             how = "is loaded by one replica of each shard at a time, which drops what is served first"
@@ -214,10 +215,15 @@ def _refusal(needs: Sequence[NodeNeed], replicas: int) -> str:
         most = max(lacking, key=lambda need: need.one_at_a_time - need.available)
         way = (
             f"One replica of each shard at a time, which drops what it has first, still needs "
-            f"{_gib(most.one_at_a_time)} GiB more on node {most.node}"
+            f"{_size(most.one_at_a_time)} more on node {most.node}"
         )
     return f"memory of the switch: {told}. {way}. Free memory there, add nodes, or choose a smaller index"
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}"
+def _size(size: int) -> str:
+    """In MiB what is less than a tenth of a GiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / MIB:.1f} MiB"
+
+
+def _replicas(count: int) -> str:
+    return f"{count} replica{'' if count == 1 else 's'}"

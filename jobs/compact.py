@@ -8,35 +8,26 @@ at the same time: what it commits first is a Conflict here, which is tried again
 from __future__ import annotations
 
 import time
-import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from actors.entry_seal import SEAL_POINTS_MAX
 from actors.faiss_index import use_threads
-from actors.scratch import private_folder
-from actors.segment_upkeep import merge_segments, seal_tail
+from actors.segment_upkeep import merge_segments
 from cluster.config import check_collection_name
 from cluster.errors import Conflict, Invalid
-from cluster.manifest import Manifest, ManifestLog, ShardEntry
+from cluster.manifest import Manifest, ManifestLog
 from cluster.manifest_format import added_on
 from cluster.object_store import ObjectStore, open_store
 from cluster.upkeep import SegmentFacts, build_bytes, largest_build, segment_facts
-from cluster.wal import Wal
 from jobs.build_plan import Builds, Workers, plan_builds
-from jobs.build_progress import shares_of
 from jobs.importer import DEFAULT_MEMORY_BYTES
 from jobs.report import JobReporter
-from jobs.sealing import seal_points
+from jobs.sealing import ShardWork, Shares, seal_points
 
-CONFLICTS_MAX = 10  # with the shard's own upkeep: each is progress that it made
 SEAL_SHARE = 0.2  # of a shard's time, for the progress bar
-
-Steps = Generator[dict[str, Any], None, Manifest | None]
 
 
 @dataclass(frozen=True)
@@ -104,7 +95,7 @@ class Compactor:
         shares = [0.0] * len(tasks)
         shards: dict[int, dict[str, Any]] = {}
         for number, event in self._workers.run_tasks(compact_shard, tasks, builds.num_cpus, builds.at_once):
-            shares[number] = event.get("share", 1.0)
+            shares[number] = max(shares[number], event.get("share", 1.0))
             if "report" in event:
                 shards[tasks[number].shard] = event["report"]
             reporter.progress(min(0.99, sum(shares) / len(shares)))
@@ -137,11 +128,12 @@ class Compactor:
 def compact_shard(task: ShardTask) -> Iterator[dict[str, Any]]:
     """Seal and merge one shard. Yields {"share": 0..1}, and at last {"report": ShardReport fields}."""
     use_threads(task.threads)
-    work = _ShardWork(task, open_store(task.data))
-    before = work.entry
-    yield from work.seal()
+    work = _Compaction(task, open_store(task.data))
+    newest = work.newest
+    before = newest.shards[task.shard]
+    yield from work.seal(newest.generation)
     yield from work.merge()
-    after = work.entry
+    after = work.newest.shards[task.shard]
     report = ShardReport(
         task.shard,
         after.points,
@@ -172,54 +164,32 @@ def merge_groups(segments: Sequence[SegmentFacts], points_max: int) -> list[tupl
     return [tuple(segment.segment_id for segment in group) for group in worth]
 
 
-class _ShardWork:
-    """The seal and the merges of one shard, again after a conflict."""
+class _Compaction:
+    """The seal and the merges of one shard."""
 
     def __init__(self, task: ShardTask, store: ObjectStore) -> None:
         self._task = task
-        self._store = store
-        self._log = ManifestLog(store, task.collection, _new_nonce)
-        self._cache_dir = Path(task.cache_dir) if task.cache_dir else private_folder("cache")
-        self._conflicts = 0
+        self._work = ShardWork(store, task.collection, task.shard, task.cache_dir, task.threads)
         self.dropped = 0  # deleted rows of what was merged
 
     @property
-    def entry(self) -> ShardEntry:
-        """The newest; Conflict where there are fewer shards now."""
-        return self._entry_of(self._log.newest_live())
-
-    def _entry_of(self, manifest: Manifest) -> ShardEntry:
+    def newest(self) -> Manifest:
+        """Conflict where it has fewer shards now."""
+        manifest = self._work.log.newest_live()
         if self._task.shard >= len(manifest.shards):
             raise Conflict(f"collection {self._task.collection!r} has {len(manifest.shards)} shards now")
-        return manifest.shards[self._task.shard]
+        return manifest
 
-    def seal(self) -> Iterator[dict[str, Any]]:
-        """What the log holds now; later writes wait for the next seal."""
-        task = self._task
-        place = (self._store, task.collection, task.shard, self._cache_dir, _new_nonce, task.threads)
-        seal = partial(seal_tail, *place, points_max=seal_points(task.points_max))
-        end: int | None = None
-        while True:
-            manifest = self._log.newest_live()
-            entry = self._entry_of(manifest)
-            if end is None and not entry.behind:  # else what it lacks of earlier logs is sealed first
-                wal = Wal(self._store, task.collection, task.shard, manifest.log_set)
-                end = wal.end(entry.applied_lsn, entry.epoch)[0]
-            if end is not None and entry.applied_lsn >= end:
-                return
-            conflicts = self._conflicts
-            sealed = yield from self._step(seal, 0.0, SEAL_SHARE)
-            if sealed is None and self._conflicts == conflicts:
-                return  # the log holds only claims
+    def seal(self, generation: int) -> Shares:
+        return self._work.seal(generation, seal_points(self._task.points_max), width=SEAL_SHARE)
 
-    def merge(self) -> Iterator[dict[str, Any]]:
+    def merge(self) -> Shares:
         """What the newest manifest asks for, once; after a conflict what that asks for then."""
-        task = self._task
         segments, groups, done = self._groups()
         while done < len(groups):
-            place = (self._store, task.collection, task.shard, groups[done], self._cache_dir, _new_nonce, task.threads)
             share = SEAL_SHARE + (1.0 - SEAL_SHARE) * done / len(groups)
-            manifest = yield from self._step(partial(merge_segments, *place), share, (1.0 - SEAL_SHARE) / len(groups))
+            width = (1.0 - SEAL_SHARE) / len(groups)
+            manifest = yield from self._work.step(merge_segments, share, width, groups[done])
             if manifest is None:
                 segments, groups, done = self._groups()
             else:
@@ -228,25 +198,6 @@ class _ShardWork:
 
     def _groups(self) -> tuple[dict[str, SegmentFacts], list[tuple[str, ...]], int]:
         """(segments by id, which of them to merge, how many of these merges are done)."""
-        segments = segment_facts(self.entry)
+        segments = segment_facts(self.newest.shards[self._task.shard])
         groups = merge_groups(segments, self._task.points_max)
         return {segment.segment_id: segment for segment in segments}, groups, 0
-
-    def _step(self, work: Callable[..., Manifest | None], share: float, width: float) -> Steps:
-        """One seal or merge; None after a conflict, of which there may be `CONFLICTS_MAX`."""
-        shares = shares_of(lambda progress: work(progress=progress))
-        try:
-            while True:
-                yield {"share": share + width * next(shares)}
-        except StopIteration as end:
-            manifest: Manifest | None = end.value
-            return manifest
-        except Conflict:
-            self._conflicts += 1
-            if self._conflicts > CONFLICTS_MAX:
-                raise
-            return None
-
-
-def _new_nonce() -> str:
-    return uuid.uuid4().hex

@@ -58,6 +58,7 @@ from jobs.rebuild_task import (
     catch_up,
     measure_range,
     survey_segment,
+    to_survey_again,
 )
 from jobs.report import JobReporter
 from jobs.sealing import Sealer, seal_points
@@ -187,6 +188,10 @@ class Rebuilder:
         for number, task in enumerate(tasks):
             attributes = surveys[number].attributes | attributes
             index_bytes[task.entry.shard] += surveys[number].index_bytes
+        if again := to_survey_again(tasks, surveys, attributes):
+            numbers = list(again)
+            for at, event in self._workers.run_tasks(survey_segment, list(again.values()), 1, self._workers.cpus):
+                surveys[numbers[at]] = event["survey"]
         points = sum((survey.points for survey in surveys.values()), PointSum())
         bounds = (self._options.memory_bytes, self._workers, gpus)
         build = plan_build(points.count, config, *bounds) if points.count else None

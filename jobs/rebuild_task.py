@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,11 +76,13 @@ def base_rows() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SurveyTask:
-    """One segment of the generation that is rebuilt, of `entry`."""
+    """One segment of the generation that is rebuilt, of `entry`. Its attributes count as values of the types in
+    `attributes` (None: as it has them)."""
 
     place: Place
     entry: ShardEntry
     ref: SegmentRef
+    attributes: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,19 @@ def survey_segment(task: SurveyTask) -> Iterator[dict[str, Any]]:
     with base_rows():
         part = open_part(place.store, place.collection, task.entry, task.ref, place.cache)
         description = read_description(place.store, place.collection, task.ref)
-    points = sum_of_points(part.rows, part.live)
+    points = sum_of_points(part.rows, part.live, task.attributes)
     yield {"survey": Survey(points, attribute_types(part.rows), int(description.spec["predicted_bytes"]))}
+
+
+def to_survey_again(
+    tasks: Sequence[SurveyTask], surveys: Mapping[int, Survey], types: dict[str, Any]
+) -> dict[int, SurveyTask]:
+    """By number, those of segments that have an attribute as another type: what is built has one type for all."""
+    return {
+        number: replace(task, attributes=types)
+        for number, task in enumerate(tasks)
+        if any(types[name] != dtype for name, dtype in surveys[number].attributes.items())
+    }
 
 
 # --- build --------------------------------------------------------------------------------------------------------

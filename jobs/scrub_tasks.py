@@ -200,8 +200,12 @@ class _ShardCheck:
         place = ref.home(self.task.collection), ref.segment_id
         if place not in self.opened:
             try:
-                verify_stored(self.store, place[0], read_description(self.store, self.task.collection, ref))
-                rows = open_rows(self.store, self.task.collection, ref, _cache(self.task.cache_dir))
+                description, cache_dir = (
+                    read_description(self.store, self.task.collection, ref),
+                    _cache(self.task.cache_dir),
+                )
+                verify_stored(self.store, place[0], description, cache_dir)
+                rows = open_rows(self.store, self.task.collection, ref, cache_dir)
                 wrong = list(wrong_rows(rows, checked.config, checked.routing, checked.entry.shard))
                 if rows.count != ref.count:
                     wrong.append(f"{rows.count} rows, the manifest says {ref.count}")

@@ -6,7 +6,7 @@ One Ray task per shard, each seal committed by itself as the shard's own upkeep 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -22,6 +22,7 @@ from cluster.manifest import Manifest, ManifestLog
 from cluster.manifest_format import added_on
 from cluster.object_store import ObjectStore, open_store
 from cluster.upkeep import build_bytes, largest_build
+from cluster.wal import Wal
 from jobs.build_plan import Workers, plan_builds
 from jobs.build_progress import shares_of
 from jobs.importer import DEFAULT_MEMORY_BYTES
@@ -29,6 +30,8 @@ from jobs.report import JobReporter
 
 SEAL_POINTS_MIN = 1_000  # however little memory there is: one by one they would take for ever
 CONFLICTS_MAX = 10  # of one shard with its own upkeep, and of all with new generations
+
+Shares = Iterator[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -105,41 +108,68 @@ def seal_points(largest: int) -> int:
 def seal_shard(task: SealTask) -> Iterator[dict[str, Any]]:
     """Seal one shard until its entry has reached the task's LSN, or its generation was replaced. Yields {"share"}."""
     use_threads(task.threads)
-    store = open_store(task.data)
-    log = ManifestLog(store, task.collection, _new_nonce)
-    conflicts, first = 0, None
-    while True:
-        newest = log.newest_live()
-        if newest.generation != task.generation:
-            break
-        entry = newest.shards[task.shard]
-        if not entry.behind and entry.applied_lsn >= task.until:
-            break
-        first = entry.applied_lsn if first is None else first
-        done = max(0.0, (entry.applied_lsn - first) / max(1, task.until - first))
-        try:
-            manifest = yield from _seal(task, store, min(0.9, done))
-        except Conflict:
-            conflicts += 1
-            if conflicts > CONFLICTS_MAX:
-                raise
-            continue
-        if manifest is None:  # no writes, only claims
-            break
+    work = ShardWork(open_store(task.data), task.collection, task.shard, task.cache_dir, task.threads)
+    yield from work.seal(task.generation, task.points_max, task.until)
     yield {"share": 1.0}
 
 
-def _seal(task: SealTask, store: ObjectStore, done: float) -> Generator[dict[str, Any], None, Manifest | None]:
-    """One seal of as many points as it takes."""
-    cache_dir = Path(task.cache_dir) if task.cache_dir else private_folder("cache")
-    place = (store, task.collection, task.shard, cache_dir, _new_nonce, task.threads)
-    shares = shares_of(lambda progress: partial(seal_tail, *place, points_max=task.points_max)(progress=progress))
-    try:
+class ShardWork:
+    """Seals, merges of one shard. Each is committed by itself, and done again after a conflict, with the shard's own
+    upkeep as a rule: what that committed is progress."""
+
+    def __init__(
+        self, store: ObjectStore, collection: str, shard: int, cache_dir: str | None = None, threads: int = 1
+    ) -> None:
+        self.log = ManifestLog(store, collection, _new_nonce)
+        self.conflicts = 0
+        self._store = store
+        self._collection = collection
+        self._shard = shard
+        self._cache_dir = Path(cache_dir) if cache_dir else private_folder("cache")
+        self._threads = threads
+
+    def seal(self, generation: int, points_max: int, end: int | None = None, width: float = 1.0) -> Shares:
+        """Seal up to the LSN `end`, some points at a time; None: where the log ends now. Later writes wait for the
+        next seal. Stops where another generation was committed. Yields {"share": 0..width}."""
+        work = partial(seal_tail, points_max=points_max)
+        first: int | None = None
         while True:
-            yield {"share": done + (0.99 - done) * next(shares)}
-    except StopIteration as end:
-        manifest: Manifest | None = end.value
-        return manifest
+            manifest = self.log.newest_live()
+            if manifest.generation != generation:
+                return
+            entry = manifest.shards[self._shard]
+            if end is None and not entry.behind:  # else what it lacks of earlier logs is sealed first
+                wal = Wal(self._store, self._collection, self._shard, manifest.log_set)
+                end = wal.end(entry.applied_lsn, entry.epoch)[0]
+            if end is not None and not entry.behind and entry.applied_lsn >= end:
+                return
+            first = entry.applied_lsn if first is None else first
+            left = 1.0 if end is None else (end - entry.applied_lsn) / max(1, end - first)
+            done, conflicts = min(0.9, 1.0 - left), self.conflicts
+            sealed = yield from self.step(work, width * done, width * (0.99 - done))
+            if sealed is None and self.conflicts == conflicts:
+                return  # the log holds only claims
+
+    def step(
+        self, work: Callable[..., Manifest | None], share: float, width: float, *args: Any
+    ) -> Generator[dict[str, Any], None, Manifest | None]:
+        """One seal or merge, a function of `actors.segment_upkeep` that also takes `args`.
+
+        Yields {"share"} from `share` on; None after a conflict, of which there may be `CONFLICTS_MAX`.
+        """
+        place = (self._store, self._collection, self._shard, *args, self._cache_dir, _new_nonce, self._threads)
+        shares = shares_of(lambda progress: work(*place, progress=progress))
+        try:
+            while True:
+                yield {"share": share + width * next(shares)}
+        except StopIteration as stopped:
+            manifest: Manifest | None = stopped.value
+            return manifest
+        except Conflict:
+            self.conflicts += 1
+            if self.conflicts > CONFLICTS_MAX:
+                raise
+            return None
 
 
 def _new_nonce() -> str:

@@ -41,12 +41,14 @@ def _gpu_line(gpu: dict[str, Any]) -> str:
 def failure_in_words(status: dict[str, Any]) -> str:
     """Why a job did not succeed: what its gate measured, or the first things that were wrong."""
     report = status["report"]
-    found = [f"  {each['object']}: {each['problem']}" for each in report.get("findings", [])]
-    found += [f"  {each['object']}: {each['message']}" for each in report.get("failures", [])]
+    message = report.get("message", "")
+    found = [f"{each['object']}: {each['problem']}" for each in report.get("findings", [])]
+    found += [f"{each['object']}: {each['message']}" for each in report.get("failures", [])]
+    found = [f"  {each}" for each in found if each not in message]  # which tells the first one
     more = len(found) - FAILURES_SHOWN
     if more > 0:
         found[FAILURES_SHOWN:] = [f"  and {more} more: --json has them"]
-    first = f"job {status['job_id']} {status['state']}: {report.get('message', '')}"
+    first = f"job {status['job_id']} {status['state']}: {message}"
     return "\n".join([first, *gate_lines(report), *found])
 
 
@@ -58,17 +60,16 @@ def gate_lines(report: Report) -> list[str]:
     lines = [f"gate {'passed' if gate['passed'] else 'failed'}:"]
     for recall in gate["recall"]:
         interval = f"{recall['low']:.4f} to {min(1.0, recall['high']):.4f}"
-        lines.append(
-            f"  recall@{recall['k']} of {recall['queries']:,} {recall['asked']}: {recall['mean']:.4f} ({interval}), "
-            f"target {gate['target_recall']:g}"
-        )
+        asked = _counted(recall["queries"], recall["asked"])
+        told = f"{recall['mean']:.4f} ({interval}), target {gate['target_recall']:g}"
+        lines.append(f"  recall@{recall['k']} of {asked}: {told}")
     if gate["latency"]:
         latency = gate["latency"]
         bound = f", at most {latency['bound_ms']:.3f}" if latency["binding"] else ""
         lines.append(f"  one query: {latency['new_ms']:.3f} ms, {latency['old_ms']:.3f} ms before{bound}")
     old, new = gate["points"]["old"], gate["points"]["new"]
-    same = "the same checksum" if old["checksum"] == new["checksum"] else "another checksum"
-    lines.append(f"  points: {new['count']:,} of {old['count']:,}, {same}")
+    same = "the same" if old["checksum"] == new["checksum"] else "another"
+    lines.append(f"  points: {new['count']:,} of {old['count']:,}; {same} checksum of ids, vectors and attributes")
     return lines
 
 
@@ -85,7 +86,7 @@ def _compact(collection: str, report: Report) -> str:
     left = report["left"]
     return (
         f"collection {collection}: {report['segments_before']:,} -> {report['segments_after']:,} segments, "
-        f"{report['tombstones_dropped']:,} deleted rows dropped, {report['points']:,} points"
+        f"{_many(report['tombstones_dropped'], 'deleted row')} dropped, {report['points']:,} points"
         + (f"; segments that still have deleted rows: {left:,}" if left else "")
     )
 
@@ -113,18 +114,14 @@ def _export(collection: str, report: Report) -> str:
 
 
 def _garbage(collection: str, report: Report) -> str:
-    lines = [
-        f"{kind}: {each['objects']:,} ({bytes_text(each['bytes'])})"
-        for kind, each in report["garbage"].items()
-        if each["objects"]
-    ]
+    lines = [f"  {kind}: {_sum([each])}" for kind, each in report["garbage"].items() if each["objects"]]
     lines += [f"left alone: {each['collection'] or 'everything'}: {each['why']}" for each in report["held"]]
     if report["unknown"]["objects"]:
         named = ", ".join(report["unknown"]["examples"])
         lines.append(f"left alone, of unknown kind: {_many(report['unknown']['objects'], 'object')}, such as {named}")
     garbage, kept = _sum(report["garbage"].values()), _sum(report["kept"].values())
     what = f"deleted: {_sum([report['removed']])}" if report["deleted"] else f"garbage: {garbage}; --delete deletes it"
-    return "\n".join([*lines, f"{what}; kept: {kept}"])
+    return "\n".join([f"{what}; kept: {kept}", *lines])
 
 
 def _scrub(collection: str, report: Report) -> str:
@@ -136,7 +133,8 @@ def _scrub(collection: str, report: Report) -> str:
     if recall["queries"]:
         told.append(f"recall@10 {recall['recall_at_10']:.4f} of {recall['queries']:,} stored rows with noise")
     if recall["recent_queries"]:
-        told.append(f"{recall['recent_recall_at_10']:.4f} of {recall['recent_queries']:,} recent queries")
+        asked = _counted(recall["recent_queries"], "recent queries")
+        told.append(f"{recall['recent_recall_at_10']:.4f} of {asked}")
     return ", ".join(told)
 
 
@@ -144,6 +142,12 @@ def _sum(tallies: Any) -> str:
     counted = list(tallies)
     objects, size = sum(each["objects"] for each in counted), sum(each["bytes"] for each in counted)
     return f"{_many(objects, 'object')}, {bytes_text(size)}"
+
+
+def _counted(queries: int, asked: str) -> str:
+    """How many queries, of what kind: `500 rows with noise`."""
+    one = {"rows with noise": "row with noise", "recent queries": "recent query"}
+    return f"{queries:,} {one.get(asked, asked) if queries == 1 else asked}"
 
 
 def _many(count: int, noun: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from jobs.progress_bar import progress_note
@@ -37,9 +39,8 @@ def print_collection(out: Console, description: dict[str, Any]) -> None:
         if shard["upkeep"]:
             print_line(out, f"  shard {shard['shard']}: {shard['upkeep']}")
         for replica in shard["replicas"]:
-            if replica["degraded"]:
-                why = f"degraded, the CPU answers: {replica['degraded']}"
-                print_line(out, f"  shard {shard['shard']}, replica {replica['replica']}: {why}")
+            for note in _notes(replica, config["replicas"]):
+                print_line(out, f"  shard {shard['shard']}, replica {replica['replica']}: {note}")
     observed = ("observed",) if any(shard["observed"] for shard in shards) else ()
     written = ("tail", "deleted") if any(shard["tail_points"] or shard["tombstones"] for shard in shards) else ()
     on_gpu = ("GPU bytes",) if any(_on_gpu(segment) for shard in shards for segment in shard["segments"]) else ()
@@ -53,6 +54,15 @@ def print_collection(out: Console, description: dict[str, Any]) -> None:
             cells = [*unsealed, replicas, *_segment_cells(segment, bool(on_gpu)), *told]
             table.add_row(str(shard["shard"]), f"{shard['points']:,}", *cells)
     out.print(table)
+
+
+def _notes(replica: dict[str, Any], replicas: int) -> Iterator[str]:
+    """What is out of the ordinary with one of a shard that shall have so many."""
+    if replica["degraded"]:
+        yield f"degraded, the CPU answers: {replica['degraded']}"
+    if replica["replica"] >= replicas:
+        why = f": {replica['error']}" if replica["error"] else ""
+        yield f"stands in until one that lost its GPU was started again{why}"
 
 
 def _replicas_cell(replicas: list[dict[str, Any]]) -> str:
@@ -88,9 +98,9 @@ def print_snapshots(out: Console, snapshots: list[dict[str, Any]]) -> None:
     if not snapshots:
         out.print("no snapshots")
         return
-    table = Table("snapshot", "points", "version", "made")
+    table = Table("snapshot", "points", "version", "made (UTC)")
     for each in snapshots:
-        table.add_row(each["name"], f"{each['points']:,}", str(each["version"]), each["created_at"])
+        table.add_row(each["name"], f"{each['points']:,}", str(each["version"]), moment_text(each["created_at"]))
     out.print(table)
 
 
@@ -98,11 +108,20 @@ def print_jobs(out: Console, jobs: list[dict[str, Any]]) -> None:
     if not jobs:
         out.print("no jobs")
         return
-    table = Table("job", "kind", "collection", "state", "done", "last told", "")
+    table = Table(Column("job", no_wrap=True), "collection", "state", "last told (UTC)")
     for job in jobs:
-        where = (job["collection"] or "all", job["state"], f"{job['progress']:.0%}", job["updated_at"])
-        table.add_row(job["job_id"], job["kind"], *where, _job_note(job, job["message"]))
+        done = "" if job["state"] == "succeeded" else f", {job['progress']:.0%}"
+        where = (job["collection"] or "all", job["state"] + done, moment_text(job["updated_at"]))
+        table.add_row(job["job_id"], *where)
     out.print(table)
+    for job in jobs:  # too long for a column
+        if note := _job_note(job, job["message"]):
+            print_line(out, f"{job['job_id']}: {note}")
+
+
+def moment_text(told: str) -> str:
+    """A moment in ISO 8601 as one of UTC, to the second."""
+    return f"{datetime.fromisoformat(told).astimezone(UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def print_job(out: Console, status: dict[str, Any]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -611,7 +613,78 @@ def test_thread_tells_why_a_crossing_fails_and_goes_on_until_there_is_none(monke
         return outcome
 
     for _ in range(2):  # one thread is enough
-        thread.see_to(lambda: not done.is_set(), advance, done.set)
+        thread.see_to(lambda: None if done.is_set() else 0, advance, done.set)
     assert done.wait(WAIT_S)
     failure = "crossing to another log set: the store is away"
     assert (seen, outcomes) == (["", failure, failure, ""], [])
+
+
+class Looks:
+    """When a thread looked at the logs; `read` is how many records there were."""
+
+    def __init__(self, periods: int) -> None:
+        self.read: int | None = 0
+        self.seen = threading.Semaphore(0)
+        self.at: list[float] = []
+        self._periods = periods
+
+    def advance(self) -> bool:
+        self.at.append(time.monotonic())
+        self.seen.release()
+        if len(self.at) == self._periods:
+            self.read = None
+        return False
+
+    def wait(self, count: int) -> None:
+        for _ in range(count):
+            assert self.seen.acquire(timeout=WAIT_S)
+
+    def pauses(self) -> list[float]:
+        return [later - earlier for earlier, later in pairwise(self.at)]
+
+
+def looked_at(looks: Looks) -> CrossingThread:
+    thread = CrossingThread("words/0/0", threading.Event())
+    thread.see_to(lambda: looks.read, looks.advance, lambda: None)
+    return thread
+
+
+def test_logs_without_records_are_looked_at_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.crossing.PERIOD_S", 0.002)
+    looks = Looks(9)
+    looked_at(looks)
+    looks.wait(9)
+    for pause, periods in zip(looks.pauses(), [1, 2, 4, 8, 16, 20, 20, 20], strict=True):
+        assert pause >= 0.002 * periods
+
+
+@pytest.mark.parametrize("why", ["a record was read", "it was called for"])
+def test_pause_is_short_again_at_once(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.crossing.PERIOD_S", 0.002)
+    monkeypatch.setattr("actors.crossing.PERIODS_MAX", 100_000)
+    looks = Looks(1_000)
+    thread = looked_at(looks)
+    looks.wait(7)  # the next one comes after 128 ms, if it is not called for, and then after 256, 512, ...
+    if why == "a record was read":
+        looks.read = 1
+        looks.wait(6)
+        pauses = looks.pauses()[-5:]
+        assert pauses[0] < 0.128
+        assert sum(pauses) < 0.256
+    else:
+        looks.wait(2)  # the next one comes after 512 ms
+        thread.see_to(lambda: looks.read, looks.advance, lambda: None)
+        looks.wait(5)
+        assert sum(looks.pauses()[-5:]) < 0.512
+    looks.read = None
+
+
+def test_end_of_the_logs_is_read_when_the_replica_is_told(writer: LogWriter, tmp_path: Path) -> None:
+    """However long the thread's pause is by then: writes wait."""
+    manifest = replayed(writer.store, SHARDS)
+    shard = shard_of(writer, 1, tmp_path)
+    shard.load()
+    near(shard)
+    end(writer.store, manifest)
+    shard.load(manifest.version)
+    assert (shard.crossing, contents(shard.view(2))) == (None, part(writer.live, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from cluster.placement import (
     choose_lead,
     held_by_every_shard,
     plan,
+    publishable,
     replicas_of,
+    stand_ins,
 )
 from cluster.switch_memory import NodeMemory, ReplicaBytes, switch_memory
 from cluster.switch_order import in_switch_order
@@ -173,6 +176,109 @@ def test_replica_that_lost_its_gpu_is_ended_while_another_of_its_shard_has_one()
     assert plan(wanted, {**alone, one: lost, two: ObservedReplica("starting")}) == []
     assert plan(wanted, {**alone, one: lost, two: ObservedReplica("ready", 7, (3,))}) == [Load(two, 6)]
     assert plan(wanted, {two: well, other: lost}) == [Start(one, wanted[one])]
+    mute = replace(lost, has_twin=False)
+    assert plan(wanted, {**alone, one: mute, two: mute, other: mute}) == [Stop(one), Stop(two), Stop(other)]
+
+
+FIRST, NEXT, MORE = (ReplicaKey("words", 0, number, "gpu") for number in range(3))
+WELL = ObservedReplica("ready", 7, (3,), on_gpu=True)
+LOST = ObservedReplica("ready", 7, (3,), gpu_lost=True)
+NO_GPU = ObservedReplica("ready", 7, (3,))  # its process found none: the twin answers
+LOADS = ObservedReplica("ready", 6, (2,), on_gpu=True)
+STARTS, FAILED = ObservedReplica("starting"), ObservedReplica("failed")
+MUTE = replace(LOST, has_twin=False)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "more", "stands_in", "actions"),
+    [
+        (LOST, LOST, None, True, [Start]),
+        (LOST, FAILED, None, True, [Load, Start]),
+        (LOST, WELL, None, False, [Stop]),
+        (LOST, NO_GPU, None, False, [Stop]),
+        (LOST, STARTS, None, False, []),  # it comes back with a GPU, or waits for one as well
+        (LOST, None, None, False, [Start]),
+        (LOST, LOADS, None, False, [Load]),
+        (NO_GPU, NO_GPU, None, False, []),
+        (FAILED, FAILED, None, False, [Load, Load]),
+        (WELL, WELL, None, False, []),
+        (MUTE, MUTE, None, False, [Stop, Stop]),
+        (MUTE, LOST, None, False, [Stop]),
+        (LOST, LOST, STARTS, True, []),  # it waits for a GPU
+        (LOST, LOST, FAILED, True, [Load]),
+        (LOST, LOST, LOADS, True, [Load]),
+        (LOST, LOST, WELL, True, [Stop, Stop]),  # of those that are lost
+        (LOST, LOST, NO_GPU, True, [Stop, Stop]),
+        (LOST, LOST, LOST, False, [Stop]),  # to be started again
+        (None, STARTS, WELL, True, [Start]),
+        (STARTS, STARTS, WELL, True, []),
+        (LOADS, STARTS, WELL, True, [Load]),
+        (NO_GPU, STARTS, WELL, True, []),  # what has a GPU stays
+        (NO_GPU, STARTS, NO_GPU, False, [Stop]),
+        (WELL, STARTS, WELL, False, [Stop]),
+        (WELL, LOST, STARTS, False, [Stop, Stop]),  # the first of them came back by itself
+    ],
+)
+def test_one_more_replica_stands_in_where_all_of_a_shard_lost_their_gpus(
+    first: ObservedReplica | None,
+    second: ObservedReplica | None,
+    more: ObservedReplica | None,
+    stands_in: bool,
+    actions: list[Any],
+) -> None:
+    wanted = dict.fromkeys([FIRST, NEXT], WantedReplica(7, 3, 1, 1.0, 0.5, served=7, served_generation=3))
+    observed = {key: one for key, one in {FIRST: first, NEXT: second, MORE: more}.items() if one is not None}
+    found = stand_ins(wanted, observed)
+    assert found == ({MORE: wanted[FIRST]} if stands_in else {})
+    assert [type(action) for action in plan(wanted | found, observed)] == actions
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"served": 6, "served_generation": 2},  # another generation is on its way
+        {"served": None, "served_generation": None},  # nothing is served
+    ],
+)
+def test_none_stands_in_unless_what_is_served_is_the_newest(change: dict[str, Any]) -> None:
+    wanted = {FIRST: replace(WantedReplica(7, 3, 1, 1.0, 0.5, served=7, served_generation=3), **change)}
+    for more in ({}, {NEXT: WELL}):
+        assert stand_ins(wanted, {FIRST: LOST, **more}) == {}
+
+
+def test_all_lost_gpus_of_a_shard_are_had_again_while_one_replica_answers_at_any_time() -> None:
+    wanted = dict.fromkeys([FIRST, NEXT], WantedReplica(7, 3, 1, 1.0, 0.5, served=7, served_generation=3))
+    observed, done = {FIRST: LOST, NEXT: LOST}, []
+    for _ in range(10):
+        all_wanted = wanted | stand_ins(wanted, observed)
+        for action in plan(all_wanted, observed):
+            done.append((type(action), action.key))
+            if isinstance(action, Stop):
+                del observed[action.key]
+            else:
+                observed[action.key] = WELL
+        assert any(replica.state == "ready" for replica in observed.values())
+    assert observed == {FIRST: WELL, NEXT: WELL}
+    assert done == [
+        (Start, MORE), (Stop, FIRST), (Stop, NEXT), (Start, FIRST), (Start, NEXT), (Stop, MORE),
+    ]  # fmt: skip
+
+
+def test_none_stands_in_on_cpus_and_each_shard_has_its_own() -> None:
+    cpu = ReplicaKey("words", 0, 0)
+    other = ReplicaKey("words", 1, 0, "gpu")
+    wanted = dict.fromkeys([cpu, FIRST, other], WantedReplica(7, 3, 1, 1.0, served=7, served_generation=3))
+    assert stand_ins(wanted, {cpu: LOST, FIRST: LOST, other: WELL}).keys() == {NEXT}
+    assert stand_ins(wanted, {FIRST: LOST, other: LOST}).keys() == {NEXT, ReplicaKey("words", 1, 1, "gpu")}
+
+
+def test_replica_that_stands_in_keeps_nothing_back_and_counts_where_its_shard_has_no_other() -> None:
+    wanted = {FIRST: WantedReplica(7, 3, 1, 1.0, 0.5, served=7, served_generation=3)}
+    assert publishable(wanted, {FIRST: LOST, NEXT: STARTS}, 3)
+    assert publishable(wanted, {FIRST: LOST, NEXT: LOADS}, 3)
+    assert publishable(wanted, {FIRST: STARTS, NEXT: WELL}, 3), "a new supervisor finds it answering alone"
+    assert not publishable(wanted, {FIRST: LOADS, NEXT: WELL}, 3)
+    assert not publishable(wanted, {FIRST: STARTS, NEXT: LOADS}, 3)
 
 
 # --- memory of a switch -------------------------------------------------------------------------------------------
@@ -198,7 +304,7 @@ def test_twin_answers_where_a_gpu_has_no_room_for_both() -> None:
     assert (told.mode, told.short_of_gpu) == ("beside", (replicas[1], replicas[0]))
     assert (
         "shard 1 needs 5.00 GiB on its GPU of node a beside the 4.00 GiB that are loaded, 1.00 GiB are there; shard 0 "
-        "needs 5.00 GiB on its GPU of node a beside the 4.00 GiB that are loaded, 4.00 GiB are there; of 2 replica(s) "
+        "needs 5.00 GiB on its GPU of node a beside the 4.00 GiB that are loaded, 4.00 GiB are there; of 2 replicas "
         "the twin on the host answers until there is room; the new generation is loaded beside what is served"
     ) in told.statement
     facts = told.to_dict()["short_of_gpu"]

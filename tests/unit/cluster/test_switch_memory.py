@@ -30,8 +30,8 @@ def test_generation_that_fits_beside_what_is_loaded_is_loaded_so() -> None:
     assert told.mode == "beside"
     assert needs(told) == {"a": (10.0, 2.0), "b": (10.0, 2.0)}
     assert told.statement == (
-        "node a needs 10.00 GiB beside the 8.00 GiB that 2 replica(s) have loaded, 10.00 GiB are there; "
-        "node b needs 10.00 GiB beside the 8.00 GiB that 2 replica(s) have loaded, 30.00 GiB are there; "
+        "node a needs 10.00 GiB beside the 8.00 GiB that 2 replicas have loaded, 10.00 GiB are there; "
+        "node b needs 10.00 GiB beside the 8.00 GiB that 2 replicas have loaded, 30.00 GiB are there; "
         "the new generation is loaded beside what is served"
     )
 
@@ -60,7 +60,7 @@ def test_only_replica_of_a_shard_cannot_drop_what_it_serves() -> None:
     with pytest.raises(Exhausted) as caught:
         switch_memory([replica(0, "a", 4, 5)], {"a": node(4)})
     assert str(caught.value) == (
-        "memory of the switch: node a needs 5.00 GiB beside the 4.00 GiB that 1 replica(s) have loaded, 4.00 GiB are "
+        "memory of the switch: node a needs 5.00 GiB beside the 4.00 GiB that 1 replica has loaded, 4.00 GiB are "
         "there. A second replica of each shard would let one at a time drop what it has and load the new generation. "
         "Free memory there, add nodes, or choose a smaller index"
     )
@@ -93,6 +93,14 @@ def test_some_of_a_node_is_spared() -> None:
 def test_nodes_of_which_nothing_is_known_refuse_nothing_and_are_told() -> None:
     told = switch_memory([replica(0, "", 0, 5)], {}).to_dict()
     assert (told["mode"], told["nodes"], told["unknown_replicas"]) == ("beside", [], 1)
-    assert str(told["statement"]).startswith("of the nodes of 1 replica(s) nothing is known; the new generation is")
+    assert str(told["statement"]).startswith("of the nodes of 1 replica nothing is known; the new generation is")
     partly = switch_memory([replica(0, "a", 1, 1), replica(1, "elsewhere", 1, 900)], {"a": node(2)})
     assert (partly.unknown, needs(partly)) == (1, {"a": (1.0, 0.0)})
+
+
+def test_little_memory_is_told_in_mib() -> None:
+    told = switch_memory([replica(0, "a", 0.05, 0.01), replica(1, "a", 0.05, 0.01)], {"a": node(0.09)})
+    assert (
+        str(told.nodes[0])
+        == "node a needs 20.5 MiB beside the 102.4 MiB that 2 replicas have loaded, 92.2 MiB are there"
+    )

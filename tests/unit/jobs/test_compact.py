@@ -17,8 +17,9 @@ from cluster.manifest import Manifest
 from cluster.object_store import ObjectStore, open_store
 from cluster.upkeep import SegmentFacts, build_bytes, largest_build
 from jobs import compact
-from jobs.compact import CONFLICTS_MAX, merge_groups
+from jobs.compact import merge_groups
 from jobs.report import JobStatus
+from jobs.sealing import CONFLICTS_MAX
 from tests.fakes import Fault, FaultyStore
 from tests.unit.actors.points import keys
 from tests.unit.actors.written import Written
@@ -107,6 +108,21 @@ def test_compaction_of_a_long_tail_seals_it_bit_by_bit(tmp_path: Path, monkeypat
     told = run_compact(data, tmp_path)
     assert (told["segments_before"], told["tombstones_dropped"]) == (0, 2)  # point 30, written again in each seal
     assert_compacted(written)
+
+
+def test_progress_of_a_long_tail_never_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows beforehand how much of it one seal takes."""
+    monkeypatch.setattr("jobs.sealing.SEAL_POINTS_MIN", 5)
+    monkeypatch.setattr("jobs.sealing.SEAL_POINTS_MAX", 5)
+    data = new_data_url()
+    (written,) = new_shards(data, tmp_path, ONE_SHARD)
+    for number in range(6):
+        written.write([3 * number, 3 * number + 1, 30])
+    seen: list[JobStatus] = []
+    run_compact(data, tmp_path, listener=seen.append)
+    shares = [status.progress for status in seen if status.phase == "compact"]
+    assert shares == sorted(shares)
+    assert len({share for share in shares if share < compact.SEAL_SHARE}) > 3
 
 
 def test_compaction_of_one_shard_leaves_the_others_alone(tmp_path: Path) -> None:

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from actors import ray_jobs, ray_runtime, segment_builder
+from actors.segment_builder import build_segment, publish_segment
 from actors.segment_rows import LiveRows
 from cluster import gate as rules
+from cluster import paths
+from cluster.arrow_rows import vectors_array
 from cluster.config import CollectionConfig, IndexConfig, Settings
 from cluster.errors import Conflict, Invalid
 from cluster.gate import GateFailed
-from cluster.ids import id_array
+from cluster.ids import hash_ids, id_array
 from cluster.object_store import open_store
 from cluster.recent_queries import QuerySample, store_queries
-from cluster.segment import SegmentDescription, SelfTest
+from cluster.segment import SegmentDescription, SelfTest, rows_schema, write_rows
 from jobs import gate, rebuild_task, report, run
 from jobs.__main__ import parse_index
 from jobs.rebuild import RebuildOptions, changed_config
 from jobs.report import JobStatus, read_status
 from tests.fakes import run_tasks_here
-from tests.unit.actors.points import Points, brute_force, random_vectors
+from tests.unit.actors.points import ONE_THREAD, Points, brute_force, random_vectors
+from tests.unit.jobs.imports import log_of
 from tests.unit.jobs.rebuilds import CONFIG, JOB, Collection, at_each_phase, run_rebuild
 
 HARD = CollectionConfig(16, metric="l2", index=IndexConfig(kind="flat"))
@@ -76,6 +82,62 @@ def test_vectors_that_changed_on_the_way_are_noticed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(rebuild_task, "LiveRows", Confused)
     with pytest.raises(GateFailed, match="the points' checksum is"):
         run_rebuild(filled(tmp_path))
+
+
+def _mixed_up(column: Any) -> Any:
+    return column.take(pa.array(np.roll(np.arange(len(column)), 1)))
+
+
+def _one_lost(column: Any) -> Any:
+    return pa.concat_arrays([column[:-1], pa.nulls(1, column.type)])
+
+
+@pytest.mark.parametrize("name", ["name", "seen"])
+@pytest.mark.parametrize("wrong", [_mixed_up, _one_lost])
+def test_attributes_that_changed_on_the_way_are_noticed(
+    wrong: Callable[[Any], Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Careless(LiveRows):
+        def blocks(self, schema: Any, step: int) -> Iterator[Any]:
+            for block in super().blocks(schema, step):
+                yield block.set_column(block.schema.get_field_index(name), name, wrong(block.column(name)))
+
+    collection = filled(tmp_path)
+    monkeypatch.setattr(rebuild_task, "LiveRows", Careless)
+    with pytest.raises(GateFailed, match="the points' checksum is"):
+        run_rebuild(collection)
+    monkeypatch.undo()
+    run_rebuild(collection)
+
+
+def test_segments_with_other_attributes_or_types_of_them_are_compared_as_what_is_built_has_them(tmp_path: Path) -> None:
+    """The first segment has `size` as int32, the second as text, of which some is no number; the third lacks it."""
+    collection = Collection(CONFIG, tmp_path)
+    collection.write(range(100), size=pa.array(range(100), pa.int32()), tags=pa.array([["a", None], []] * 50))
+    collection.seal()
+    _publish_beside(collection, range(100, 200), size=pa.array([str(n) if n % 7 else "?" for n in range(100)]))
+    _publish_beside(collection, range(200, 300))
+    told = run_rebuild(collection, shards=2)["gate"]["points"]
+    assert told["old"] == told["new"]
+    assert told["new"]["count"] == 300
+    sizes = [attributes.get("size") for _, attributes in collection.held().values()]
+    assert sorted(size for size in sizes if size is not None) == sorted(
+        [*range(100), *(n for n in range(100) if n % 7)]
+    )
+
+
+def _publish_beside(collection: Collection, numbers: range, **more: Any) -> None:
+    """Commit a segment of these points, with these attributes, whatever the others have."""
+    ids, folder = pa.array(numbers), collection.folder / f"from-{numbers.start}"
+    folder.mkdir()
+    schema = rows_schema(CONFIG, {name: column.type for name, column in more.items()})
+    vectors = vectors_array(random_vectors(CONFIG, len(ids), numbers.start))
+    batch = pa.record_batch([ids, vectors, pa.array(hash_ids(ids)), *more.values()], schema=schema)
+    write_rows(folder / paths.ROWS, schema, iter([batch.take(pa.array(np.argsort(hash_ids(ids))))]))
+    build_segment(folder, folder.name, CONFIG, len(ids), len(ids), ONE_THREAD)
+    ref, log = publish_segment(collection.store, "words", folder, folder.name), log_of(collection.store)
+    entry = log.newest_live().shards[0]
+    log.commit_shards(log.newest_live(), {0: replace(entry, segments=(*entry.segments, ref))})
 
 
 def test_segment_that_fails_its_self_test_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

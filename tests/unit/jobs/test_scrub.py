@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -220,6 +222,61 @@ def test_damage_in_a_store_of_files_is_found(tmp_path: Path) -> None:
         store.put(key, sound[:-1] + bytes([sound[-1] ^ 1]))
         assert [each["object"] for each in scrubbed(data, tmp_path, sample=0)["findings"]] == [key]
         store.put(key, sound)
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each segment file was fetched from a store that is not local."""
+    counts: Counter[str] = Counter()
+    download = MemoryStore.download
+
+    def counted(self: MemoryStore, key: str, *args: Any) -> None:
+        counts[key] += 1
+        download(self, key, *args)
+
+    monkeypatch.setattr(MemoryStore, "download", counted)
+    return counts
+
+
+def files_of_segments(data: str) -> set[str]:
+    return {key for key in MemoryStore.named(data)._objects if key.endswith((paths.ROWS, paths.INDEX))}
+
+
+def test_every_file_of_a_store_elsewhere_is_fetched_once_whether_or_not_it_is_cached(
+    tmp_path: Path, fetched: Counter[str]
+) -> None:
+    data = example()
+    assert scrubbed(data, tmp_path)["sound"]
+    assert fetched.keys() <= files_of_segments(data)
+    assert len(fetched) > 8
+    assert set(fetched.values()) == {1}
+    once = dict(fetched)
+    assert scrubbed(data, tmp_path)["sound"]
+    assert fetched == dict.fromkeys(once, 2), "the store is read whatever is cached"
+
+
+def test_files_are_not_kept_where_the_disk_is_nearly_full(
+    tmp_path: Path, fetched: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what is opened: rows when they are verified, indexes when they are measured, one by one."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=1_000_000, free=100_001))
+    data = example()
+    assert scrubbed(data, tmp_path)["sound"]
+    assert set(fetched.values()) == {2}
+
+
+@pytest.mark.parametrize("name", [paths.ROWS, paths.INDEX])
+def test_damage_in_the_store_is_found_though_a_sound_copy_is_cached(name: str, tmp_path: Path) -> None:
+    data = example()
+    assert scrubbed(data, tmp_path)["sound"]
+    key = needed_keys(data)[f"newest {name}"]
+    sound = open_store(data).get(key)
+    open_store(data).put(key, sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert [each["object"] for each in scrubbed(data, tmp_path)["findings"]] == [key]
+    open_store(data).put(key, sound)
+    for copy in tmp_path.glob("xxh3_128-*"):  # copies are none of the store's damage
+        copy.write_bytes(b"torn")
+    assert scrubbed(data, tmp_path)["sound"]
 
 
 def test_a_branch_is_checked_with_the_files_of_its_origin(tmp_path: Path) -> None:

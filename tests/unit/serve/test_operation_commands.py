@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -57,7 +58,7 @@ def test_rebuild_tells_its_plan_the_gate_and_what_is_served(tmp_path: Path, monk
         assert memory.endswith("the new generation is loaded beside what is served")
         assert gate == "gate passed:"
         assert any(line.startswith("  recall@10 of ") and line.endswith("target 0.9") for line in measured)
-        assert measured[-1] == f"  points: {COUNT} of {COUNT}, the same checksum"
+        assert measured[-1] == f"  points: {COUNT} of {COUNT}; the same checksum of ids, vectors and attributes"
         assert done == f"collection words: {COUNT} points, 1 shard, generation 2"
         config = client.collection("words")["config"]
         assert (config["index"]["kind"], config["index"]["target_recall"], config["shards"]) == ("hnsw", 0.9, 1)
@@ -74,7 +75,7 @@ def test_rebuild_whose_gate_fails_says_why_and_ends_with_1(tmp_path: Path, monke
         assert "collection words" not in output
         (told_why,) = (line for line in errors.splitlines() if line.startswith("eagleray: job rebuild-"))
         assert reason in told_why
-        assert f"  points: {COUNT} of {COUNT}, the same checksum" in errors.splitlines()
+        assert f"  points: {COUNT} of {COUNT}; the same checksum of ids, vectors and attributes" in errors.splitlines()
         output, _ = failed("rebuild", "words", "--json", client=client)
         assert json.loads(output)["report"]["gate"]["points"]["new"]["count"] == COUNT
         assert generation_of(endpoint, "words") == 1
@@ -166,7 +167,7 @@ def test_garbage_is_listed_and_deleted_only_when_asked(tmp_path: Path, monkeypat
     with serving_jobs(tmp_path, monkeypatch) as (client, endpoint):
         endpoint.store.put("collections/words/segments/ghost/rows.arrow", b"12345")
         output = told("collect-garbage", "words", "--grace-hours", "0", client=client)
-        assert "segment: 1 (5 B)" in output
+        assert "  segment: 1 object, 5 B" in output.splitlines()
         assert "garbage: 1 object, 5 B; --delete deletes it" in output
         assert endpoint.store.get("collections/words/segments/ghost/rows.arrow") == b"12345"
         status = told_json("collect-garbage", "--delete", client=client)
@@ -185,7 +186,9 @@ def test_scrub_says_what_it_read_and_what_is_wrong(tmp_path: Path, monkeypatch: 
         endpoint.store.put(key, b"{")
         _, errors = failed("scrub", "words", client=client)
         assert "eagleray: job scrub-" in errors
-        assert f"\n  {key}: " in errors
+        (last,) = [line for line in errors.splitlines() if line.startswith("eagleray: job scrub-")]
+        assert last == errors.splitlines()[-1]
+        assert last.count(key) == 1, "it is told once"
 
 
 def first_description(endpoint: Endpoint) -> str:
@@ -204,8 +207,8 @@ def test_jobs_are_listed_shown_stopped_and_followed(tmp_path: Path) -> None:
         output = told("compact", "words", "--no-wait", client=client)
         assert output.startswith("job compact-")
         assert "--stop` stops it" in output
-        listed = {row[0]: row[1:5] for row in cells(told("jobs", client=client))}
-        assert listed[job_id] == ["compact", "words", "pending", "0%"]
+        listed = {row[0]: row[1:3] for row in cells(told("jobs", client=client))}
+        assert listed[job_id] == ["words", "pending, 0%"]
         reporter = JobReporter(endpoint.store, JobStatus(job_id, "compact", "words", phase="compact", progress=0.5))
         endpoint.jobs.states[job_id] = "RUNNING"
         assert told("jobs", job_id, client=client) == f"{job_id}: compact of words, running, 50%, compact\n"
@@ -220,6 +223,11 @@ def test_jobs_are_listed_shown_stopped_and_followed(tmp_path: Path) -> None:
         ]
         _, errors = failed("jobs", job_id, "--wait", client=client)
         assert "no such shard" in errors
+        output = told("jobs", client=client)
+        assert f"{job_id}: no such shard" in output.splitlines(), "whole, whatever the width"
+        ((_, _, state, at),) = [row for row in cells(output) if row[0] == job_id]
+        assert state == "failed, 50%"
+        assert datetime.fromisoformat(at) <= datetime.now(UTC).replace(tzinfo=None)
         reporter.status = replace(reporter.status, kind="snapshot")
         reporter.finish("succeeded", {"name": "before", "points": 7, "version": 3})
         assert told("jobs", job_id, "--wait", client=client) == "snapshot before of words: 7 points, version 3\n"

@@ -201,6 +201,17 @@ def test_description_says_what_a_switch_waits_for() -> None:
     facts = {"manifest": manifest, "serving_generation": 4, "statuses": statuses, "advice": (), "idle_upkeep": {}}
     told = describe_collection(facts, None)["switching"]
     assert told == "switching to generation 5: shard 0 1,200 records behind, shard 1 loads it"
+    first, second = statuses.keys() - {ReplicaKey("words", 2, 0)}
+    for state, error, words in (
+        ("starting", "it asks for 1 GPU", "starts: it asks for 1 GPU"),
+        ("failed", "Corrupt: x", "does not load it: Corrupt: x"),
+        ("unreachable", "", "does not answer"),
+        ("ready", "Exhausted: x", "loads it: Exhausted: x"),
+    ):
+        held = dict.fromkeys((first, second), ReplicaStatus("ready", generations=(5,)))
+        held[ReplicaKey("words", 1, 0)] = ReplicaStatus(state, error=error)  # type: ignore[arg-type]
+        told = describe_collection(facts | {"statuses": held}, None)["switching"]
+        assert told == f"switching to generation 5: shard 1 {words}"
     assert describe_collection(facts | {"serving_generation": 5}, None)["switching"] == ""
     assert describe_collection(facts | {"serving_generation": None}, None)["switching"] == ""
 
