@@ -209,9 +209,17 @@ class GpuDevice:
         """Whether a call would wait for another one."""
         return self._owner.busy
 
+    def memory(self) -> tuple[int, int] | None:
+        """(free, total) bytes of the device; None where nobody can tell. A driver may take seconds to answer."""
+        return self._memory()
+
     def facts(self) -> dict[str, Any]:
+        """Asks the driver, as `memory` does."""
+        return self.facts_with(self.memory())
+
+    def facts_with(self, memory: tuple[int, int] | None) -> dict[str, Any]:
         """For status; bytes of the device are None where nobody can tell."""
-        free, total = self._memory() or (None, None)
+        free, total = memory or (None, None)
         return {
             "name": self.name,
             "total_bytes": total,

@@ -326,7 +326,7 @@ async def _served(directory: RayDirectory, collection: str, generation: int, tel
         served = table.collections.get(collection)
         if served is not None and served.generation >= generation and collection not in table.unready:
             return
-        tell(table.unready.get(collection, ""))
+        tell(table.waiting.get(collection) or table.unready.get(collection, ""))
         stamp = table.stamp
 
 

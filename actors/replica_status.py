@@ -27,7 +27,8 @@ class ReplicaStatus:
     of a later set is here. `crossing` has the generation that still reads the logs of earlier sets, and how many
     records it lacks: it is in `versions`, but not in `generations`. `node_memory` is what of its node's memory can be
     had, and all of it, in bytes; None where nobody knows. `gpu` has the facts of its GPU (`GpuDevice.facts`), None
-    without one; `degraded` is why the twin of an index answers that a GPU should, "" where none does.
+    without one; `degraded` is why the twin of an index answers that a GPU should, "" where none does; `has_twin` says
+    whether each index has one that may.
     """
 
     state: ReplicaState
@@ -54,6 +55,7 @@ class ReplicaStatus:
     node_memory: tuple[int, int] | None = None
     gpu: dict[str, Any] | None = None
     degraded: str = ""
+    has_twin: bool = True
 
     @property
     def waits(self) -> bool:
@@ -96,6 +98,7 @@ def status_of(held: Sequence[LiveGeneration], crossing: Crossing | None, failure
         tombstones=newest.tombstones,
         crossing=lag,
         degraded=_degraded(views),
+        has_twin=all(s.twin.cpu_twin for view in views for s in view.segments if s.twin is not None),
         **log._asdict(),
     )
 

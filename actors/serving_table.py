@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from actors.replica_status import ReplicaStatus, Statuses
-from actors.shard_client import ServedCollection, ShardEndpoint
+from actors.shard_client import ServedCollection, ServingTable, ShardEndpoint
 from cluster.manifest import Manifest, ShardEntry
 from cluster.placement import Candidate, ReplicaKey, leader
 
@@ -87,17 +88,49 @@ def known_endpoints(statuses: Statuses, before: Mapping[ReplicaKey, ShardEndpoin
     return {key: endpoint for key, endpoint in told.items() if endpoint is not None}
 
 
+def without_points(table: ServingTable) -> ServingTable:
+    """What two tables have to be compared by: points change with every write."""
+    collections = {name: replace(served, shard_points={}) for name, served in table.collections.items()}
+    return replace(table, stamp="", collections=collections)
+
+
 def why_unready(served: ServedCollection | None, statuses: Statuses) -> str:
-    """Replicas that are not ready, and shards whose ready replicas lack what is served; "" where there are none."""
-    reasons = []
-    for key in sorted(statuses):
-        status = statuses[key]
-        if status.state != "ready":
-            reasons.append(f"replica {key} is {status.state}" + (f" ({status.error})" if status.error else ""))
+    """Which of the replicas that are to answer do not, or lack what is served; "" where there are none.
+
+    `statuses` are those of `wanted_replicas.serving_replicas`.
+    """
+    reasons = [_not_ready(key, status) for key, status in sorted(statuses.items()) if status.state != "ready"]
     if served is not None:
-        ready = {key.shard for key, status in statuses.items() if status.state == "ready"}
-        lacking = [shard for shard in sorted(ready) if served.replicas.get(shard) == ()]
-        reasons += [f"no ready replica of shard {shard} holds generation {served.generation}" for shard in lacking]
+        lacking = [key for key in sorted(statuses) if statuses[key].state == "ready" and not _holds(served, key)]
+        empty = sorted({key.shard for key in lacking if not served.replicas.get(key.shard)})
+        reasons += [f"no ready replica of shard {shard} holds generation {served.generation}" for shard in empty]
+        reasons += [
+            f"replica {key} does not hold generation {served.generation}" for key in lacking if key.shard not in empty
+        ]
     elif not reasons:
         reasons.append("its replicas are loading")
     return "; ".join(reasons)
+
+
+def why_not_switched(newest: Manifest, served: Manifest | None, statuses: Statuses) -> str:
+    """Which of the replicas of the newest generation do not come to hold it, where an earlier one is served.
+
+    That makes nothing unready; `statuses` are those of its own replicas. "" also where they are just loading.
+    """
+    if served is None or served.generation == newest.generation:
+        return ""
+    reasons = []
+    for key, status in sorted(statuses.items()):
+        if status.state != "ready":
+            reasons.append(_not_ready(key, status))
+        elif newest.generation not in status.generations and status.error:
+            reasons.append(f"replica {key} does not hold generation {newest.generation} ({status.error})")
+    return "; ".join(reasons)
+
+
+def _not_ready(key: ReplicaKey, status: ReplicaStatus) -> str:
+    return f"replica {key} is {status.state}" + (f" ({status.error})" if status.error else "")
+
+
+def _holds(served: ServedCollection, key: ReplicaKey) -> bool:
+    return key in served.replicas.get(key.shard, ())

@@ -90,6 +90,7 @@ class ServingTable:
     collections: dict[str, ServedCollection] = field(default_factory=dict)
     unready: dict[str, str] = field(default_factory=dict)  # collection -> why it is not (fully) served
     endpoints: dict[ReplicaKey, ShardEndpoint] = field(default_factory=dict)  # of replicas that listen
+    waiting: dict[str, str] = field(default_factory=dict)  # why a newer generation is not served yet, by collection
 
 
 class Directory(Protocol):

@@ -12,18 +12,18 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 from typing import Any
 
 from actors.known_manifests import KnownManifests
 from actors.log_ends import LogEnds
 from actors.served_before import served_before
-from actors.serving_table import known_endpoints, served_collection, why_unready
+from actors.serving_table import known_endpoints, served_collection, why_not_switched, why_unready, without_points
 from actors.shard import ReplicaStatus
 from actors.shard_client import ServedCollection, ServingTable, ShardEndpoint
 from actors.upkeep_facts import upkeep_facts
-from actors.wanted_replicas import own_replicas, wanted_replicas
+from actors.wanted_replicas import own_replicas, serving_replicas, wanted_replicas
 from actors.watched_replicas import Runtime, WatchedReplicas, log_failure
 from cluster.config import Settings
 from cluster.errors import Corrupt, EaglerayError, NotFound, Unavailable
@@ -42,12 +42,14 @@ from cluster.placement import (
     may_end_logs,
     plan,
     publishable,
+    stand_ins,
 )
 from cluster.switch_order import Drop, Lead, in_switch_order
 
 TABLE_WAIT_S = 10.0  # how long `next_table` waits for a change
 STORE_POLL_S = 5.0  # how often manifests are looked for without being told
 POINTS_PERIOD_S = 5.0  # how often a table is published of which only the points differ
+TABLE_REACHES_S = 1.0  # after which every coordinator has a table that was published
 RETIRE_AFTER_S = 10.0  # an old generation stays loaded for queries that began under it
 logger = logging.getLogger(__name__)
 
@@ -153,8 +155,11 @@ class Supervisor:
         self._end_logs()
         self._choose_leads()
         wanted, observed = self._wanted(), self._observed()
-        for action in in_switch_order(plan(wanted, observed), wanted, observed):
-            if not (isinstance(action, Stop) and self._may_be_asked(action.key)):
+        wanted |= stand_ins(wanted, observed)
+        actions = in_switch_order(plan(wanted, observed), wanted, observed)
+        ended = {action.key for action in actions if isinstance(action, Stop)}
+        for action in actions:
+            if not (isinstance(action, Stop) and self._may_be_asked(action.key, ended)):
                 self._perform(action)
         self._publish()
 
@@ -199,7 +204,7 @@ class Supervisor:
         return {
             "manifest": manifest,
             "serving_generation": served.generation if served else None,
-            "statuses": {key: replace(one, endpoint=None) for key, one in self._statuses_of(manifest).items()},
+            "statuses": {key: replace(one, endpoint=None) for key, one in self._told_of(manifest).items()},
             **upkeep_facts(manifest, self._statuses_of(manifest), self._settings.upkeep),
         }
 
@@ -226,6 +231,12 @@ class Supervisor:
 
     def _statuses_of(self, newest: Manifest) -> dict[ReplicaKey, ReplicaStatus]:
         return {key: self._replicas.status(key) for key in self._wanted_of(newest)}
+
+    def _told_of(self, newest: Manifest) -> dict[ReplicaKey, ReplicaStatus]:
+        """With those that stand in."""
+        running = self._replicas.statuses(newest.collection)
+        more = {key: status for key, status in running.items() if key.replica >= newest.config.replicas}
+        return self._statuses_of(newest) | more
 
     def _perform(self, action: Start | Stop | Load | Drop | Lead) -> None:
         """What fails is logged and planned again by the next round; it does not keep the round from publishing."""
@@ -257,18 +268,24 @@ class Supervisor:
                     if holds or (by_turns and key != served.primaries.get(key.shard)):
                         self._replicas.retire(key, served.generation)
 
-    def _may_be_asked(self, key: ReplicaKey) -> bool:
+    def _may_be_asked(self, key: ReplicaKey, ended: Set[ReplicaKey]) -> bool:
         """Whether queries may go on at a replica of a shard, or on a device, that only an earlier generation has.
 
-        Or writes: one that leads its shard stays until another one does.
+        Or writes: one that leads its shard stays until another one does. Of the newest generation's own shards one
+        stays until coordinators know of another that is not to be `ended` as well.
         """
         newest = self._known.newest.get(key.collection)
-        if newest is None or (key.shard < len(newest.shards) and key.device == newest.device):
+        if newest is None:
             return False
         served = self._table.collections.get(key.collection) if self._table else None
+        leads = self._led_last.get((key.collection, key.shard)) == key
+        if key.shard < len(newest.shards) and key.device == newest.device:
+            named = set(served.replicas[key.shard]) if served and key.shard in served.replicas else set()
+            told = named - ended and self._clock() - self._published_at >= TABLE_REACHES_S
+            alone = key in named and not told and not self._replicas.observed()[key].mute
+            return alone or (leads and key.replica >= newest.config.replicas)
         if served is None or served.generation != newest.generation:
             return True
-        leads = self._led_last.get((key.collection, key.shard)) == key
         return leads or self._clock() - self._served_since[key.collection] < RETIRE_AFTER_S
 
     def _end_logs(self) -> None:
@@ -342,17 +359,19 @@ class Supervisor:
         before = self._table.collections if self._table else {}
         collections: dict[str, ServedCollection] = {}
         endpoints: dict[ReplicaKey, ShardEndpoint] = {}
-        unready = dict(self._known.unreadable)
+        unready, waiting = dict(self._known.unreadable), dict[str, str]()
         for name, newest in self._known.newest.items():
-            statuses = self._statuses_of(newest)
+            serving, statuses = serving_replicas(newest, self._served.get(name)), self._statuses_of(newest)
             running = statuses | self._replicas.statuses(name)  # those that are to go may lead until others do
             endpoints |= known_endpoints(running, self._table.endpoints if self._table else {})
             if name in self._served:
                 collections[name] = served_collection(self._served[name], running, before.get(name))
-            why = why_unready(collections.get(name), statuses)
-            if why:
+            if why := why_unready(collections.get(name), {key: statuses[key] for key in serving}):
                 unready[name] = why
-        table = ServingTable(self._new_nonce(), collections, unready, endpoints)
+            own = {key: statuses[key] for key in own_replicas(newest)}
+            if why := why_not_switched(newest, self._served.get(name), own):
+                waiting[name] = why
+        table = ServingTable(self._new_nonce(), collections, unready, endpoints, waiting)
         if self._table is None or self._worth_publishing(self._table, table):
             for name, served in collections.items():
                 if name not in before or before[name].generation != served.generation:
@@ -368,9 +387,4 @@ class Supervisor:
             return False
         if self._clock() - self._published_at >= POINTS_PERIOD_S:
             return True
-        return _without_points(fresh) != _without_points(table)
-
-
-def _without_points(table: ServingTable) -> ServingTable:
-    collections = {name: replace(served, shard_points={}) for name, served in table.collections.items()}
-    return replace(table, stamp="", collections=collections)
+        return without_points(fresh) != without_points(table)

@@ -18,7 +18,7 @@ def wanted_replicas(newest: Manifest, served: Manifest | None, settings: Setting
     wanted = dict.fromkeys(own_replicas(newest), _of(newest, settings, newest.switch))
     if served is None:
         return wanted
-    for key in replicas_of(newest.collection, newest.config, len(served.shards), served.device):
+    for key in serving_replicas(newest, served):
         new = wanted.get(key, _of(served, settings, newest.switch))
         wanted[key] = replace(new, served=served.version, served_generation=served.generation)
     return wanted
@@ -27,6 +27,14 @@ def wanted_replicas(newest: Manifest, served: Manifest | None, settings: Setting
 def own_replicas(manifest: Manifest) -> list[ReplicaKey]:
     """Those that are to hold a version."""
     return replicas_of(manifest.collection, manifest.config, len(manifest.shards), manifest.device)
+
+
+def serving_replicas(newest: Manifest, served: Manifest | None) -> list[ReplicaKey]:
+    """Those that are to answer now: the served version's, as many of each shard as the newest has; else the newest's.
+
+    Others that are wanted are to take over later.
+    """
+    return own_replicas(newest if served is None else replace(served, config=newest.config))
 
 
 def _of(manifest: Manifest, settings: Settings, switch: Switch) -> WantedReplica:

@@ -95,7 +95,14 @@ class WatchedReplicas:
         statuses = {key: self.status(key) for key in self._keys}
         return {
             key: ObservedReplica(
-                s.state, max(s.versions, default=0), s.generations, s.crossing, s.epoch, self._gpu_is_lost(key)
+                s.state,
+                max(s.versions, default=0),
+                s.generations,
+                s.crossing,
+                s.epoch,
+                gpu_lost=self._gpu_is_lost(key),
+                on_gpu=s.gpu is not None and not s.gpu["lost"],
+                has_twin=s.has_twin,
             )
             for key, s in statuses.items()
         }

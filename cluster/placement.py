@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cluster.config import CollectionConfig, ServedOn, Settings
@@ -61,7 +61,8 @@ class ObservedReplica:
     That version is of the newest of its generations. All versions of one generation answer alike, for a replica
     follows the WAL; what a newer one brings is that less of it is in the tail. `crossing` are generations that are held
     once the logs of earlier sets have ended, and how many of their records each lacks. `epoch` is that of the replica
-    as primary, 0 where it is none. `gpu_lost`: its process had a GPU, which will not work any more for it.
+    as primary, 0 where it is none. `gpu_lost`: its process had a GPU, which will not work any more for it. `on_gpu`: it
+    has one that works. `has_twin`: without one it answers all the same, on the CPU.
     """
 
     state: ReplicaState
@@ -70,6 +71,16 @@ class ObservedReplica:
     crossing: Mapping[int, int] = field(default_factory=dict)
     epoch: int = 0
     gpu_lost: bool = False
+    on_gpu: bool = False
+    has_twin: bool = True
+
+    @property
+    def mute(self) -> bool:
+        """Whether it answers nothing before it is started again."""
+        return self.gpu_lost and not self.has_twin
+
+
+ABSENT = ObservedReplica("starting")  # of which nothing is known yet
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ def plan(wanted: Mapping[ReplicaKey, WantedReplica], observed: Mapping[ReplicaKe
 
     A replica that is starting or unreachable is left alone: Ray restarts it, and it loads the newest version. One that
     lacks more than one generation has a `Load` for each, the one that is served first. One whose GPU was lost is ended,
-    to be started again, while another of its shard answers with a GPU.
+    to be started again, while another of its shard answers, or at once where it cannot. `wanted` has `stand_ins`, too.
     """
     replaced = _to_replace(wanted, observed)
     actions: list[Action] = [Stop(key) for key in sorted({*(observed.keys() - wanted.keys()), *replaced})]
@@ -133,16 +144,51 @@ def plan(wanted: Mapping[ReplicaKey, WantedReplica], observed: Mapping[ReplicaKe
 def _to_replace(
     wanted: Mapping[ReplicaKey, WantedReplica], observed: Mapping[ReplicaKey, ObservedReplica]
 ) -> set[ReplicaKey]:
-    """Replicas whose GPU was lost, of shards of which another one has what is served on its GPU."""
+    """Replicas whose GPU was lost, where another one has what is served, or they have no twin that answers."""
     lost, answering = set(), set()
     for key, one in wanted.items():
-        replica = observed.get(key, ObservedReplica("starting"))
-        served = one.generation if one.served_generation is None else one.served_generation
+        replica = observed.get(key, ABSENT)
         if replica.state == "ready" and replica.gpu_lost:
             lost.add(key)
-        elif replica.state == "ready" and served in replica.generations:
+        elif _answers(one, replica):
             answering.add((key.collection, key.shard, key.device))
-    return {key for key in lost if (key.collection, key.shard, key.device) in answering}
+    return {key for key in lost if observed[key].mute or (key.collection, key.shard, key.device) in answering}
+
+
+def _answers(wanted: WantedReplica, replica: ObservedReplica) -> bool:
+    """Whether it has what is served, and no GPU that it lost."""
+    served = wanted.generation if wanted.served_generation is None else wanted.served_generation
+    return replica.state == "ready" and not replica.gpu_lost and served in replica.generations
+
+
+def stand_ins(
+    wanted: Mapping[ReplicaKey, WantedReplica], observed: Mapping[ReplicaKey, ObservedReplica]
+) -> dict[ReplicaKey, WantedReplica]:
+    """One more replica of each shard whose replicas all lost their GPUs, beside `wanted`.
+
+    It waits for a GPU, and answers while the others are ended and started again; it goes once one of them answers, with
+    a GPU if it has one itself. None while a generation waits to be switched to, which the shard's own replicas load.
+    """
+    shards: dict[ReplicaKey, list[ReplicaKey]] = {}
+    for key in sorted(wanted):
+        shards.setdefault(replace(key, replica=0), []).append(key)
+    found = {}
+    for first, own in shards.items():
+        one, key = wanted[own[0]], replace(first, replica=len(own))
+        switched = one.served_generation == one.generation
+        if first.device == "gpu" and switched and _stands_in(one, observed.get(key), [observed.get(k) for k in own]):
+            found[key] = one
+    return found
+
+
+def _stands_in(wanted: WantedReplica, there: ObservedReplica | None, own: Sequence[ObservedReplica | None]) -> bool:
+    """Whether one more is to run beside a shard's `own` replicas; `there` is that one, where it runs."""
+    each = [replica or ABSENT for replica in own]
+    if there is not None:
+        enough = any(_answers(wanted, replica) and (replica.on_gpu or not there.on_gpu) for replica in each)
+        return not enough and not there.gpu_lost
+    lost = [replica.state == "ready" and replica.gpu_lost and replica.has_twin for replica in each]
+    return any(lost) and all(is_lost or replica.state == "failed" for is_lost, replica in zip(lost, each, strict=True))
 
 
 def _lacking(wanted: WantedReplica, replica: ObservedReplica) -> list[int]:
@@ -180,7 +226,8 @@ def publishable(
 ) -> bool:
     """True when a collection may switch to `generation`: every replica that can answer holds it, each shard has one.
 
-    Of those that go over to it one at a time, one of each shard is enough. `wanted` are the replicas of one collection.
+    Of those that go over to it one at a time, one of each shard is enough, and so is one that stands in for them.
+    `wanted` are the replicas of one collection.
     """
     holding: dict[int, bool] = {key.shard: False for key in wanted}
     for key in wanted:
@@ -191,6 +238,9 @@ def publishable(
             holding[key.shard] = True
         elif wanted[key].switch == "beside":
             return False
+    for key, replica in observed.items():
+        if replace(key, replica=0) in wanted and replica.state == "ready" and generation in replica.generations:
+            holding[key.shard] = True
     return all(holding.values())
 
 

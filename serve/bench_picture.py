@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import Invalid
+from serve.bench_report import degraded_text
 from serve.bench_run import BenchReport, Row
 from serve.explain import params_text
 
@@ -39,7 +40,8 @@ def draw_picture(report: BenchReport, path: Path) -> None:
         left, right = figure.subplots(1, 2)
         _draw_recall(left, report)
         _draw_latency(right, report)
-        figure.suptitle(f"{report.plan.collection}, {report.queries.name}, k {report.plan.k}")
+        told = [f"{report.plan.collection}, {report.queries.name}, k {report.plan.k}", degraded_text(report)]
+        figure.suptitle("\n".join(filter(None, told)))
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 

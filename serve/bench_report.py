@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from serve.bench_plan import BenchPlan, Shape
-from serve.bench_run import PERCENTILES, BenchReport, Row
+from serve.bench_run import PERCENTILES, BenchReport, Recall, Row
 from serve.explain import params_text
 from serve.load import CLOSED
 
@@ -59,6 +59,7 @@ def as_json(report: BenchReport) -> Json:
         "load_generator": {"on": f"{os.cpu_count()} cores of this machine"},
         "operating_points": [
             {"target": each.target, "params": dict(each.params), "recall": each.recall, "against": each.against}
+            | _degraded_json(each)
             for each in report.recalls
         ],
         "loads": [_load_json(row) for row in report.rows],
@@ -89,7 +90,11 @@ def _load_json(row: Row) -> Json:
         "failures": {_status_text(status): count for status, count in row.failures.items()},
         "unanswered": row.unanswered,
         "generator_us": row.generator_us,
-    }
+    } | _degraded_json(row)
+
+
+def _degraded_json(measured: Row | Recall) -> Json:
+    return {"degraded": measured.degraded} if measured.degraded else {}
 
 
 def _ratio_json(ratio: Ratio) -> Json:
@@ -101,16 +106,20 @@ def _status_text(status: int) -> str:
 
 
 def print_report(out: Console, report: BenchReport) -> None:
-    """Tables that fit 80 columns: what is the same in all rows is said above, failures in words below."""
+    """Tables that fit 80 columns, unless answers were degraded: what is the same in all rows is said above, failures in
+    words below."""
     plan = report.plan
     for each in report.recalls:
         at = params_text(each.params) or "the collection's own target"
-        out.print(f"{_at(plan, each.target)}recall@{plan.k} {each.recall:.4f} at {at}, against {each.against}")
+        told = f"; degraded: a CPU gave {each.degraded:,} of {each.answers:,} answers" if each.degraded else ""
+        out.print(f"{_at(plan, each.target)}recall@{plan.k} {each.recall:.4f} at {at}, against {each.against}{told}")
     out.print(f"searches of {plan.collection}, k {plan.k}{_shared_text(plan.shapes)}")
     for title, rows in _tables(report):
         _print_table(out, title, [*_place_columns(plan, rows), *_number_columns(rows)])
     if not any(row.refused or failed_text(row) for row in report.rows):
         out.print("nothing was refused, nothing failed")
+    if degraded := degraded_text(report):
+        out.print(degraded)
     for row in report.rows:
         if failed := failed_text(row):
             out.print(f"failed: {_at(plan, row.target)}{_params_prefix(row)}{row.shape}: {failed}")
@@ -179,6 +188,7 @@ def _number_columns(rows: Sequence[Row]) -> list[Column]:
         (head, [_ms_text(row.percentile_ms(PERCENTILES[name])) for row in rows]) for head, name in SHOWN.items()
     ]
     counts = {"refused": [row.refused for row in rows], "failed": [_failed(row) for row in rows]}
+    counts["degraded"] = [row.degraded for row in rows]
     return columns + [(head, [f"{count:,}" for count in each]) for head, each in counts.items() if any(each)]
 
 
@@ -211,6 +221,12 @@ def failed_text(row: Row) -> str:
     """Failures other than refusals: by status, and requests that were never answered; nothing without any."""
     failures = [f"{count:,} x {_status_text(status)}" for status, count in row.failures.items()]
     return ", ".join([*failures, *([f"{row.unanswered:,} unanswered"] if row.unanswered else [])])
+
+
+def degraded_text(report: BenchReport) -> str:
+    """Of all loads; nothing where no answer was."""
+    degraded, answered = sum(row.degraded for row in report.rows), sum(row.answered for row in report.rows)
+    return f"degraded: a CPU gave {degraded:,} of {answered:,} answers in a GPU's place" if degraded else ""
 
 
 def _ms_text(value: float | None) -> str:

@@ -28,12 +28,17 @@ Announce = Callable[[float, str], None]  # the share done, and what is measured 
 
 @dataclass(frozen=True)
 class Recall:
-    """Recall@k of a target at an operating point, and what it was compared with."""
+    """Recall@k of a target at an operating point, and what it was compared with.
+
+    `degraded` of its `answers` were given by a CPU in a GPU's place.
+    """
 
     target: str
     params: dict[str, float]
     recall: float
     against: str
+    answers: int = 0
+    degraded: int = 0
 
 
 @dataclass
@@ -77,6 +82,11 @@ class Row:
     @property
     def answered(self) -> int:
         return sum(len(load.latencies_s) for load in self.rounds)
+
+    @property
+    def degraded(self) -> int:
+        """Answers of a CPU in a GPU's place."""
+        return sum(load.degraded for load in self.rounds)
 
     @property
     def generator_us(self) -> float:
@@ -166,22 +176,31 @@ def measure_recall(target: str, plan: BenchPlan, queries: Queries, params: dict[
         asked, truth = queries.vectors[:RECALL_QUERIES], queries.truth[:RECALL_QUERIES]
         against = f"the true neighbours of {len(asked):,} queries in {queries.name}"
         found = found_ids(target, plan, asked, params)
-        _check_id_types(found, truth)
+        _check_id_types(found.ids, truth)
     else:
         asked = queries.vectors[:EXACT_QUERIES]
-        truth = found_ids(target, plan, asked, {}, exact=True)
+        truth = found_ids(target, plan, asked, {}, exact=True).ids
         against = f"the endpoint's own exact answers to {len(asked):,} queries"
         found = found_ids(target, plan, asked, params)
-    return Recall(target, params, recall(found, truth), against)
+    return Recall(target, params, recall(found.ids, truth), against, found.answers, found.degraded)
+
+
+@dataclass
+class Found:
+    """The ids that an endpoint finds for each vector, in so many answers, of which a CPU gave some in a GPU's place."""
+
+    ids: list[Ids] = field(default_factory=list)
+    answers: int = 0
+    degraded: int = 0
 
 
 def found_ids(
     target: str, plan: BenchPlan, vectors: NDArray[np.float32], params: dict[str, float], exact: bool = False
-) -> list[Ids]:
-    """The ids that the endpoint finds for each vector."""
+) -> Found:
+    """By batches of `RECALL_BATCH`."""
     options = {"k": plan.k, "timeout_ms": RECALL_TIMEOUT_MS, **plan.search_options}
     options |= {"exact": "true"} if exact else {}
-    found: list[Ids] = []
+    found = Found()
     full = len(vectors) - len(vectors) % RECALL_BATCH
     for part, batch in ((vectors[:full], RECALL_BATCH), (vectors[full:], len(vectors) - full)):
         if len(part):
@@ -189,7 +208,9 @@ def found_ids(
             load = run_load(target, requests, 1, len(requests), keep=True)
             if load.failures:
                 raise _error_of(load)
-            found += [ids for number in range(len(requests)) for ids in hits_of(load.bodies[number], batch)]
+            found.ids += [ids for number in range(len(requests)) for ids in hits_of(load.bodies[number], batch)]
+            found.answers += len(requests)
+            found.degraded += load.degraded
     return found
 
 

@@ -69,10 +69,11 @@ def _switching(manifest: Manifest, serving: int | None, statuses: dict[ReplicaKe
 
 
 def _on_its_way(status: ReplicaStatus, generation: int) -> str:
-    if status.state == "starting":
-        return f"starts: {status.error}" if status.error else "starts"
     lacks = status.crossing.get(generation)
-    return "loads it" if lacks is None else f"{lacks:,} records behind"
+    if status.state == "ready" and lacks is not None:
+        return f"{lacks:,} records behind"
+    how = {"starting": "starts", "ready": "loads it", "failed": "does not load it", "unreachable": "does not answer"}
+    return how[status.state] + (f": {status.error}" if status.error else "")
 
 
 def _shard(

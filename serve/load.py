@@ -29,6 +29,7 @@ from serve.ticks import Alarm
 CLOSED = 0  # the status of a request whose connection was closed before it was answered
 REFUSED = 429
 DRAIN_S = 10.0  # after the last request was sent, for those still unanswered
+DEGRADED = (b'"degraded":"', b"\x08\0\0\0degraded\0")  # how JSON, and the schema of an Arrow stream, tell that it is so
 TICK_S = 0.000_25  # requests due within it are sent together
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,7 +43,8 @@ class LoadReport:
     status 200 came within `seconds`; `unanswered` requests had none when the run was given up. `cpu_s` is what the
     generator took for the `sent` requests of the whole run. `bodies` are kept on demand, by the request's number.
     `lags_s` of an open loop are from when requests were due to when the generator saw that they were, `queued` of them
-    found no free connection then: both are part of their latencies.
+    found no free connection then: both are part of their latencies. `degraded` is how many of those with latencies say
+    that a CPU answered in a GPU's place.
     """
 
     seconds: float = 0.0
@@ -55,6 +57,7 @@ class LoadReport:
     lags_s: list[float] = field(default_factory=list)
     queued: int = 0
     bodies: dict[int, bytes] = field(default_factory=dict)
+    degraded: int = 0
 
     @property
     def per_second(self) -> float:
@@ -195,7 +198,7 @@ class _Load:
         self._outstanding += 1
         connection.send(self._requests[number], number, due_s)
 
-    def answered(self, due_s: float, status: int) -> None:
+    def answered(self, due_s: float, status: int, degraded: bool = False) -> None:
         now_s = time.perf_counter()
         self._outstanding -= 1
         report, asked_in_time = self.report, self._from_s <= due_s < self._until_s
@@ -204,6 +207,7 @@ class _Load:
                 report.completed += 1
             if asked_in_time:
                 report.latencies_s.append(now_s - due_s)
+                report.degraded += degraded
         elif asked_in_time:
             report.failures[status] = report.failures.get(status, 0) + 1
         if self.stopping:
@@ -315,6 +319,8 @@ class _Connection(asyncio.Protocol):
         self._load = load
         self._parser = httptools.HttpResponseParser(self)
         self._busy = False
+        self._degraded = False
+        self._end = b""  # of what was received, in which a mark may begin
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]  # uvloop's is no subclass
@@ -322,9 +328,14 @@ class _Connection(asyncio.Protocol):
 
     def send(self, request: bytes, number: int, due_s: float) -> None:
         self._number, self._due_s, self._busy = number, due_s, True
+        self._degraded, self._end = False, b""
         self.transport.write(request)
 
     def data_received(self, data: bytes) -> None:
+        received = self._end + data if self._end else data
+        if b"degraded" in received:
+            self._degraded = self._degraded or any(mark in received for mark in DEGRADED)
+        self._end = received[-max(map(len, DEGRADED)) :]
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
@@ -333,7 +344,7 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         self._busy = False
         parser, load = self._parser, self._load
-        load.answered(self._due_s, parser.get_status_code())
+        load.answered(self._due_s, parser.get_status_code(), self._degraded)
         if parser.should_keep_alive():
             load.ready(self)
         else:

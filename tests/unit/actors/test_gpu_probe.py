@@ -123,7 +123,15 @@ def test_device_0_of_this_process_is_the_first_visible_one(install: Any, visible
 
 
 def test_memory_is_that_of_the_own_gpu(install: Any) -> None:
+    for visible in ("1", "GPU-bbbb"):
+        install(two(), visible)
+        assert own_memory() == (3 * GIB, 24 * GIB)
+
+
+def test_memory_is_asked_for_and_nothing_that_never_changes(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     install(two(), "1")
+    for name in ("nvmlDeviceGetName", "nvmlDeviceGetUUID", "nvmlSystemGetDriverVersion"):
+        monkeypatch.delattr(Driver, name)
     assert own_memory() == (3 * GIB, 24 * GIB)
 
 

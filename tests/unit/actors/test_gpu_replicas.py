@@ -17,11 +17,11 @@ from actors.gpu_device import GpuDevice, GpuLost
 from actors.replica_status import ReplicaStatus
 from actors.serving_table import served_collection
 from actors.shard_client import ServingTable
-from actors.supervisor import RETIRE_AFTER_S
+from actors.supervisor import RETIRE_AFTER_S, TABLE_REACHES_S
 from actors.wanted_replicas import own_replicas, wanted_replicas
 from actors.watched_replicas import LOST_GPU_PAUSE_S
 from cluster import wal as wal_module
-from cluster.config import IndexConfig, ServedOn, Settings
+from cluster.config import CollectionConfig, IndexConfig, ServedOn, Settings
 from cluster.errors import Unavailable
 from cluster.manifest import Manifest, ShardEntry
 from cluster.memory_store import MemoryStore
@@ -142,11 +142,13 @@ def under_load(
     tmp_path: Path,
     gpus: float = 2.0,
     open_gpu: Callable[[float], GpuDevice | None] = lambda share: None,
+    config: CollectionConfig = TWO,
+    kind: type[LocalRuntime] = LocalRuntime,
 ) -> LocalRuntime:
-    """Two shards of two replicas, each of half a GPU where it is on one."""
+    """Two shards of two replicas, or as `config` says, each of half a GPU where it is on one."""
     store, clock = MemoryStore(), ManualClock()
-    manifest_log(store, "words").create(TWO)
-    runtime = LocalRuntime(store, tmp_path, gpus=gpus, open_gpu=open_gpu)
+    manifest_log(store, "words").create(config)
+    runtime = kind(store, tmp_path, gpus=gpus, open_gpu=open_gpu)
 
     async def run() -> None:
         async with (
@@ -216,42 +218,177 @@ def test_collection_goes_over_to_gpus_and_back_while_it_is_searched_and_written_
     assert {key.device for key in runtime.led} == {"cpu", "gpu"}
 
 
+class Devices:
+    """Those that replicas opened, in order."""
+
+    def __init__(self) -> None:
+        self.opened: list[GpuDevice] = []
+
+    def open(self, share: float) -> GpuDevice:
+        self.opened.append(double_device(share=share))
+        return self.opened[-1]
+
+
+def lose_gpu(runtime: LocalRuntime, key: ReplicaKey) -> None:
+    device: Any = runtime._processes[key].device
+    device.library.lose()
+    with pytest.raises(GpuLost):
+        device.run(lambda resources: resources.syncDefaultStreamCurrentDevice())
+
+
+async def until_table_reached(clock: ManualClock, condition: Callable[[], Any]) -> None:
+    """On a clock that goes on while it is waited for."""
+    async with asyncio.timeout(20):
+        while not condition():
+            clock.advance(TABLE_REACHES_S / 10)
+            await asyncio.sleep(0.005)
+
+
 def test_replica_that_lost_its_gpu_gets_another_process_while_a_second_one_answers(tmp_path: Path) -> None:
     """The primary, too; searches and writes go on."""
-    opened: list[GpuDevice] = []
-
-    def open_gpu(share: float) -> GpuDevice:
-        opened.append(double_device(share=share))
-        return opened[-1]
+    devices = Devices()
 
     async def scenario(eagleray: Serving, made: Load, clock: ManualClock, store: MemoryStore) -> None:
         manifest = await asyncio.to_thread(next_generation, store, "gpu")
         await switched(eagleray, made, manifest)
-        served = made.served()
+        served, runtime = made.served(), eagleray.runtime
         assert served is not None
         primary = served.primaries[0]
-        lost = eagleray.runtime.replica(primary)
-
-        def lose(key: ReplicaKey) -> None:
-            device = eagleray.runtime._processes[key].device
-            assert device is not None
-            device.library.lose()
-            with pytest.raises(GpuLost):
-                device.run(lambda resources: resources.syncDefaultStreamCurrentDevice())
-
-        lose(primary)
-        await until(lambda: primary in eagleray.runtime.existing() and eagleray.runtime.replica(primary) is not lost)
-        await until(lambda: len(opened) == len(keys("gpu")) + 1)
+        lost = runtime.replica(primary)
+        lose_gpu(runtime, primary)
+        await until_table_reached(clock, lambda: len(devices.opened) == len(keys("gpu")) + 1)
+        assert runtime.replica(primary) is not lost
+        assert not any(key.replica == 2 for key in runtime.started), "none has to stand in"
         await made.more()
         await until(lambda: eagleray.supervisor.describe("words")["statuses"][primary].gpu is not None)
-        lose(primary)
-        again = eagleray.runtime.replica(primary)
+        lose_gpu(runtime, primary)
+        again = runtime.replica(primary)
+        clock.advance(TABLE_REACHES_S)
         await made.more()
-        assert eagleray.runtime.replica(primary) is again, "one process after the other would help nobody"
+        assert runtime.replica(primary) is again, "one process after the other would help nobody"
         clock.advance(LOST_GPU_PAUSE_S)
-        await until(lambda: len(opened) == len(keys("gpu")) + 2)
+        await until_table_reached(clock, lambda: len(devices.opened) == len(keys("gpu")) + 2)
 
-    under_load(scenario, tmp_path, open_gpu=open_gpu)
+    under_load(scenario, tmp_path, open_gpu=devices.open)
+
+
+class Unwilling(LocalRuntime):
+    """Has none of these lead."""
+
+    unwilling: frozenset[ReplicaKey] = frozenset()
+
+    async def lead(self, key: ReplicaKey) -> None:
+        if key in self.unwilling:
+            raise Unavailable(f"the test wants {key} not to lead yet")
+        await super().lead(key)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_replicas_that_all_lost_their_gpus_are_started_again_while_one_more_stands_in(
+    tmp_path: Path, replicas: int
+) -> None:
+    """No search fails. While no GPU is free their twins answer, and the collection is served whole."""
+    devices, more = Devices(), ReplicaKey("words", 0, replicas, "gpu")
+    own = [ReplicaKey("words", 0, number, "gpu") for number in range(replicas)]
+
+    async def scenario(eagleray: Serving, made: Load, clock: ManualClock, store: MemoryStore) -> None:
+        runtime = eagleray.runtime
+        assert isinstance(runtime, Unwilling)
+        await switched(eagleray, made, await asyncio.to_thread(next_generation, store, "gpu"))
+        clock.advance(RETIRE_AFTER_S)
+        await until(lambda: set(runtime.existing()) == keys("gpu", replicas=replicas))
+        lost = [runtime.replica(key) for key in own]
+        for key in own:
+            lose_gpu(runtime, key)
+        await until(lambda: eagleray.supervisor.describe("words")["statuses"].get(more, lost[0].status()).waits)
+        clock.advance(LOST_GPU_PAUSE_S)
+        await made.more()
+        table = await table_when(eagleray.directory, lambda table: table.unready == {})
+        assert (table.waiting, table.collections["words"].replicas[0]) == ({}, tuple(own))
+        assert [runtime.replica(key) for key in own] == lost
+
+        runtime.unwilling = frozenset(own)
+        clock.advance(TABLE_REACHES_S)  # since the table that names only those that are going to be ended
+        runtime.add_gpus(0.5)
+        await table_when(eagleray.directory, lambda table: more in table.collections["words"].replicas[0])
+        await asyncio.sleep(5 * SETTINGS.reconcile_period_s)
+        assert [runtime.replica(key) for key in own] == lost, "coordinators may not know of the other one yet"
+        await until_table_reached(clock, lambda: set(own) <= set(runtime.stopped))
+        await until(lambda: len(devices.opened) == 3 * replicas + 1)
+        await table_when(eagleray.directory, lambda table: set(own) < set(table.collections["words"].replicas[0]))
+        await until(lambda: (served := made.served()) and served.primaries.get(0) == more)
+        clock.advance(TABLE_REACHES_S)
+        await asyncio.sleep(5 * SETTINGS.reconcile_period_s)
+        assert more in runtime.existing(), "it leads, and nobody else can"
+        await made.more()
+        runtime.unwilling = frozenset()
+        await until_table_reached(clock, lambda: more not in runtime.existing())
+        await until(lambda: (served := made.served()) and served.primaries.get(0) in own)
+        assert [key for key in runtime.stopped if key.device == "gpu"] == [*own, more]
+        assert (set(runtime.existing()), runtime.free_gpus) == (keys("gpu", replicas=replicas), 0.5)
+        await made.more()
+
+    under_load(
+        scenario, tmp_path, gpus=1.0 * replicas, open_gpu=devices.open, config=replace(TWO, replicas=replicas),
+        kind=Unwilling,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["deleted", "switched"])
+def test_replica_that_waits_to_stand_in_goes_with_what_it_stands_in_for(tmp_path: Path, how: str) -> None:
+    store, clock, devices = MemoryStore(), ManualClock(), Devices()
+    manifest_log(store, "words").create(replace(TWO, shards=1, replicas=1))
+    next_generation(store, "gpu")
+    runtime = LocalRuntime(store, tmp_path, gpus=0.5, open_gpu=devices.open)
+    key, more = ReplicaKey("words", 0, 0, "gpu"), ReplicaKey("words", 0, 1, "gpu")
+
+    async def run() -> None:
+        async with asyncio.timeout(20), serving(store, tmp_path, SETTINGS, clock, runtime) as eagleray:
+            await table_when(eagleray.directory, lambda table: bool(table.collections))
+            lose_gpu(runtime, key)
+            await until(lambda: more in runtime.existing())
+            if how == "deleted":
+                manifest_log(store, "words").delete()
+            else:
+                next_generation(store, "gpu")
+            await eagleray.directory.refresh("words")
+            await until(lambda: more not in runtime.existing())
+            if how == "switched":
+                await table_when(eagleray.directory, lambda table: table.collections["words"].generation == 3)
+                await until(lambda: more in runtime.existing())  # for what is served now
+
+    try:
+        asyncio.run(run())
+    finally:
+        runtime.close()
+
+
+def test_replica_without_a_twin_that_lost_its_gpu_is_started_again_at_once(tmp_path: Path) -> None:
+    """The only one of its shard: it answers nothing anyway."""
+    store, clock, devices, key = MemoryStore(), ManualClock(), Devices(), ReplicaKey("words", 0, 0, "gpu")
+    config = replace(CONFIG, shards=1, replicas=1, index=IndexConfig("flat", device="gpu", cpu_twin=False))
+    commit(store, "words", config, random_points(config, 20))
+    log = manifest_log(store, "words")
+    log.commit_generation(log.newest_live(), config, log.newest_live().shards, device="gpu")
+    runtime = LocalRuntime(store, tmp_path, gpus=2.0, open_gpu=devices.open)
+
+    async def run() -> None:
+        async with asyncio.timeout(20), serving(store, tmp_path, SETTINGS, clock, runtime) as eagleray:
+            await table_when(eagleray.directory, lambda table: bool(table.collections))
+            lose_gpu(runtime, key)
+            await until(lambda: len(devices.opened) == 2)
+            await table_when(eagleray.directory, lambda table: table.collections["words"].replicas == {0: (key,)})
+            lose_gpu(runtime, key)
+            await asyncio.sleep(10 * SETTINGS.reconcile_period_s)
+            assert len(devices.opened) == 2, "a GPU that each process loses has it started now and then"
+            clock.advance(LOST_GPU_PAUSE_S)
+            await until(lambda: len(devices.opened) == 3)
+            assert set(runtime.started) == {key}
+
+    try:
+        asyncio.run(run())
+    finally:
+        runtime.close()
 
 
 def test_primary_on_another_device_leads_until_one_that_stays_does(tmp_path: Path) -> None:
@@ -318,11 +455,22 @@ def test_generation_on_gpus_waits_for_them_and_says_so_while_the_old_one_is_serv
         served = made.served()
         assert served is not None
         assert served.generation == 1
-        table = await table_when(eagleray.directory, lambda table: "0.5 GPU" in table.unready.get("words", ""))
-        assert "replica words/0/0/gpu is starting (it asks for 0.5 GPU, 0 of 0 are free)" in table.unready["words"]
+        waiting = "replica words/0/0/gpu is starting (it asks for 0.5 GPU, 0 of 0 are free)"
+        await table_when(
+            eagleray.directory, lambda table: waiting in table.waiting.get("words", "") and table.unready == {}
+        )
+        directory: Any = eagleray.directory
+        with pytest.raises(Unavailable, match=r"generation 2 of 'words' is committed, .*it asks for 0\.5 GPU"):
+            await ray_runtime._wait_until_served(directory, "words", 2, 0.1, lambda why: None)
+        eagleray.runtime.kill(ReplicaKey("words", 1, 0))
+        table = await table_when(eagleray.directory, lambda table: "words" in table.unready)
+        assert table.unready == {"words": "replica words/1/0 is unreachable (replica words/1/0 is dead)"}
+        eagleray.runtime.revive(ReplicaKey("words", 1, 0))
+        await table_when(eagleray.directory, lambda table: table.unready == {})
         eagleray.runtime.add_gpus(1.0)  # for two of the four
         eagleray.runtime.add_gpus(1.0)
         await switched(eagleray, made, manifest)
+        await table_when(eagleray.directory, lambda table: (table.waiting, table.unready) == ({}, {}))
 
     under_load(scenario, tmp_path, gpus=0.0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,31 @@ def test_load_that_nothing_failed_at_has_no_columns_of_failures() -> None:
     assert rows_of(text)[0] == ["load", "vectors/s", "p50 ms", "p99", "p99.9"]
 
 
+def degraded_report() -> BenchReport:
+    """Of the first load 7 answers, and 2 of those that the first recall was measured by."""
+    told = report(shapes=(SLOW, FAST))
+    told.rows[0].rounds[0].degraded, told.rows[0].rounds[2].degraded = 3, 4
+    told.recalls[0] = replace(told.recalls[0], answers=20, degraded=2)
+    return told
+
+
+def test_degraded_answers_are_told_where_there_are_some(tmp_path: Path) -> None:
+    whole = as_json(report(shapes=(SLOW, FAST)))
+    assert not any("degraded" in each for each in (*whole["loads"], *whole["operating_points"]))
+    assert "degraded" not in shown(report())
+    told = as_json(degraded_report())
+    assert [load.get("degraded") for load in told["loads"]] == [7, None, None, None]
+    assert [point.get("degraded") for point in told["operating_points"]] == [2, None]
+    text = " ".join(shown(degraded_report()).split())
+    assert "against truth; degraded: a CPU gave 2 of 20 answers recall@10" in text
+    answered = sum(row.answered for row in degraded_report().rows)
+    assert f"degraded: a CPU gave 7 of {answered:,} answers in a GPU's place" in text
+    heads, first, second, *_ = rows_of(shown(degraded_report()))
+    assert [cells[-1] for cells in (heads, first, second)] == ["degraded", "7", "0"]
+    draw_picture(degraded_report(), tmp_path / "out.svg")
+    assert f"a CPU gave 7 of {answered:,} answers" in (tmp_path / "out.svg").read_text()
+
+
 def large_report() -> BenchReport:
     """Every column, and numbers as long as they may be on a large machine."""
     formats = [("json", 1, 1), ("arrow", 4_096, 1_024)]
@@ -185,7 +211,9 @@ def test_picture_of_open_loops_alone_has_no_recall_line(tmp_path: Path) -> None:
     told = report(shapes=(OPEN,))
     assert fastest_lines(told) == {}
     draw_picture(told, tmp_path / "out.svg")
-    assert "open loop, json" in (tmp_path / "out.svg").read_text()
+    text = (tmp_path / "out.svg").read_text()
+    assert "open loop, json" in text
+    assert "degraded" not in text
 
 
 def test_picture_that_could_not_be_drawn_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,8 +222,9 @@ def test_answer_of_a_gpu_says_nothing_and_that_of_its_twin_that_it_is_degraded(t
         of_replica = {"collection": "words", "shard": "0", "replica": "0"}
         assert value(samples, "eagleray_replica_degraded", **of_replica) == 1
         assert value(samples, "eagleray_gpu_out_of_memory_searches", **of_replica) == 1
+        assert (await endpoint.http.get("/readyz")).status_code == 200
 
-    run_with_gpus(scenario, tmp_path)
+    run_with_gpus(scenario, tmp_path, total=1.0)  # none is left for a replica that would stand in
 
 
 def described_by(name: str) -> Draft202012Validator:
@@ -235,7 +236,7 @@ def described_by(name: str) -> Draft202012Validator:
 async def degraded_replica(endpoint: Endpoint) -> dict[str, Any]:
     """The supervisor knows it as soon as it has asked."""
     while True:
-        (replica,) = (await endpoint.http.get(WORDS)).json()["shards"][0]["replicas"]
+        replica, *_ = (await endpoint.http.get(WORDS)).json()["shards"][0]["replicas"]
         if replica["degraded"]:
             return dict(replica)
         await asyncio.sleep(0.01)
@@ -410,6 +411,15 @@ def test_status_says_which_replicas_are_degraded_and_why() -> None:
     described["shards"][0]["segments"] = [SEGMENT | NOT_THERE]
     why = "on the GPU: not there, out of memory in 1 searches; the CPU answers: no room"
     assert why in printed(print_explanation, described)
+
+
+def test_status_says_which_replica_stands_in_and_what_it_waits_for() -> None:
+    waits = ReplicaStatus("starting", error="it asks for 1 GPU")
+    described = described_as((on("gpu"), replica()), (on("gpu", 1), waits))
+    assert described["ready"]
+    text = " ".join(printed(print_collection, described).split())
+    assert "shard 0, replica 1: stands in until one that lost its GPU was started again: it asks for 1 GPU" in text
+    assert "replica 0: stands in" not in text
 
 
 def printed(printer: Any, described: dict[str, Any]) -> str:

@@ -7,9 +7,15 @@ import select
 import socket
 import time
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from cluster.query import Coverage, Degraded, Hits, SearchResult
 from serve import load
+from serve.hit_streams import write_result
+from serve.http_messages import json_response
+from serve.json_bodies import search_answer
 from serve.load import Arrivals, encode_request, in_child, run_closed_loop, run_load, run_open_loop
 from serve.ticks import Alarm
 from tests.unit.serve.responder import Answer, responding
@@ -33,6 +39,39 @@ def test_load_reads_answers_in_chunks() -> None:
         report = run_load(responder.target, posts(responder.target, b"a"), 1, 3, keep=True)
     assert report.bodies == {0: b"one two"}
     assert len(report.latencies_s) == 3
+
+
+def answer_of(form: str, degraded: Degraded, kind: str) -> bytes:
+    """What the endpoint says of one hit. Its id, where that is text, looks like what is searched for."""
+    alike = '"degraded":"cpu"' if form == "json" else "degraded\0cpu"
+    ids = pa.array([5]) if kind == "int64" else pa.array([alike], pa.large_string())
+    hits = Hits(np.array([1]), ids, np.ones(1, np.float32))
+    result = SearchResult(hits, Coverage(1.0, 1.0), 7, {0: 3}, degraded)
+    return write_result(result) if form == "arrow" else bytes(json_response(search_answer(result, 0.5)).body)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 400])
+@pytest.mark.parametrize("kind", ["int64", "string"])
+@pytest.mark.parametrize("form", ["json", "arrow"])
+def test_load_counts_degraded_answers_wherever_their_packets_end(form: str, kind: str, parts: int) -> None:
+    class Transport:
+        def write(self, data: bytes) -> None:
+            assert data == b"ask"
+
+    sent = load._ClosedLoop([b"ask"], 9, keep=False)
+    sent.ready = lambda connection: None  # type: ignore[method-assign]
+    connection = load._Connection(sent)
+    connection.transport = Transport()  # type: ignore[assignment]
+    degraded: tuple[Degraded, ...] = ("", "cpu", "", "cpu")
+    for number, each in enumerate(degraded):
+        body = answer_of(form, each, kind)
+        status = 503 if number == 3 else 200  # a failure is counted as one
+        answer = b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
+        sent.send(connection, 0.0)
+        step = max(1, len(answer) // parts)
+        for start in range(0, len(answer), step):
+            connection.data_received(answer[start : start + step])
+    assert (sent.report.degraded, len(sent.report.latencies_s), sent.report.failures) == (1, 3, {503: 1})
 
 
 def test_load_counts_failures_by_status_and_their_times_nowhere() -> None:
