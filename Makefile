@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help env check test soak demo bench bench-peers bench-record bench-build bench-rebuild bench-writes bench-gpu test-gpu lock clean
+.PHONY: help env check test soak demo bench bench-peers bench-record bench-build bench-rebuild bench-writes bench-gpu test-gpu test-gpu-double lock clean
 
 help: ## Show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -59,6 +59,9 @@ GPU_PYTHON ?= python3
 
 test-gpu: ## Tests that need a GPU (GPU_PYTHON=... with eagleray[gpu] and pytest)
 	$(GPU_PYTHON) -m pytest -s tests/gpu
+
+test-gpu-double: env ## The same tests, small, by a stand-in on the CPU: whether they are right; no measurement
+	EAGLERAY_GPU_DOUBLE=20 $(BIN)/python -m pytest tests/gpu
 
 bench-gpu: ## Raw FAISS and cuVS beside shard, actor and endpoint on a GPU (GPU_PYTHON=..., BENCH="--help" for options)
 	$(GPU_PYTHON) -m benchmarks.gpu $(BENCH)

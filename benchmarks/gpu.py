@@ -31,7 +31,7 @@ import typer
 
 from actors.faiss_index import build_index, use_threads
 from benchmarks import gpu_served
-from benchmarks.gpu_ceilings import measured_ceilings
+from benchmarks.gpu_ceilings import Ceilings, measured_ceilings
 from benchmarks.gpu_collection import KINDS, Made, make, on
 from benchmarks.gpu_report import Report, as_markdown, row_of
 from benchmarks.gpu_sets import SEED, SHAPES, WORDS, GpuSet, Shape, cores, make_set, read_words
@@ -79,21 +79,31 @@ def main(
     until_s = time.monotonic() + most_s
     with tempfile.TemporaryDirectory(prefix="eagleray-gpu-") as folder, ExitStack() as stack:
         device = _device(cpu, smoke)
-        ceilings = "this is no GPU" if smoke or cpu else measured_ceilings()
+        ceilings = _ceilings(kinds, smoke or cpu)
         report = Report(gpu_facts(device), ceilings, {"rounds": rounds, "seconds": seconds, "smoke": smoke, "cpu": cpu})
         server = stack.enter_context(_server(Path(folder), serve and not smoke, report))
         bench = Bench(Path(folder), device, server, SMOKE_BATCHES if smoke or cpu else BATCHES, rounds, seconds)
         for vectors in chosen_sets(sets, words, smoke or cpu, report):
-            if hnsw:
-                report.graphs.append(cpu_graph(vectors))
             for kind in kinds.split(","):
                 if time.monotonic() > until_s:
                     report.skip(f"{vectors.name}, {kind}", f"{most_s:g} s were over")
                     continue
                 _try_case(bench, vectors, kind, report)
                 write(report, out)
+            if hnsw and time.monotonic() <= until_s:
+                say(f"{vectors}: HNSW on the CPU")
+                report.graphs.append(cpu_graph(vectors))
+                write(report, out)
+            elif hnsw:
+                report.skip(f"{vectors.name}, HNSW on the CPU", f"{most_s:g} s were over")
     write(report, out)
     print(as_markdown(report.to_dict()))
+    if report.failures:
+        raise typer.Exit(1)
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
 def write(report: Report, out: Path | None) -> None:
@@ -122,6 +132,14 @@ def _device(cpu: bool, smoke: bool) -> Any:
         raise SystemExit(f"{error}; --smoke and --cpu run without a GPU") from None
 
 
+def _ceilings(kinds: str, tried: bool) -> Ceilings | str:
+    if tried:
+        return "this is no GPU"
+    if not any(kind.startswith("flat") for kind in kinds.split(",")):
+        return "no exact search is asked for"
+    return measured_ceilings()
+
+
 def gpu_facts(device: Any) -> dict[str, Any]:
     from actors.gpu_probe import own_gpu
 
@@ -142,8 +160,8 @@ def _server(data: Path, wanted: bool, report: Report) -> Iterator[gpu_served.Ser
     with ExitStack() as stack:
         try:
             server = stack.enter_context(gpu_served.running(data))
-        except (EaglerayError, SystemExit, OSError, ConnectionError) as error:
-            report.skip("actor and HTTP", f"{type(error).__name__}: {error}")
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # the rest is measured without
+            report.fail("actor and HTTP", error)
             server = None
         yield server
 
@@ -168,10 +186,13 @@ def chosen_sets(names: str, words: Path | None, tiny: bool, report: Report) -> I
 def _try_case(bench: Bench, vectors: GpuSet, kind: str, report: Report) -> None:
     if kind not in KINDS:
         raise SystemExit(f"{kind!r} is none of the kinds {', '.join(KINDS)}")
+    say(f"{vectors}: {kind}")
+    started = time.perf_counter()
     try:
         report.cases.append(measure_case(bench, vectors, kind, report))
     except Exception as error:  # noqa: BLE001  # one kind that fails must not cost the others their figures
-        report.skip(f"{vectors.name}, {kind}", f"{type(error).__name__}: {error}")
+        report.fail(f"{vectors.name}, {kind}", error)
+    say(f"{vectors}: {kind} took {time.perf_counter() - started:.1f} s")
     gc.collect()  # what the device holds for it
 
 
@@ -196,35 +217,69 @@ def measure_made(bench: Bench, made: Made, vectors: GpuSet, kind: str, report: R
         over_network = _served_ways(bench, made, report)
         ways += over_network
         rows = [measure_batch(bench, ways, made, vectors, kind, batch, report) for batch in bench.batches]
-        recalls = {way.name: recall_of(way, made, vectors) for way in ways}
-    served = bench.server.trouble(made.name) if bench.server is not None and over_network else ""
+        say(f"{made.name}: timed; recall")
+        recalls = _recalls(ways, made, vectors, report)
     told = told_of(made, vectors, kind) | {"rows": rows, "recall": recalls}
-    return told | {"degraded": told["degraded"] or served}
+    return told | {"degraded": told["degraded"] or (_trouble(bench, made, report) if over_network else "")}
+
+
+def _recalls(ways: list[Way], made: Made, vectors: GpuSet, report: Report) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for way in list(ways):
+        with _without(way, ways, made, report):
+            found[way.name] = recall_of(way, made, vectors)
+    return found
+
+
+def _trouble(bench: Bench, made: Made, report: Report) -> str:
+    assert bench.server is not None
+    try:
+        return bench.server.trouble(made.name)
+    except Exception as error:  # noqa: BLE001  # what was measured stays
+        report.fail(f"{made.name}: status of the served replica", error)
+        return "the served replica did not tell whether its GPU answered"
+
+
+@contextmanager
+def _without(way: Way, ways: list[Way], made: Made, report: Report) -> Iterator[None]:
+    """A way that fails is told, and left out from then on; all are compared with the first."""
+    try:
+        yield
+    except Exception as error:
+        if way is ways[0]:
+            raise
+        ways.remove(way)
+        report.fail(f"{made.name}: {way.name}", error)
 
 
 def _served_ways(bench: Bench, made: Made, report: Report) -> list[Way]:
     if bench.server is None:
         return []
+    if bench.server.failures:
+        report.skip(f"{made.name}: actor and HTTP", "not tried again")
+        return []
     try:
         handle = bench.server.wait_for(made, bench.served_on)
         actors = [gpu_served.ActorWay(made, handle, bench.server, bench.served_on, many) for many in IN_FLIGHT]
         return [*actors, *(gpu_served.HttpWay(made, bench.server, many) for many in IN_FLIGHT)]
-    except EaglerayError as error:
-        report.skip(f"{made.name}: actor and HTTP", str(error))
+    except Exception as error:  # noqa: BLE001  # the rest is measured without
+        report.fail(f"{made.name}: actor and HTTP", error)
+        bench.server.failures.append(made.name)  # to wait for each that is not served would take the step's time
         return []
 
 
 def measure_batch(
-    bench: Bench, ways: Sequence[Way], made: Made, vectors: GpuSet, kind: str, batch: int, report: Report
+    bench: Bench, ways: list[Way], made: Made, vectors: GpuSet, kind: str, batch: int, report: Report
 ) -> dict[str, Any]:
     """Every way in turn in each round; what each does first is not counted."""
     parts = parts_of(vectors.queries, batch)
-    rates: dict[str, list[float]] = {way.name: [] for way in ways}
-    for way in ways:
-        way.rate(parts, 0.0)
-    for _ in range(bench.rounds):
-        for way in ways:
-            rates[way.name].append(way.rate(parts, bench.seconds))
+    measured: dict[str, list[float]] = {way.name: [] for way in ways}
+    for number in range(bench.rounds + 1):
+        for way in list(ways):
+            with _without(way, ways, made, report):
+                rate = way.rate(parts, bench.seconds if number else 0.0)
+                measured[way.name] += [rate] if number else []
+    rates = {way.name: measured[way.name] for way in ways}
     bound = None
     if kind.startswith("flat") and not isinstance(report.ceilings, str):
         spec = made.segment.spec

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import platform
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.gpu_ceilings import Ceilings
-from benchmarks.gpu_sets import K
-from benchmarks.served import machine
+from benchmarks.gpu_sets import K, cores
 
 ACTOR_BAR, ACTOR_BATCH_MIN = 0.9, 1_024
 FLAT_BAR = 0.7
-VERSIONED = ("faiss-gpu-cuvs", "faiss-cpu", "libcuvs-cu13", "libraft-cu13", "librmm-cu13", "ray", "numpy", "pyarrow")
+VERSIONED = (
+    *("faiss-gpu-cuvs", "faiss-cpu", "libcuvs-cu13", "libraft-cu13", "librmm-cu13", "nvidia-cuda-runtime"),
+    *("nvidia-cublas", "nvidia-nvjitlink", "nvidia-cuda-nvrtc", "nvidia-ml-py", "torch", "ray", "numpy", "pyarrow"),
+)
 Rates = Mapping[str, Sequence[float]]  # vectors per second of each round, by way; the first way is raw FAISS
 
 
 @dataclass
 class Report:
-    """`cases` have one entry for each kind of index over each set, `skipped` what was not measured, and why."""
+    """`cases` have one entry for each kind of index over each set, `skipped` what was not measured, and why.
+
+    `failures` of it is what should have been.
+    """
 
     gpu: dict[str, Any]
     ceilings: Ceilings | str
@@ -30,6 +37,13 @@ class Report:
     cases: list[dict[str, Any]] = field(default_factory=list)
     graphs: list[dict[str, Any]] = field(default_factory=list)  # HNSW built on the CPU, by set
     skipped: list[dict[str, str]] = field(default_factory=list)
+    failures: int = 0
+
+    def fail(self, what: str, error: BaseException) -> None:
+        """Told at once, with where it came from."""
+        print(f"FAILED {what}: {''.join(traceback.format_exception(error))}", flush=True)
+        self.skip(what, f"{type(error).__name__}: {error}")
+        self.failures += 1
 
     def skip(self, what: str, why: str) -> None:
         self.skipped.append({"what": what, "why": why})
@@ -47,6 +61,13 @@ class Report:
             "skipped": self.skipped,
             "bars": bars(self.cases),
         }
+
+
+def machine() -> str:
+    """The cores that this process may use, which in a container are fewer than the machine's, and their kind."""
+    told = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.split(":", 1)[1].strip() for line in told if line.startswith("model name")]
+    return f"{cores()} cores, {models[0] if models else platform.machine()}"
 
 
 def versions() -> dict[str, str]:
@@ -168,7 +189,8 @@ def _trouble(case: Mapping[str, Any]) -> str:
 
 
 def _line(row: Mapping[str, Any], ways: Sequence[str]) -> str:
-    cells = [f"{row['ways'][name]['per_second']:,.0f} ({row['ways'][name]['ratio']:.2f})" for name in ways]
+    found = row["ways"]
+    cells = [f"{found[way]['per_second']:,.0f} ({found[way]['ratio']:.2f})" if way in found else "-" for way in ways]
     if "of_bound" in row:
         cells += [f"{row['bound_per_second']:,.0f} ({row['bound_by']})", f"{row['of_bound']:.2f}"]
     return f"| {row['batch']} | {' | '.join(cells)} |"

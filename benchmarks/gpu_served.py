@@ -10,10 +10,14 @@ import asyncio
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,8 @@ from cluster.errors import EaglerayError, Unavailable
 from cluster.placement import ReplicaKey
 
 NEEDED = ("ray", "starlette", "httpx", "uvloop", "httptools")
-READY_S, LOOK_S = 120.0, 0.2
+START_S, END_S = 90.0, 30.0
+READY_S, LOOK_S = 90.0, 0.2
 NAMESPACE = Settings(data="memory://").namespace
 
 
@@ -38,11 +43,12 @@ def missing() -> str:
 
 @dataclass(frozen=True)
 class Server:
-    """A running Eagleray; `ray` is joined."""
+    """A running Eagleray; `ray` is joined. `failures` are the collections that it did not serve."""
 
     target: str
     client: Any
     ray: Any
+    failures: list[str] = field(default_factory=list)
 
     def wait_for(self, made: Made, device: str) -> Any:
         """The handle of the collection's one actor, once it answers from the device."""
@@ -77,20 +83,55 @@ def running(data: Path) -> Iterator[Server]:
     os.environ["RAY_AUTH_MODE"] = "token"  # as that Ray asks of who joins; read when Ray is imported
     import ray
 
-    from benchmarks.served import start_server
     from serve.client import Client
     from serve.local_cluster import free_ports
 
     port, began_s = free_ports(1)[0], time.time()
-    server = start_server(str(data), port, "--shard-threads", str(cores()))
+    server = _started(str(data), port)
     try:
         ray.init(address=_address_since(began_s), log_to_driver=False, logging_level="ERROR")
         with Client(f"http://127.0.0.1:{port}", timeout_s=120.0) as client:
             yield Server(client.target, client, ray)
     finally:
         ray.shutdown()
-        server.send_signal(signal.SIGINT)
-        server.wait(timeout=60)
+        _end(server)
+
+
+def _started(data: str, port: int) -> subprocess.Popen[str]:
+    """`eagleray up`, once it serves; Unavailable, with what it said, where that takes more than `START_S`."""
+    command = [sys.executable, "-m", "serve.cli", "up", "--data", data, "--port", str(port), "--json"]
+    command += ["--shard-threads", str(cores())]
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    said: deque[str] = deque(maxlen=50)
+    known, serves = threading.Event(), threading.Event()
+
+    def read() -> None:
+        assert server.stdout is not None
+        with server.stdout:
+            for line in server.stdout:
+                said.append(line)
+                if "Eagleray serves" in line:
+                    serves.set()
+                    known.set()
+        known.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    known.wait(START_S)
+    if serves.is_set():
+        return server
+    _end(server)
+    raise Unavailable(f"`eagleray up` did not serve within {START_S:g} s: {''.join(list(said))}")
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    server.send_signal(signal.SIGINT)
+    try:
+        server.wait(END_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def _address_since(began_s: float) -> str:

@@ -21,6 +21,8 @@ from actors.gpu_device import GpuDevice
 
 K_MAX = NPROBE_MAX = 16_384
 ITOPK_MAX = 512
+FUSED_K, LIST_K = 64, 256  # up to so many hits distances are not all kept: of exact search, of lists
+SMALL_HASH = 8_192  # entries of the table of visited nodes that fits into shared memory
 NO_NEIGHBOUR = 0xFFFFFFFF  # of a graph: labels of 32 bits, as they come
 FULL = (
     "Error in virtual void* faiss::gpu::StandardGpuResourcesImpl::allocMemory(const faiss::gpu::AllocRequest&) at "
@@ -48,10 +50,10 @@ class GpuDouble:
     def __init__(self, memory_bytes: int) -> None:
         self.total_bytes = memory_bytes
         self.taken_bytes = 0
+        self.threads: set[int] = set()  # those that made resources
         self.violations: list[str] = []
         self.searches: list[dict[str, Any]] = []  # what each search was asked
         self.builds: list[dict[str, Any]] = []
-        self.thread: int | None = None  # the one that made the resources
         self._full = 0
         self._lost = False
         self._spoiled_from: int | None = None
@@ -92,9 +94,9 @@ class GpuDouble:
     def memory(self) -> tuple[int, int]:
         return self.total_bytes - self.taken_bytes, self.total_bytes
 
-    def enter(self) -> None:
-        """A call of FAISS begins."""
-        assert threading.get_ident() == self.thread, "called in another thread than that of the resources"
+    def enter(self, resources: StandardGpuResources | None = None) -> None:
+        """A call of FAISS begins. A process may have several resources, each in a thread of its own."""
+        assert self._is_at_home(resources), "called in another thread than that of the resources"
         if self._lost:
             raise RuntimeError(LOST)
         if self._full:
@@ -109,9 +111,13 @@ class GpuDouble:
         self.fits(size, what)
         self.taken_bytes += size
 
-    def gone(self, size: int, what: str) -> None:
+    def _is_at_home(self, resources: StandardGpuResources | None) -> bool:
+        threads = self.threads if resources is None else {resources.thread}
+        return threading.get_ident() in threads
+
+    def gone(self, size: int, what: str, resources: StandardGpuResources | None = None) -> None:
         """A destructor ran. On a lost device it would have ended the process."""
-        if threading.get_ident() != self.thread:
+        if not self._is_at_home(resources):
             self.violations.append(f"{what} was destroyed in another thread")
         if self._lost:
             self.violations.append(f"{what} was destroyed on a lost device")
@@ -143,7 +149,7 @@ class GpuDouble:
         return (kind or GpuIndexIVFFlat)(self, resources, index, config)
 
     def index_gpu_to_cpu(self, index: Any) -> Any:
-        self.enter()
+        self.enter(index._resources)
         assert not isinstance(index, GpuIndexCagra), "of float16 it may come as float32: copyTo says"
         return index.on_cpu()
 
@@ -231,7 +237,8 @@ CONFIGS: tuple[type[_Settings], ...] = (
 class StandardGpuResources:
     def __init__(self, library: GpuDouble) -> None:
         self.library = library
-        library.thread = threading.get_ident()
+        self.thread = threading.get_ident()
+        library.threads.add(self.thread)
         self._temp_bytes, self._pinned_bytes = 1536 << 20, 256 << 20
         self._taken_bytes = 0
 
@@ -244,7 +251,7 @@ class StandardGpuResources:
         self._pinned_bytes = size
 
     def syncDefaultStreamCurrentDevice(self) -> None:
-        self.library.enter()
+        self.library.enter(self)
         self.initialise()
 
     def initialise(self) -> None:
@@ -253,7 +260,7 @@ class StandardGpuResources:
             self._taken_bytes = self._temp_bytes
 
     def __del__(self) -> None:
-        self.library.gone(self._taken_bytes, "StandardGpuResources")
+        self.library.gone(self._taken_bytes, "StandardGpuResources", self)
 
 
 class _GpuIndex:
@@ -264,23 +271,27 @@ class _GpuIndex:
     def __init__(self, library: GpuDouble, resources: StandardGpuResources, d: int, metric: int, config: Any) -> None:
         self._library, self._resources, self._config = library, resources, config
         self._taken_bytes = 0
-        library.enter()
         assert isinstance(resources, StandardGpuResources)
+        library.enter(resources)
         assert config.device == 0
         assert config.use_cuvs, "use_cuvs is not set"
         resources.initialise()
         self.d, self.metric_type, self.ntotal = d, metric, 0
 
     def __del__(self) -> None:
-        self._library.gone(self._taken_bytes, type(self).__name__)
+        self._library.gone(self._taken_bytes, type(self).__name__, self._resources)
 
     def _take(self, size: int, what: str) -> None:
         self._library.take(size, what)
         self._taken_bytes += size
 
+    def _scratch_bytes(self, queries: int, k: int, params: Any) -> int:
+        """What cuVS takes for itself while it searches (see tests.gpu.provoke)."""
+        raise NotImplementedError
+
     def _asked(self, x: NDArray[Any], k: int, params: Any) -> None:
         """A search begins."""
-        self._library.enter()
+        self._library.enter(self._resources)
         assert x.shape[1] == self.d
         if k > K_MAX:
             raise RuntimeError(f"GPU index only supports min/max-K selection up to {K_MAX} (requested {k})")
@@ -289,7 +300,8 @@ class _GpuIndex:
         selector = None if params is None else params.sel
         if selector is not None:
             assert isinstance(_own(params), faiss.IDSelectorBitmap), "others are converted row by row at each search"
-        self._library.fits(len(x) * (4 * self.d + 12 * k), "TemporaryMemoryOverflow")
+        moved = len(x) * (4 * self.d + 12 * k)
+        self._library.fits(moved + self._scratch_bytes(len(x), k, params), "TemporaryMemoryOverflow")
         told = {
             name: getattr(params, name) for name in ("nprobe", "itopk_size", "search_width") if hasattr(params, name)
         }
@@ -310,13 +322,16 @@ class GpuIndexFlat(_GpuIndex):
 
     def add(self, x: NDArray[Any]) -> None:
         """FAISS makes room for all that there then is, copies, and gives the old place back."""
-        self._library.enter()
+        self._library.enter(self._resources)
         size = (self.ntotal + len(x)) * (self.d * self._bytes + 4)
         self._library.fits(size, "FlatData")
         self._library.taken_bytes += size - self._taken_bytes
         self._taken_bytes = size
         self._vectors = np.concatenate([self._vectors, x.astype(self._vectors.dtype)])
         self.ntotal = len(self._vectors)
+
+    def _scratch_bytes(self, queries: int, k: int, params: Any) -> int:
+        return 0 if k <= FUSED_K else 4 * queries * self.ntotal
 
     def search(self, x: NDArray[Any], k: int, *, params: Any = None) -> tuple[NDArray[Any], NDArray[Any]]:
         self._asked(x, k, params)
@@ -381,7 +396,7 @@ class _Lists(_GpuIndex):
         return int(self._cpu.code_size) + 8
 
     def train(self, x: NDArray[Any]) -> None:
-        self._library.enter()
+        self._library.enter(self._resources)
         if len(x) // 2 < self.nlist:  # it samples half
             raise RuntimeError("C++ exception RAFT failure: number of rows can't be less than n_clusters")
         self._library.fits(x.nbytes, "TemporaryMemoryOverflow")
@@ -391,11 +406,16 @@ class _Lists(_GpuIndex):
         self._library.builds.append({"kind": type(self).__name__, "rows": len(x)})
 
     def add(self, x: NDArray[Any]) -> None:
-        self._library.enter()
+        self._library.enter(self._resources)
         assert self._cpu.is_trained
         self._take(len(x) * self._code_bytes(), "IVFLists")
         self._cpu.add(x)
         self.ntotal = self._cpu.ntotal
+
+    def _scratch_bytes(self, queries: int, k: int, params: Any) -> int:
+        """All distances, where there are more hits than the scan of a list keeps; lists of equal length."""
+        probed = min(1.0, (1 if params is None else params.nprobe) / self.nlist)
+        return 0 if k <= LIST_K else int(4 * queries * self.ntotal * probed)
 
     def search(self, x: NDArray[Any], k: int, *, params: Any = None) -> tuple[NDArray[Any], NDArray[Any]]:
         self._asked(x, k, params)
@@ -445,7 +465,7 @@ class GpuIndexCagra(_GpuIndex):
         self._searched: Any = lambda: None
 
     def train(self, x: NDArray[Any], *, numeric_type: int = 0) -> None:
-        self._library.enter()
+        self._library.enter(self._resources)
         assert not self.ntotal, "a second call adds nothing"
         assert len(x) >= 5, "three or four points never come back"
         assert x.dtype == _dtype(numeric_type), "FAISS would keep a pointer to a copy that is gone"
@@ -467,7 +487,7 @@ class GpuIndexCagra(_GpuIndex):
         self._library.builds.append({"kind": "GpuIndexCagra", "rows": len(x), "algo": self._config.build_algo})
 
     def copyTo(self, index: Any) -> None:
-        self._library.enter()
+        self._library.enter(self._resources)
         vectors = self._vectors()
         assert vectors is not None, "the vectors that it was made from are gone"
         if self._numeric_type == faiss.Float16 and not index.base_level_only:
@@ -505,11 +525,22 @@ class GpuIndexCagra(_GpuIndex):
         index.init_level0 = True
 
     def copyFrom_ex(self, index: Any, numeric_type: int) -> None:
-        self._library.enter()
+        self._library.enter(self._resources)
         assert numeric_type == index.get_numeric_type(), "codes would be read as numbers of another size"
         self._numeric_type, self._searched, self.ntotal = numeric_type, weakref.ref(index), index.ntotal
         size = self.d * (2 if numeric_type == faiss.Float16 else 4)
         self._take(index.ntotal * (size + 4 * index.hnsw.nb_neighbors(0)), "CAGRA")
+
+    def _scratch_bytes(self, queries: int, k: int, params: Any) -> int:
+        """A large hash table, half full, where the small one of 8 Ki entries would be more than that."""
+        searched = self._searched()
+        assert searched is not None, "the CPU's index that it was copied from is gone"
+        given, degree = params or SearchParametersCagra(), searched.hnsw.nb_neighbors(0)
+        if given.itopk_size + given.search_width * degree <= SMALL_HASH / 2:
+            return 0
+        steps = given.itopk_size // given.search_width + int(np.ceil(np.log(self.ntotal) / np.log(degree / 2)))
+        visited = given.itopk_size + given.search_width * degree * steps
+        return 4 * queries * (1 << int(2 * visited - 1).bit_length())
 
     def search(
         self, x: NDArray[Any], k: int, *, params: Any = None, numeric_type: int = 0

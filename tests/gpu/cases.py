@@ -16,8 +16,15 @@ from benchmarks.gpu_sets import GpuSet, K, Shape, cores, made
 from cluster.config import IndexConfig, Metric
 from cluster.row_selection import RowSelection
 from cluster.topk import recall_at_k
+from tests.gpu.stand_in import DOUBLE, SMALLER
 
-COUNT, DIMENSION, QUERIES = 60_000, 64, 400
+
+def sized(count: int) -> int:
+    """So many points on a GPU, and a share of them for its stand-in."""
+    return count // SMALLER if DOUBLE else count
+
+
+COUNT, DIMENSION, QUERIES = sized(60_000), 64, 400
 TARGET = 0.95
 SLACK = 0.01  # these queries are others than those that were tuned with
 SEED = 20261128

@@ -13,6 +13,7 @@ import actors.segment_searcher
 from actors.faiss_index import load_index, use_threads
 from actors.segment_loader import LoadedSegment
 from benchmarks.gpu_collection import Made, make, raw_index
+from benchmarks.gpu_figures import self_test_figures
 from benchmarks.gpu_sets import GpuSet, K, cores
 from benchmarks.gpu_ways import hits_of
 from cluster import paths
@@ -85,6 +86,8 @@ def test_index_is_of_its_kind_on_the_gpu_and_its_file_is_read_by_a_cpu(built: Bu
     spec, rows = built.segment.spec, built.segment.rows
     assert (spec.device, spec.kind) == ("gpu", built.case.kind.split()[0])
     assert not built.twin.why
+    assert built.twin.gpu is not None
+    print(f"{built.case}: {self_test_figures(built.segment, built.twin.gpu)}; {built.twin.facts()}")
     folder = built.collection.data / "collections" / built.collection.name / "segments"
     path = folder / built.segment.description.segment_id / paths.INDEX
     cpu = load_index(path, spec, DIMENSION, built.set.metric, rows.count, path.name)

@@ -31,11 +31,11 @@ from cluster.manifest import SegmentRef
 from cluster.object_store import open_store
 from cluster.query import Hits, SearchParams
 from cluster.segment import checksum_bytes
-from tests.gpu.cases import DIMENSION, SLACK, TARGET, Case, clusters, recall
+from tests.gpu.cases import DIMENSION, SLACK, TARGET, Case, clusters, recall, sized
 
-COUNT, WRONG_FROM = 120_000, 100_000
+COUNT, WRONG_FROM = sized(120_000), sized(100_000)
 ROOT = Path(__file__).parents[2]
-PROVOKE_S = 240
+PROVOKE_S, TOLD_CHARACTERS = 120, 6_000
 METRIC: Metric = "l2"
 EVERY_KIND = pytest.mark.parametrize("collection", list(KINDS), indirect=True)
 FLAT_ALONE = pytest.mark.parametrize("collection", ["flat"], indirect=True)
@@ -102,38 +102,52 @@ def test_an_index_over_its_share_is_refused_without_a_twin(collection: Made, dev
         small.close()
 
 
-def test_a_search_without_memory_is_answered_by_the_twin_and_the_next_by_the_gpu(device: Any, tmp_path: Path) -> None:
-    """All memory of the device is really taken meanwhile, in a process of its own."""
-    done = provoked("full", tmp_path)
-    assert done.returncode == 0, done.stderr[-2_000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    print(told)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_without_memory_is_answered_by_the_twin_and_the_next_by_the_gpu(
+    device: Any, tmp_path: Path, kind: str
+) -> None:
+    """All memory of the device is really taken meanwhile, in a process of its own.
+
+    Exact search must run out. What others allocate depends on cuVS (tests.gpu.provoke): where there is enough after
+    all, the GPU's own right answer is as good; which of the two it was is printed.
+    """
+    told = provoked("full", kind, tmp_path)
+    before, during, after = told["before"], told["during"], told["after"]
     assert told["taken"] > 0
-    assert told["before"] == {"recall": pytest.approx(1.0, abs=0.001), "degraded": ""}
-    assert told["during"] == {"recall": pytest.approx(1.0, abs=0.001), "degraded": "cpu"}
-    assert told["after"] == {"recall": pytest.approx(1.0, abs=0.001), "degraded": ""}
-    assert told["facts"]["out_of_memory"] >= 1
+    for answer in (before, after):
+        assert (answer["degraded"], answer["over"]) == ("", ""), answer
+    assert before["refused"] == 0, "the memory was not yet taken"
+    assert min(answer["recall"] for answer in (before, during, after)) >= floor_of(kind)
+    refused = during["refused"] > 0
+    print(f"{kind}: {'the twin answered, ' if refused else 'the GPU still answered, '}{told['left']:,} bytes were free")
+    assert during["degraded"] == ("cpu" if refused else "")
+    assert refused or not kind.startswith("flat"), "an exact search of this size cannot have found its memory"
+    assert after["refused"] == during["refused"]
     assert not told["device"]["lost"]
 
 
 # --- a lost device --------------------------------------------------------------------------------------------------
 
 
-def test_a_lost_device_ends_the_process_or_the_twin_answers_from_then_on(device: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lost_device_ends_the_process_or_the_twin_answers_from_then_on(
+    device: Any, tmp_path: Path, kind: str
+) -> None:
     """A kernel that traps ends the context in a process of its own. FAISS asserts for some calls, which ends the
     process, and Ray starts it again; where it raises, the twin answers."""
-    done = provoked("lost", tmp_path)
-    print(f"exit code {done.returncode}\n{done.stderr[-2_000:]}")
-    assert "the kernel ended with CUDA's error" in done.stderr
-    assert "CUDA's error 0" not in done.stderr
-    if not done.stdout.strip():
-        assert done.returncode == -signal.SIGABRT
+    told = provoked("lost", kind, tmp_path, may_abort=True)
+    if not told:
+        print(f"{kind}: FAISS ended the process")
         return
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["before"]["degraded"] == ""
+    print(f"{kind}: the twin answered; {told['device']['lost']}")
+    assert told["error"], "the kernel did not trap"
+    assert (told["before"]["degraded"], told["before"]["over"]) == ("", "")
+    assert told["before"]["recall"] >= floor_of(kind)
     for answer in (told["during"], told["after"]):
-        assert answer == {"recall": pytest.approx(1.0, abs=0.001), "degraded": "cpu"}
+        assert answer["degraded"] == "cpu"
+        assert answer["recall"] >= floor_of(kind)
     assert told["device"]["lost"]
+    assert told["facts"]["degraded"]
 
 
 @EVERY_KIND
@@ -156,9 +170,35 @@ def test_after_an_error_that_says_lost_nothing_is_asked_of_the_gpu(collection: M
         doomed.run(lambda resources: None)
 
 
-def provoked(what: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.gpu.provoke", what, str(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PROVOKE_S)
+def floor_of(kind: str) -> float:
+    """The recall that any answer must have, whoever gave it."""
+    return 0.999 if kind.startswith("flat") else TARGET - SLACK
+
+
+def provoked(what: str, kind: str, folder: Path, may_abort: bool = False) -> dict[str, Any]:
+    """What `tests.gpu.provoke` tells; {} where an assertion ended the process and that may be, after its kernel."""
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.gpu.provoke", what, kind, str(folder)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PROVOKE_S)
+    except subprocess.TimeoutExpired as late:
+        pytest.fail(f"{what}, {kind}: not done after {PROVOKE_S} s\n{_text(late.stderr)}\n{_text(late.stdout)}")
+    said = f"{what}, {kind}: exit code {done.returncode}\n{done.stderr[-TOLD_CHARACTERS:]}\n{done.stdout}"
+    print(said)
+    if done.stdout.strip():
+        told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        assert done.returncode == 0 or may_abort, "it answered, and died as it ended"
+        return told
+    assert may_abort, said
+    assert done.returncode == -signal.SIGABRT, said
+    assert "the kernel ended with" in done.stderr, "it died before the device was lost"
+    assert "the kernel ended with no error" not in done.stderr
+    return {}
+
+
+def _text(output: str | bytes | None) -> str:
+    """Of a process that was ended in time it comes undecoded."""
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+    return text[-TOLD_CHARACTERS:]
 
 
 # --- wrong answers --------------------------------------------------------------------------------------------------

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -17,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 
 from actors.exact_search import exact_search
-from benchmarks import gpu, gpu_ceilings, gpu_sets
+from benchmarks import gpu, gpu_ceilings, gpu_served, gpu_sets
 from benchmarks.gpu_ceilings import Ceilings
 from benchmarks.gpu_collection import make
 from benchmarks.gpu_day import __main__ as gpu_day
@@ -81,7 +85,9 @@ def test_every_way_is_measured_against_raw_search_of_the_same_index(measured: tu
     assert text.startswith("NOT measured on a GPU: "), "a stand-in's figures do not pass for a GPU's"
 
 
-def test_one_kind_that_fails_is_told_and_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_kind_that_fails_is_told_and_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     make = gpu.make
 
     def fail_once(data: Path, name: str, *given: Any) -> Any:
@@ -90,10 +96,66 @@ def test_one_kind_that_fails_is_told_and_costs_no_other(tmp_path: Path, monkeypa
         return make(data, name, *given)
 
     monkeypatch.setattr(gpu, "make", fail_once)
-    told, text = run(tmp_path, kinds="cagra,flat", sets="words,clusters-96")
+    with pytest.raises(typer.Exit):
+        run(tmp_path, kinds="cagra,flat", sets="words,clusters-96")
+    told, text = json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
     assert [case["kind"] for case in told["cases"]] == ["flat"]
     assert "- clusters-96, cagra: RuntimeError: out of luck" in text
+    assert "in fail_once" in capsys.readouterr().out, "where it came from is in the log"
     assert "- words: no folder with wordnet-minilm-384.parquet" in text
+
+
+def test_a_way_that_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as the served ones, in the middle of a case."""
+    asked = 0
+
+    def fail_later(way: Any, parts: Any, seconds: float) -> float:
+        nonlocal asked
+        asked += 1
+        if asked > 3:
+            raise TimeoutError("no answer")
+        return 1.0
+
+    monkeypatch.setattr(gpu.ReplicaWay, "rate", fail_later)
+    with pytest.raises(typer.Exit):
+        run(tmp_path)
+    told, text = json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
+    (case,) = told["cases"]
+    assert [list(row["ways"]) for row in case["rows"]] == [["raw", "raw + scores", "shard"]] * 2
+    assert list(case["recall"]) == ["raw", "raw + scores", "shard"]
+    assert "- clusters-96-flat: replica x1: TimeoutError: no answer" in text
+    assert "- clusters-96-flat: replica x4: TimeoutError: no answer" in text
+
+
+def test_a_server_that_does_not_serve_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(typer.Exit):
+        run(tmp_path, smoke=False, cpu=True)
+    told, text = json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
+    assert [list(row["ways"])[-1] for row in told["cases"][0]["rows"]] == ["replica x4", "replica x4"]
+    assert "- actor and HTTP: Unavailable: `eagleray up` did not serve within" in text
+
+
+def test_a_server_is_known_to_serve_by_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "eagleray"
+    program.write_text("#!/bin/sh\necho 'Eagleray serves http://127.0.0.1:1'\nexec sleep 60\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    server = gpu_served._started(str(tmp_path), 1)
+    assert server.poll() is None
+    gpu_served._end(server)
+    assert server.poll() is not None
+
+
+def test_the_programs_need_neither_ray_nor_the_endpoints_packages() -> None:
+    """A GPU node may have FAISS and little else."""
+    block = (
+        "import sys\n"
+        f"absent = {('ray', 'httpx', 'starlette', 'uvloop', 'httptools', 'prometheus_client')}\n"
+        "sys.modules.update(dict.fromkeys(absent))\n"
+        "import benchmarks.gpu, benchmarks.gpu_day.check, benchmarks.gpu_day.__main__, tests.gpu.provoke\n"
+    )
+    subprocess.run([sys.executable, "-c", block], cwd=ROOT, check=True, timeout=60)
 
 
 def test_no_case_is_begun_when_the_time_is_over(tmp_path: Path) -> None:
@@ -261,16 +323,57 @@ def test_output_is_kept_and_a_command_that_fails_ends_no_other(
 ) -> None:
     commands = [[sys.executable, "-c", f"print({number}); raise SystemExit({number})"] for number in (3, 0)]
     assert gpu_day.run(commands, tmp_path / "step") == [3, 0]
-    assert (tmp_path / "step" / "log.txt").read_text() == "3\n0\n"
-    assert capsys.readouterr().out == "3\n0\n"
+    log = (tmp_path / "step" / "log.txt").read_text()
+    assert log == capsys.readouterr().out
+    told = [line for line in log.splitlines() if " $ " not in line]
+    assert told[0::2] == ["3", "0"]
+    assert [line.split(" after ")[0] for line in told[1::2]] == ["exit code 3", "exit code 0"]
+    gpu_day.run(commands, tmp_path / "step")
+    assert (tmp_path / "step" / "log.txt").read_text().startswith(log), "what an earlier run told is kept"
 
 
-def test_a_step_is_ended_at_its_limit(tmp_path: Path) -> None:
-    sleep = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
-    codes = gpu_day.run([sleep, [sys.executable, "-c", "print('second')"]], tmp_path, limit_s=0.5)
-    assert codes[0] != 0
-    assert codes[1] == 1
-    assert "not begun, 0.5 s are over" in (tmp_path / "log.txt").read_text()
+def test_a_step_is_ended_at_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not heed Ctrl-C is killed; then nothing is left for what comes after it."""
+    monkeypatch.setattr(gpu_day, "GRACE_S", 0.3)
+    deaf = ["/bin/sh", "-c", "trap '' INT; echo begun; sleep 60"]
+    assert gpu_day.run([deaf, ["/bin/echo", "second"]], tmp_path, limit_s=0.3) == [-signal.SIGKILL, 1]
+    log = (tmp_path / "log.txt").read_text()
+    assert "\nbegun\n" in log
+    assert "not begun, 0.3 s are over: /bin/echo second" in log
+
+
+def test_a_command_that_hangs_leaves_time_to_the_next(tmp_path: Path) -> None:
+    codes = gpu_day.run([["/bin/sleep", "60"], ["/bin/echo", "second"]], tmp_path, limit_s=0.8)
+    log = (tmp_path / "log.txt").read_text()
+    assert codes == [-signal.SIGINT, 0]
+    assert "it ran 0.7 s: SIGINT" in log
+    assert "\nsecond\n" in log
+
+
+def test_what_a_command_leaves_behind_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on writing where the command did, as a cluster would."""
+    monkeypatch.setattr(gpu_day, "READ_S", 0.1)
+    started = time.monotonic()
+    assert gpu_day.run([["/bin/sh", "-c", "echo said; setsid sleep 5 & exit 4"]], tmp_path) == [4]
+    assert time.monotonic() - started < 3.0
+    assert "\nsaid\n" in (tmp_path / "log.txt").read_text()
+
+
+def test_output_that_is_no_text_ends_nothing(tmp_path: Path) -> None:
+    assert gpu_day.run([["/usr/bin/printf", r"\377 x\n"]], tmp_path) == [0]
+    assert " x\n" in (tmp_path / "log.txt").read_text()
+
+
+def test_steps_by_the_stand_in_are_told_so(tmp_path: Path) -> None:
+    """Else a run on a node would measure nothing, or one without a GPU fail."""
+    for step in gpu_day.STEPS:
+        for _, _, module, *given in gpu_day.commands_of(step, tmp_path, None, double=True):
+            assert ({"pytest": "-s", gpu_day.CHECK: "--double", gpu_day.BENCHMARK: "--smoke"}[module]) in given
+        for _, _, _, *given in gpu_day.commands_of(step, tmp_path, None):
+            assert not {"--double", "--smoke"} & set(given)
+    assert gpu_day.environment_of(None, True)["EAGLERAY_GPU_DOUBLE"] == "20"
+    assert gpu_day.environment_of(None, False)["EAGLERAY_GPU_DOUBLE"] == "0"
+    assert gpu_day.environment_of(tmp_path, False)["EAGLERAY_WORDS"] == str(tmp_path)
 
 
 def test_kind_that_is_not_on_the_gpu_fails_the_check(
@@ -286,10 +389,14 @@ def test_kind_that_is_not_on_the_gpu_fails_the_check(
 
     monkeypatch.setattr(check.GpuDevice, "open", lambda share: double_device(memory_bytes=gpu.SMOKE_BYTES))
     monkeypatch.setattr(check, "KINDS", {"flat": check.KINDS["flat"]})
-    assert check.main(TINY) == 0
+    assert check.main(shape=TINY) == 0
+    told = capfd.readouterr().out
+    assert "of the slack 0.005; 100.0% comparable; 1.0000 of the recorded neighbours" in told
     monkeypatch.setattr(check, "make", made_without_room)
-    assert check.main(TINY) == 1
-    assert "not on the GPU: no room" in capfd.readouterr().err
+    assert check.main(shape=TINY) == 1
+    told = capfd.readouterr()
+    assert "flat, first: FAILED" in told.out
+    assert "not on the GPU: no room; 63 self-test queries: scores off by" in told.err, "its figures all the same"
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,35 @@ def test_bytes_are_counted_and_given_back(make: Any, library: GpuDouble) -> None
     library.check()
 
 
+def test_resources_have_threads_of_their_own(library: GpuDouble) -> None:
+    """An index is searched in that of the resources that it was made with, whatever others there are by then."""
+    index, others = flat(library), []
+    thread = threading.Thread(target=lambda: others.append(flat(library)))
+    thread.start()
+    thread.join()
+    assert index.search(POINTS[:1], 1)[1].tolist() == [[0]]
+    with pytest.raises(AssertionError, match="another thread"):
+        others[0].search(POINTS[:1], 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "few", "many"),
+    [
+        (flat, (64, None), (65, None)),
+        (lists, (256, faiss.SearchParametersIVF(nprobe=4)), (257, faiss.SearchParametersIVF(nprobe=4))),
+        (graph, (10, SearchParametersCagra(search_width=8)), (10, SearchParametersCagra(search_width=512))),
+    ],
+)
+def test_large_searches_take_memory_of_their_own(make: Any, few: Any, many: Any, library: GpuDouble) -> None:
+    """All distances, or a hash table of visited nodes that does not fit into shared memory."""
+    index, queries = make(library), POINTS[:256]
+    moved_bytes = len(queries) * (4 * 8 + 12 * many[0])  # queries and answers
+    library.taken_by_others(library.memory()[0] - moved_bytes)
+    index.search(queries, few[0], params=few[1])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        index.search(queries, many[0], params=many[1])
+
+
 def test_spoiled_rows_have_other_distances(library: GpuDouble) -> None:
     index = flat(library)
     sound = index.search(POINTS[200:201], 1)
