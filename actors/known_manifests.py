@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from cluster.entry_log import start_after
 from cluster.errors import Corrupt, NotFound
@@ -81,11 +81,13 @@ class KnownManifests:
             return None
         return manifest if manifest.generation < newest.generation else None
 
-    async def on_another_device(self, manifest: Manifest) -> Manifest | None:
-        """The last version of the newest earlier generation that is served on another device, and written to the same
-        logs. None where there is none, it was deleted since, or it cannot be read."""
+    async def with_another_share(self, manifest: Manifest, shares: Collection[float]) -> Manifest | None:
+        """The last version of the newest earlier generation that is served with another share of a GPU, one of these,
+        and written to the same logs. None where there is none, it was deleted since, or it cannot be read."""
+        if set(shares) <= {manifest.num_gpus}:
+            return None
         try:
-            return await asyncio.to_thread(_on_another_device, self._log(manifest.collection), manifest)
+            return await asyncio.to_thread(_with_another_share, self._log(manifest.collection), manifest, shares)
         except (Corrupt, NotFound):
             return None
 
@@ -108,11 +110,11 @@ def _in_use(store: ObjectStore, log: ManifestLog, newest: Manifest) -> Manifest:
     return manifest
 
 
-def _on_another_device(log: ManifestLog, manifest: Manifest) -> Manifest | None:
+def _with_another_share(log: ManifestLog, manifest: Manifest, shares: Collection[float]) -> Manifest | None:
     for earlier in log.generations(manifest):
         if earlier.state == "deleted" or earlier.log_set != manifest.log_set:
             return None
-        if earlier.device != manifest.device:
+        if earlier.num_gpus != manifest.num_gpus and earlier.num_gpus in shares:
             return earlier
     return None
 

@@ -215,9 +215,9 @@ class ActorShardClient:
 
 
 class PeerPushes:
-    """Sends records to the other replicas of a shard on the same device, of which there are `replicas()` in all.
+    """Sends records to the other replicas of a shard with the same share of a GPU: there are `replicas()` in all.
 
-    Those on another device are there while the collection goes over to it, and read the WAL.
+    Those with another share are there while the collection goes over to it, and read the WAL.
 
     `push` never blocks and promises nothing: a replica that is missing, slow or dead finds the record in the WAL. A
     thread sends, for Ray takes milliseconds to find an actor by its name; handles are kept until their actor died.

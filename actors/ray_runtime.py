@@ -97,7 +97,7 @@ class RayRuntime:
         if await asyncio.to_thread(_has_a_place, self._handle(key)):
             return ""
         wanted = self._asked.get(key)
-        asked = {"GPU": 1.0 if key.device == "gpu" else 0.0}  # of what an earlier supervisor started: about
+        asked = {"GPU": key.num_gpus}  # of what an earlier supervisor started
         if wanted is not None:
             asked = {"CPU": wanted.num_cpus, "GPU": wanted.num_gpus}
         return await asyncio.to_thread(_lacking, asked)

@@ -13,17 +13,15 @@ async def served_before(newest: Manifest, known: KnownManifests, replicas: Watch
     """The version to serve while the newest one cannot be; None where nobody knows of one. Unavailable.
 
     That is what every shard holds. Where some restarted, too, it is at least what the logs are written for, until
-    those have ended. And where that waits for replicas on another device, such as for a GPU, it is what those that
+    those have ended. And where that waits for other replicas, such as for their share of a GPU, it is what those that
     are still there were started for: they hold only what is to come, if they restarted meanwhile.
     """
     found = await _newest_held(newest, known, replicas) or await known.in_use(newest)
     written = found or newest
     if _every_shard_began(written, replicas):
         return found
-    elsewhere = await known.on_another_device(written)
-    if elsewhere is None or replicas.statuses(newest.collection).keys().isdisjoint(own_replicas(elsewhere)):
-        return found
-    return elsewhere
+    shares = {key.num_gpus for key in replicas.statuses(newest.collection)}
+    return await known.with_another_share(written, shares) or found
 
 
 async def _newest_held(newest: Manifest, known: KnownManifests, replicas: WatchedReplicas) -> Manifest | None:

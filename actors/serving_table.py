@@ -14,14 +14,14 @@ from cluster.placement import Candidate, ReplicaKey, leader
 def served_collection(manifest: Manifest, statuses: Statuses, before: ServedCollection | None) -> ServedCollection:
     """A version as its ready replicas serve it. `statuses` are its collection's, `before` is its entry until now.
 
-    Replicas on another device than the version's may hold it too, for they seal and merge until it is served: they are
-    not asked.
+    Replicas with another share of a GPU than the version's may hold it too, for they seal and merge until it is served:
+    they are not asked.
     """
     holding: dict[int, dict[ReplicaKey, ReplicaStatus]] = {entry.shard: {} for entry in manifest.shards}
     for key in sorted(statuses):
         status = statuses[key]
         able = status.state == "ready" and manifest.generation in status.generations
-        if able and key.shard in holding and key.device == manifest.device:
+        if able and key.shard in holding and key.num_gpus == manifest.num_gpus:
             holding[key.shard][key] = status
     return ServedCollection(
         manifest.config,

@@ -217,7 +217,7 @@ class Supervisor:
         return wanted_replicas(newest, self._served.get(newest.collection), self._settings)
 
     def _wanted_by(self, newest: Manifest) -> dict[ReplicaKey, WantedReplica]:
-        """Those of the newest version's own shards, on its device."""
+        """Those of the newest version's own shards, with its share of a GPU."""
         own = set(own_replicas(newest))
         return {key: one for key, one in self._wanted_of(newest).items() if key in own}
 
@@ -269,7 +269,8 @@ class Supervisor:
                         self._replicas.retire(key, served.generation)
 
     def _may_be_asked(self, key: ReplicaKey, ended: Set[ReplicaKey]) -> bool:
-        """Whether queries may go on at a replica of a shard, or on a device, that only an earlier generation has.
+        """Whether queries may go on at a replica of a shard, or with a share of a GPU, that only an earlier generation
+        has.
 
         Or writes: one that leads its shard stays until another one does. Of the newest generation's own shards one
         stays until coordinators know of another that is not to be `ended` as well.
@@ -279,7 +280,7 @@ class Supervisor:
             return False
         served = self._table.collections.get(key.collection) if self._table else None
         leads = self._led_last.get((key.collection, key.shard)) == key
-        if key.shard < len(newest.shards) and key.device == newest.device:
+        if key.shard < len(newest.shards) and key.num_gpus == newest.num_gpus:
             named = set(served.replicas[key.shard]) if served and key.shard in served.replicas else set()
             told = named - ended and self._clock() - self._published_at >= TABLE_REACHES_S
             alone = key in named and not told and not self._replicas.observed()[key].mute

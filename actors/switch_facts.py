@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from actors.replica_status import ReplicaStatus, Statuses
 from cluster.config import CollectionConfig
@@ -13,29 +14,40 @@ from cluster.switch_memory import NodeMemory, ReplicaBytes, SwitchMemory, switch
 IndexSize = tuple[int, int]  # predicted bytes of a shard's indexes, and its points
 
 
+@dataclass(frozen=True)
+class ComingOnGpus:
+    """A new generation that is served on GPUs: the share that each replica has of one, the predicted bytes of each
+    shard's indexes there, and those that a replica takes of the host while it loads an index (`host_load_bytes`)."""
+
+    num_gpus: float
+    shards: Sequence[int]
+    loading: int = 0
+
+
 def memory_of_switch(
     collection: str,
     config: CollectionConfig,
     statuses: Statuses,
     coming: Sequence[IndexSize],
-    on_gpus: Sequence[int] | None = None,
+    on_gpus: ComingOnGpus | None = None,
 ) -> SwitchMemory:
     """How replicas can load a new generation: Exhausted, with the numbers, where there is no memory for it.
 
     `config` is the new one, `coming` the indexes of each of its shards on the host, `statuses` are those of the
-    collection's replicas as they are now (`Directory.describe`). `on_gpus` are the bytes of each shard's indexes there;
-    None: the generation is served on CPUs. Its replicas are those of its device: on another one they do not run yet.
+    collection's replicas as they are now (`Directory.describe`). `on_gpus` None: the generation is served on CPUs. Its
+    replicas are those with its share of a GPU: with another one they do not run yet.
     """
     replicas = []
-    for key in replicas_of(collection, config, len(coming), "cpu" if on_gpus is None else "gpu"):
+    for key in replicas_of(collection, config, len(coming), 0.0 if on_gpus is None else on_gpus.num_gpus):
         status = statuses.get(key)
         node, loaded = ("", 0) if status is None else (status.node, _loaded(status, config))
         index, count = coming[key.shard]
         if on_gpus is None:
             replicas.append(ReplicaBytes(key.shard, node, loaded, _bytes(index, count, config)))
         else:
-            gpu = (0, on_gpus[key.shard], None) if status is None else _on_gpu(status, on_gpus[key.shard])
-            replicas.append(ReplicaBytes(key.shard, node, loaded, _bytes(0, count, config), *gpu))
+            size = on_gpus.shards[key.shard]
+            gpu = (0, size, None) if status is None else _on_gpu(status, size)
+            replicas.append(ReplicaBytes(key.shard, node, loaded, _bytes(0, count, config), *gpu, on_gpus.loading))
     patient = config.index.cpu_twin and config.index.gpu_full == "step_down"
     return switch_memory(replicas, _nodes(statuses), patient)
 

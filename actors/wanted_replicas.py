@@ -7,13 +7,13 @@ from dataclasses import replace
 from cluster.config import Settings
 from cluster.manifest import Manifest
 from cluster.manifest_format import Switch
-from cluster.placement import ReplicaKey, WantedReplica, replica_resources, replicas_of
+from cluster.placement import ReplicaKey, WantedReplica, replicas_of
 
 
 def wanted_replicas(newest: Manifest, served: Manifest | None, settings: Settings) -> dict[ReplicaKey, WantedReplica]:
-    """Replicas of the newest version's shards on its device, and of those that only the served version has.
+    """Replicas of the newest version's shards with its share of a GPU, and of those that only the served version has.
 
-    Where that is served on another device, it has all its replicas, beside those that are to take over.
+    Where that is served with another share, it has all its replicas, beside those that are to take over.
     """
     wanted = dict.fromkeys(own_replicas(newest), _of(newest, settings, newest.switch))
     if served is None:
@@ -26,7 +26,7 @@ def wanted_replicas(newest: Manifest, served: Manifest | None, settings: Setting
 
 def own_replicas(manifest: Manifest) -> list[ReplicaKey]:
     """Those that are to hold a version."""
-    return replicas_of(manifest.collection, manifest.config, len(manifest.shards), manifest.device)
+    return replicas_of(manifest.collection, manifest.config, len(manifest.shards), manifest.num_gpus)
 
 
 def serving_replicas(newest: Manifest, served: Manifest | None) -> list[ReplicaKey]:
@@ -38,5 +38,5 @@ def serving_replicas(newest: Manifest, served: Manifest | None) -> list[ReplicaK
 
 
 def _of(manifest: Manifest, settings: Settings, switch: Switch) -> WantedReplica:
-    resources = replica_resources(manifest.config, settings, manifest.device)
+    resources = (settings.shard_cpus, manifest.num_gpus)
     return WantedReplica(manifest.version, manifest.generation, len(manifest.shards), *resources, switch=switch)

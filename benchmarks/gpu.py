@@ -58,10 +58,6 @@ class Bench:
     rounds: int
     seconds: float
 
-    @property
-    def served_on(self) -> str:
-        return "gpu" if self.device is not None else "cpu"
-
 
 def main(
     sets: Annotated[str, typer.Option(help=f"Of {', '.join(SHAPES)} and words.")] = "clusters-96,clusters-768,words",
@@ -259,8 +255,8 @@ def _served_ways(bench: Bench, made: Made, report: Report) -> list[Way]:
         report.skip(f"{made.name}: actor and HTTP", "not tried again")
         return []
     try:
-        handle = bench.server.wait_for(made, bench.served_on)
-        actors = [gpu_served.ActorWay(made, handle, bench.server, bench.served_on, many) for many in IN_FLIGHT]
+        handle = bench.server.wait_for(made)
+        actors = [gpu_served.ActorWay(made, handle, bench.server, many) for many in IN_FLIGHT]
         return [*actors, *(gpu_served.HttpWay(made, bench.server, many) for many in IN_FLIGHT)]
     except Exception as error:  # noqa: BLE001  # the rest is measured without
         report.fail(f"{made.name}: actor and HTTP", error)

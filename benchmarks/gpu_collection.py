@@ -29,6 +29,7 @@ from cluster.gpu_memory import GpuFacts
 from cluster.ids import hash_ids
 from cluster.manifest import ManifestLog, ShardEntry
 from cluster.object_store import open_store
+from cluster.placement import ReplicaKey
 from cluster.query import SearchGroup, SearchParams, ShardSearch
 from cluster.segment import SegmentDescription, rows_per_batch, rows_schema, write_rows
 
@@ -54,6 +55,7 @@ class Made:
     view: ShardView
     description: SegmentDescription
     ids: Any
+    key: ReplicaKey  # of the replica that serves it
 
     @property
     def segment(self) -> LoadedSegment:
@@ -79,12 +81,12 @@ def make(data: Path, name: str, vectors: GpuSet, index: IndexConfig, device: Any
         build_segment(Path(folder), segment_id, config, len(ids), rows_per_batch(config), options)
         ref = publish_segment(store, name, Path(folder), segment_id)
     log = ManifestLog(store, name, lambda: uuid.uuid4().hex)
-    served_on = "gpu" if device is not None else "cpu"
-    log.commit_generation(log.newest(), config, (ShardEntry(0, (ref,)),), device=served_on)
+    share = 0.0 if device is None else index.num_gpus or 1.0
+    log.commit_generation(log.newest(), config, (ShardEntry(0, (ref,)),), num_gpus=share)
     use_threads(cores())
     shard = Shard(store, name, 0, data / "cache", device=device)
     view = shard.load()
-    return Made(data, name, shard, view, view.segments[0].description, ids)
+    return Made(data, name, shard, view, view.segments[0].description, ids, ReplicaKey(name, 0, 0, share))
 
 
 def facts_of(device: Any, index: IndexConfig) -> GpuFacts | None:
@@ -92,7 +94,7 @@ def facts_of(device: Any, index: IndexConfig) -> GpuFacts | None:
     if device is None:
         return None
     facts = device.facts()
-    return GpuFacts(int(facts["total_bytes"] * index.num_gpus), facts["name"])
+    return GpuFacts(int(facts["total_bytes"] * (index.num_gpus or 1.0)), facts["name"])
 
 
 def on(index: IndexConfig, device: Any) -> IndexConfig:

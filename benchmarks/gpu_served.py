@@ -28,7 +28,6 @@ from benchmarks.gpu_sets import K, cores
 from benchmarks.gpu_ways import hits_of, timed_calls
 from cluster.config import Settings
 from cluster.errors import EaglerayError, Unavailable
-from cluster.placement import ReplicaKey
 
 NEEDED = ("ray", "starlette", "httpx", "uvloop", "httptools")
 START_S, END_S = 90.0, 30.0
@@ -50,8 +49,8 @@ class Server:
     ray: Any
     failures: list[str] = field(default_factory=list)
 
-    def wait_for(self, made: Made, device: str) -> Any:
-        """The handle of the collection's one actor, once it answers from the device."""
+    def wait_for(self, made: Made) -> Any:
+        """The handle of the collection's one actor, once it answers from its device."""
         from actors.ray_replica import replica_name
 
         give_up_s, why = time.monotonic() + READY_S, ""
@@ -59,7 +58,7 @@ class Server:
             try:
                 answer = self.client.search(made.name, made.segment.rows.vectors(0, 1), k=1, timeout_ms=30_000)
                 if not answer.get("degraded"):
-                    return self.ray.get_actor(replica_name(ReplicaKey(made.name, 0, 0, device)), namespace=NAMESPACE)  # type: ignore[arg-type]
+                    return self.ray.get_actor(replica_name(made.key), namespace=NAMESPACE)
                 why = "the twin on host memory answers"
             except (EaglerayError, ValueError) as error:
                 why = str(error)
@@ -145,10 +144,10 @@ def _address_since(began_s: float) -> str:
 class ActorWay:
     """Searches of the shard's actor over the direct connection, as a coordinator makes them."""
 
-    def __init__(self, made: Made, handle: Any, server: Server, device: str, in_flight: int) -> None:
+    def __init__(self, made: Made, handle: Any, server: Server, in_flight: int) -> None:
         self.name = f"actor x{in_flight}"
         self._made, self._in_flight = made, in_flight
-        self._key = ReplicaKey(made.name, 0, 0, device)  # type: ignore[arg-type]
+        self._key = made.key
         self._endpoint = server.ray.get(handle.status.remote()).endpoint
         if self._endpoint is None:
             raise Unavailable(f"replica {self._key} takes no direct connections")

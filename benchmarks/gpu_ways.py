@@ -22,7 +22,6 @@ from benchmarks.gpu_collection import Made, raw_index
 from benchmarks.gpu_sets import K, cores
 from cluster.config import Settings
 from cluster.errors import EaglerayError
-from cluster.placement import ReplicaKey
 from cluster.query import Hits
 
 CALLS_MIN = 3  # of one timing, however long they take
@@ -159,9 +158,8 @@ class ReplicaWay:
 @contextmanager
 def replica_of(made: Made, device: Any) -> Iterator[Replica]:
     """A replica over the shard that is loaded already."""
-    key = ReplicaKey(made.name, 0, 0, "gpu" if device is not None else "cpu")
     settings = Settings(data=str(made.data), observed_share=0.0)
-    replica = Replica(key, lambda: made.shard, settings, cores(), device=device)
+    replica = Replica(made.key, lambda: made.shard, settings, cores(), device=device)
     try:
         yield replica
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import floor
 
@@ -30,15 +30,22 @@ class ClusterGpus:
         by_node = tuple(free)
         return cls(sum(nodes), sum(by_node), memory, name, by_node)
 
-    def free_in_shares(self, num_gpus: float, held: float) -> float:
+    def free_in_shares(self, num_gpus: float, held: Mapping[float, float]) -> float:
         """Of those that are free, what replicas and tasks that ask for `num_gpus` each can get: a share is of one GPU.
 
-        Who has such a share takes what no other can use of its GPU, too; a collection's own replicas have `held`.
+        A collection's own replicas have `held` of them, by the share that each has. What these leave of their GPUs is
+        free as well; of that counts what holds such a share.
         """
         most = share_with_rest(num_gpus)
-        rests = held / num_gpus * (most - num_gpus)
+        useless = sum(_rest(share, num_gpus) * gpus / share * share_with_rest(share) for share, gpus in held.items())
         of_nodes = sum(floor(free / most + FRACTIONS) * most for free in self.by_node or (self.free,))
-        return min(max(0.0, self.free - rests), of_nodes)
+        return min(max(0.0, self.free - useless), of_nodes)
+
+
+def _rest(share: float, num_gpus: float) -> float:
+    """Of a GPU that is full of such shares, what is left and holds none of `num_gpus`."""
+    left = 1.0 - share / share_with_rest(share)
+    return left - floor(left / num_gpus + FRACTIONS) * num_gpus
 
 
 def share_with_rest(num_gpus: float) -> float:

@@ -66,9 +66,10 @@ class IndexConfig:
     that are expected to be deleted or replaced between two rebuilds.
 
     `device="auto"` takes GPUs where the cluster has free ones and they pay, when a generation is built; "gpu" asks for
-    them. Each replica then asks Ray for `num_gpus`. What does not fit its share of a GPU's memory steps down to a
-    smaller index, and at last to the CPU, or is refused (`gpu_full`). `cpu_twin` has searches answered from the same
-    index on host memory while the GPU cannot. `wait_for_gpu` accepts a collection before there are GPUs.
+    them. Each replica then asks Ray for `num_gpus`; None leaves that to each build (`cluster.gpu_share`). What does not
+    fit its share of a GPU's memory steps down to a smaller index, and at last to the CPU, or is refused (`gpu_full`).
+    `cpu_twin` has searches answered from the same index on host memory while the GPU cannot. `wait_for_gpu` accepts a
+    collection before there are GPUs.
 
     The fields after these go with a named kind (`KIND_OPTIONS`); None lets the policy set them.
     """
@@ -79,7 +80,7 @@ class IndexConfig:
     memory_bytes: int | None = None
     build_seconds: float | None = None
     churn: float = 0.0
-    num_gpus: float = 1.0
+    num_gpus: float | None = None
     cpu_twin: bool = True
     gpu_full: GpuFull = "step_down"
     wait_for_gpu: bool = False
@@ -171,7 +172,7 @@ def _config_errors(config: CollectionConfig) -> list[FieldError]:
         errors.append(FieldError("index.build_seconds", f"must be a number over 0, not {index.build_seconds!r}"))
     if not (_is_number(index.churn) and 0.0 <= index.churn <= 1.0):
         errors.append(FieldError("index.churn", f"must be a number from 0 to 1, not {index.churn!r}"))
-    if not (_is_number(index.num_gpus) and NUM_GPUS_MIN <= index.num_gpus <= 1.0):
+    if index.num_gpus is not None and not (_is_number(index.num_gpus) and NUM_GPUS_MIN <= index.num_gpus <= 1.0):
         told = f"must be a number from {NUM_GPUS_MIN} to 1, not {index.num_gpus!r}"
         errors.append(FieldError("index.num_gpus", told))
     check_choice("index.gpu_full", index.gpu_full, get_args(GpuFull))

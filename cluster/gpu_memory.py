@@ -35,6 +35,8 @@ LIST_GROUP = 32  # source: lists grow by groups of 32 vectors
 LIST_SPARE = 512  # source: lists that vectors are added to grow by 1,024, half of it unused; one from a file is tight
 PQ_CHUNK = 16  # source: bytes of one chunk of interleaved codes
 GRAPH_LINK_BYTES = 4
+LINK_LOAD_BYTES = 8 + 4  # source: of each link while a graph is copied to a GPU, as FAISS numbers rows and as cuVS does
+POINT_LOAD_BYTES = 4 + 8  # source: of each point meanwhile, its level and where its links begin
 LINK_BUILD_BYTES = 5  # documentation: of each intermediate neighbour while a graph is built, and 4 a point
 NN_DESCENT_BYTES = 276  # documentation: of each point, beside a float16 copy of it, where NN-descent links them
 ADDED_AT_ONCE = 65_536  # vectors copied to the GPU at a time
@@ -192,6 +194,17 @@ def host_build_bytes(spec: IndexSpec, count: int, dimension: int) -> int:
     if spec.kind == "cagra":
         return count * dimension * CODE_BYTES[spec.codes]
     return spec.training_points(count) * dimension * 4
+
+
+def host_load_bytes(spec: IndexSpec, count: int) -> int:
+    """Bytes of host memory that loading an index from its mapped file onto a GPU takes until it is there.
+
+    Source: FAISS copies the lists of neighbours of a graph, twice; its vectors go to the GPU from the pages of the
+    file, which the system takes back. Other kinds are copied piece by piece.
+    """
+    if spec.kind != "cagra":
+        return 0
+    return count * (LINK_LOAD_BYTES * spec.params["graph_degree"] + POINT_LOAD_BYTES)
 
 
 def sized(spec: IndexSpec, count: int, config: CollectionConfig) -> IndexSpec:

@@ -276,39 +276,48 @@ def on_gpus(config: CollectionConfig, gpu: GpuFacts | None) -> bool:
 
 def gpu_for(
     config: CollectionConfig,
+    num_gpus: float,
     total: float,
     free: float,
     memory_bytes: int | None,
     name: str,
     held: float,
     builds: bool,
+    held_otherwise: float = 0.0,
 ) -> GpuFacts | None:
-    """What a plan is told of a cluster's GPUs; None where the collection goes without.
+    """What a plan is told of a cluster's GPUs, of which each replica is to have `num_gpus`; None where the collection
+    goes without.
 
-    `total` and `free` are GPUs of the cluster, `held` what this collection's own replicas have of them, `memory_bytes`
-    the smallest one's: `device: auto` takes only GPUs of which that is known. Invalid where GPUs are asked for that
-    the cluster does not have, unless `wait_for_gpu`; Unavailable where others hold them now.
+    `total` and `free` are GPUs of the cluster, `held` what this collection's own replicas with such a share have of
+    them, `memory_bytes` the smallest one's: `device: auto` takes only GPUs of which that is known. Invalid where GPUs
+    are asked for that the cluster does not have, unless `wait_for_gpu`; Unavailable where others hold them now, or its
+    own replicas with another share: `held_otherwise`.
     """
     index = config.index
     if index.device == "cpu" or (index.device == "auto" and named_error(config) is not None):
         return None
     if index.device == "auto" and index.kind != "cagra" and memory_bytes is None:
         return None  # counted by Ray, but no driver tells of them, or the FAISS that is installed there knows none
-    replicas = config.shards * config.replicas
-    each = 1.0 / floor(1.0 / index.num_gpus + FRACTIONS)  # of a GPU, with what no other replica can use
-    missing = max(0.0, replicas - held / index.num_gpus) * each
-    facts = GpuFacts(None if memory_bytes is None else floor(memory_bytes * index.num_gpus), name, builds)
+    missing = missing_gpus(config, num_gpus, held)
+    facts = GpuFacts(None if memory_bytes is None else floor(memory_bytes * num_gpus), name, builds)
     if total > 0 and missing <= free + FRACTIONS:
         return facts
     if index.device == "auto" and index.kind != "cagra":
         return None
     if index.wait_for_gpu:
         return facts
-    raise _no_gpus(config, total, free, replicas * each, missing)
+    raise _no_gpus(config, num_gpus, total, free, missing, held_otherwise)
+
+
+def missing_gpus(config: CollectionConfig, num_gpus: float, held: float) -> float:
+    """GPUs that replicas of such a share need beside those that the collection's own have; with what no other replica
+    can use of them."""
+    each = 1.0 / floor(1.0 / num_gpus + FRACTIONS)
+    return max(0.0, config.shards * config.replicas - held / num_gpus) * each
 
 
 def _no_gpus(
-    config: CollectionConfig, total: float, free: float, wanted: float, missing: float
+    config: CollectionConfig, num_gpus: float, total: float, free: float, missing: float, held_otherwise: float
 ) -> Invalid | Unavailable:
     if total <= 0:
         return Invalid.at(
@@ -316,16 +325,20 @@ def _no_gpus(
             f"this cluster has no GPU: use {_on_cpu(config)}, add a node with a GPU, or set wait_for_gpu to wait for "
             "one",
         )
-    asked = f"{config.shards} shards x {config.replicas} replicas of {config.index.num_gpus:g} GPUs"
+    asked = f"{config.shards} shards x {config.replicas} replicas of {num_gpus:g} GPUs"
+    wanted = missing_gpus(config, num_gpus, 0.0)
     if wanted > total + FRACTIONS:
         return Invalid.at(
             "index.device",
             f"{asked} take {wanted:g} GPUs, this cluster has {total:g}: use fewer shards or replicas, a smaller "
             f"num_gpus, {_on_cpu(config)}, or set wait_for_gpu to wait for more",
         )
+    way = "try again when others have given theirs back"
+    if held_otherwise:
+        way = f"its own have {held_otherwise:g} with another share, until these take over: keep it, {way}"
     return Unavailable(
-        f"{asked} take {missing:g} GPUs more, {free:g} of {total:g} are free: try again when others have given theirs "
-        "back, or set index.wait_for_gpu to wait for them",
+        f"{asked} take {missing:g} GPUs more, {free:g} of {total:g} are free: {way}, or set index.wait_for_gpu to wait "
+        "for them",
         retry_after_s=10.0,
     )
 

@@ -139,10 +139,8 @@ def _refuse_full(on_gpu: list[Candidate], count: int, config: CollectionConfig, 
     kind = [spec for spec in wanted if spec.kind == wanted[0].kind]
     reasons = [gpu_policy.too_large(spec, count, config, gpu) for spec in kind]
     if kind and all(reasons):
-        raise Invalid.at(
-            "index.gpu_full",
-            f"{'; '.join(reasons)}: raise num_gpus, use more shards, or set gpu_full to step_down",
-        )
+        more = "" if config.index.num_gpus in (None, 1.0) else "raise num_gpus, "
+        raise Invalid.at("index.gpu_full", f"{'; '.join(reasons)}: {more}use more shards, or set gpu_full to step_down")
 
 
 def like(spec: IndexSpec, count: int, config: CollectionConfig) -> IndexSpec:

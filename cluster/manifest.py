@@ -19,8 +19,9 @@ import xxhash
 
 from cluster import entry_log, paths
 from cluster.attributes import arrow_type, types_after_import
-from cluster.config import CollectionConfig, ServedOn
+from cluster.config import CollectionConfig
 from cluster.errors import Conflict, Corrupt, Invalid, NotFound, Unavailable
+from cluster.gpu_share import share_without_points
 from cluster.manifest_format import FORMAT, Manifest, Switch, broken_invariants
 from cluster.object_store import ObjectStore
 from cluster.routing import Routing
@@ -144,7 +145,7 @@ class ManifestLog:
         entries = self.wal_ends(parent, config.shards)
         try:
             empty = self._next(parent, config, entries, _next_generation(parent))
-            return self._commit(replace(empty, device=device_without_points(config)), parent), True
+            return self._commit(replace(empty, num_gpus=share_without_points(config).num_gpus), parent), True
         except Conflict:
             newest = self.newest()
             if self._is_live(newest, config):
@@ -194,13 +195,13 @@ class ManifestLog:
         attributes: Mapping[str, Any] = MappingProxyType({}),
         switch: Switch = "beside",
         log_set: int | None = None,
-        device: ServedOn = "cpu",
+        num_gpus: float = 0.0,
     ) -> Manifest:
         """Commit a new generation whose points are those of `shards` and of the logs after their LSNs.
 
         `attributes` are the Arrow types of those of its points: now the collection's (`types_after_import`). `log_set`
-        is by default that of `base`, and a new one where the entries are behind that. `device` is what its segments
-        were built for; where `base` has another, other replicas serve it, and these load it beside.
+        is by default that of `base`, and a new one where the entries are behind that. `num_gpus` is the share of a GPU
+        that its segments were built for; where `base` has another, other replicas serve it, and these load it beside.
 
         It follows the newest manifest, which must be `base` (None: there is none), or differ from it only by what
         shards sealed and writes declared since; else Conflict.
@@ -210,8 +211,8 @@ class ManifestLog:
             declared = types_after_import(newest.attributes if newest else {}, attributes)  # a deletion has none
             logs = _log_set_after(newest, shards) if log_set is None else log_set
             changed = self._next(newest, config, shards, _next_generation(newest))
-            way = switch if newest is None or newest.device == device else "beside"
-            return replace(changed, attributes=declared, log_set=logs, switch=way, device=device)
+            way = switch if newest is None or newest.num_gpus == num_gpus else "beside"
+            return replace(changed, attributes=declared, log_set=logs, switch=way, num_gpus=num_gpus)
 
         return self._commit_after(base, generation_after)
 
@@ -346,11 +347,6 @@ class ManifestLog:
             except NotFound:
                 missing.append(f"{key} does not exist")
         return missing
-
-
-def device_without_points(config: CollectionConfig) -> ServedOn:
-    """What a generation is served on for which no index was chosen: a GPU where one is asked for."""
-    return "gpu" if config.index.device == "gpu" else "cpu"
 
 
 def _named_objects(manifest: Manifest) -> dict[str, str]:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from cluster.config import CollectionConfig, ServedOn
+from cluster.config import NUM_GPUS_MIN, CollectionConfig, ServedOn
 from cluster.errors import Corrupt, EaglerayError
 from cluster.gpu_memory import GpuFacts
 from cluster.routing import Routing
@@ -20,8 +20,15 @@ from cluster.shard_entry import (
     wrong_tombstones,
 )
 
-FORMAT = 4  # 1 had no LSNs, epochs, tombstones, attributes; 2 no log sets, origins, ways to switch; 3 no device
-SINCE = {"attributes": 2, "log_set": 3, "switch": 3, "device": 4}  # fields, and the first format that has them
+# 1 had no LSNs, epochs, tombstones, attributes; 2 no log sets, origins, ways to switch; 3 no device; 4 not its share
+FORMAT = 5
+FORMATS = {  # fields, and the formats that have them
+    "attributes": range(2, FORMAT + 1),
+    "log_set": range(3, FORMAT + 1),
+    "switch": range(3, FORMAT + 1),
+    "device": range(4, 5),
+    "num_gpus": range(5, FORMAT + 1),
+}
 Switch = Literal["beside", "one_at_a_time"]
 
 
@@ -32,7 +39,8 @@ class Manifest:
     `attributes` are those that writes declared or an import brought: name -> Arrow type as text, which
     `pa.type_for_alias` reads. `log_set` is the number of the set of logs that its shards write to. `switch` says how
     replicas take it up: "beside" the generation before, or one replica of a shard at a time in the place of it.
-    `device` is what the generation is served on: its segments were built for that.
+    `num_gpus` is the share of a GPU that each replica of the generation has, for which its segments were built; 0: it
+    is served on CPUs.
     """
 
     collection: str
@@ -48,7 +56,12 @@ class Manifest:
     attributes: dict[str, str] = field(default_factory=dict)
     log_set: int = 0
     switch: Switch = "beside"
-    device: ServedOn = "cpu"
+    num_gpus: float = 0.0
+
+    @property
+    def device(self) -> ServedOn:
+        """What the generation is served on."""
+        return "gpu" if self.num_gpus else "cpu"
 
     @property
     def crossing(self) -> bool:
@@ -92,8 +105,10 @@ class Manifest:
             body["config"] = CollectionConfig.from_dict(body["config"])
             body["routing"] = Routing.from_dict(body["routing"])
             body["shards"] = tuple(ShardEntry.from_dict(entry, body["format"]) for entry in body["shards"])
-            if wrong := [name for name, since in SINCE.items() if (name in body) != (body["format"] >= since)]:
+            if wrong := [name for name, having in FORMATS.items() if (name in body) != (body["format"] in having)]:
                 raise Corrupt(f"a manifest of format {body['format']} with or without {', '.join(wrong)}")
+            if "device" in body:
+                body["num_gpus"] = _share_of(body.pop("device"), body["config"])
             if body["format"] > 1 and not all(isinstance(text, str) for text in body["attributes"].values()):
                 raise Corrupt("the type of an attribute is not text")
             if not isinstance(body.get("log_set", 0), int) or body.get("log_set", 0) < 0:
@@ -106,6 +121,13 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, EaglerayError) as error:
             raise Corrupt(f"{key}: not a manifest: {error!r}") from error
         return manifest
+
+
+def _share_of(device: object, config: CollectionConfig) -> float:
+    """What replicas had of a GPU when manifests told only the device."""
+    if device not in get_args(ServedOn):
+        raise Corrupt(f"{device!r} is nothing to serve on")
+    return (config.index.num_gpus or 1.0) if device == "gpu" else 0.0
 
 
 def config_built_for(config: CollectionConfig, device: ServedOn) -> CollectionConfig:
@@ -142,10 +164,10 @@ def broken_invariants(manifest: Manifest, parent: Manifest | None = None) -> lis
         broken.append(f"generation {manifest.generation} goes back from {parent.generation}")
     if manifest.switch not in get_args(Switch):
         broken.append(f"{manifest.switch!r} is no way to switch")
-    if manifest.device not in get_args(ServedOn):
-        broken.append(f"{manifest.device!r} is nothing to serve on")
-    if parent and parent.generation == manifest.generation and parent.device != manifest.device:
-        broken.append(f"generation {manifest.generation} goes from {parent.device} to {manifest.device}")
+    if not _is_share(manifest.num_gpus):
+        broken.append(f"{manifest.num_gpus!r} is no share of a GPU")
+    if parent and parent.generation == manifest.generation and parent.num_gpus != manifest.num_gpus:
+        broken.append(f"generation {manifest.generation} goes from {parent.num_gpus} to {manifest.num_gpus} GPUs")
     if parent and manifest.log_set < parent.log_set:
         broken.append(f"log set {manifest.log_set} goes back from {parent.log_set}")
     if any(logs.number >= manifest.log_set for entry in manifest.shards for logs in entry.behind):
@@ -155,3 +177,10 @@ def broken_invariants(manifest: Manifest, parent: Manifest | None = None) -> lis
     if parent and parent.generation == manifest.generation and len(parent.shards) == len(manifest.shards):
         broken += lsns_that_go_back(parent.shards, manifest.shards)
     return broken
+
+
+def _is_share(value: object) -> bool:
+    """None of a GPU, or what a replica can ask for."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == 0 or NUM_GPUS_MIN <= value <= 1

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cluster.config import CollectionConfig, ServedOn, Settings
+from cluster.config import NUM_GPUS_MIN, CollectionConfig, ServedOn, Settings
 from cluster.errors import Invalid
 from cluster.manifest_format import Switch
 
@@ -16,24 +16,33 @@ ReplicaState = Literal["starting", "ready", "failed", "unreachable"]
 
 @dataclass(frozen=True, order=True)
 class ReplicaKey:
-    """One replica of one shard of one collection, on a device: Ray gives a process a GPU when it starts, or never."""
+    """One replica of one shard of one collection, with its share of a GPU (0: it is on CPUs).
+
+    Ray gives a process a share of a GPU when it starts, or never: with another share it is another replica.
+    """
 
     collection: str
     shard: int
     replica: int
-    device: ServedOn = "cpu"
+    num_gpus: float = 0.0
+
+    @property
+    def device(self) -> ServedOn:
+        return "gpu" if self.num_gpus else "cpu"
 
     def __str__(self) -> str:
         name = f"{self.collection}/{self.shard}/{self.replica}"
-        return name if self.device == "cpu" else f"{name}/{self.device}"
+        return f"{name}/gpu:{repr(float(self.num_gpus)).removesuffix('.0')}" if self.num_gpus else name
 
     @classmethod
     def parse(cls, text: str) -> ReplicaKey:
         """What `str` wrote; ValueError where it did not."""
         collection, shard, replica, *rest = text.split("/")
-        if rest not in ([], ["gpu"]):
+        share = rest[0].removeprefix("gpu:") if rest else "0"
+        key = cls(collection, int(shard), int(replica), float(share))
+        if str(key) != text or (rest and not NUM_GPUS_MIN <= key.num_gpus <= 1):
             raise ValueError(f"{text!r} names no replica")
-        return cls(collection, int(shard), int(replica), "gpu" if rest else "cpu")
+        return key
 
 
 @dataclass(frozen=True)
@@ -151,8 +160,8 @@ def _to_replace(
         if replica.state == "ready" and replica.gpu_lost:
             lost.add(key)
         elif _answers(one, replica):
-            answering.add((key.collection, key.shard, key.device))
-    return {key for key in lost if observed[key].mute or (key.collection, key.shard, key.device) in answering}
+            answering.add((key.collection, key.shard, key.num_gpus))
+    return {key for key in lost if observed[key].mute or (key.collection, key.shard, key.num_gpus) in answering}
 
 
 def _answers(wanted: WantedReplica, replica: ObservedReplica) -> bool:
@@ -201,13 +210,8 @@ def _lacking(wanted: WantedReplica, replica: ObservedReplica) -> list[int]:
     return lacking
 
 
-def replicas_of(collection: str, config: CollectionConfig, shards: int, device: ServedOn = "cpu") -> list[ReplicaKey]:
-    return [ReplicaKey(collection, s, r, device) for s in range(shards) for r in range(config.replicas)]
-
-
-def replica_resources(config: CollectionConfig, settings: Settings, device: ServedOn = "cpu") -> tuple[float, float]:
-    """(num_cpus, num_gpus) that a replica of a generation served on `device` asks of Ray."""
-    return settings.shard_cpus, config.index.num_gpus if device == "gpu" else 0.0
+def replicas_of(collection: str, config: CollectionConfig, shards: int, num_gpus: float = 0.0) -> list[ReplicaKey]:
+    return [ReplicaKey(collection, s, r, num_gpus) for s in range(shards) for r in range(config.replicas)]
 
 
 def search_threads(shards: int, settings: Settings, node_cores: int) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 
 from cluster import paths
 from cluster.attributes import arrow_type
-from cluster.config import CollectionConfig
 from cluster.entry_log import start_after
 from cluster.errors import Conflict, Invalid, NotFound, Unavailable
 from cluster.manifest import Manifest, ManifestLog, ShardEntry
@@ -231,16 +230,8 @@ def commit_rollback(
 
 def _commit(log: ManifestLog, rollback: Rollback, entries: tuple[ShardEntry, ...]) -> Manifest:
     base, old = rollback.base, rollback.old
-    how = (rollback.attributes, base.switch, rollback.log_set, old.device)
-    return log.commit_generation(base, config_again(base, old), entries, *how)
-
-
-def config_again(base: Manifest, old: Manifest) -> CollectionConfig:
-    """The config of a version that comes back after `base`: where both are served on GPUs the replicas go on, each with
-    the share of one that it was started with."""
-    if base.device == "cpu" or old.device == "cpu":
-        return old.config
-    return replace(old.config, index=replace(old.config.index, num_gpus=base.config.index.num_gpus))
+    how = (rollback.attributes, base.switch, rollback.log_set, old.num_gpus)
+    return log.commit_generation(base, old.config, entries, *how)
 
 
 def check_kept(store: ObjectStore, manifest: Manifest, what: str) -> None:

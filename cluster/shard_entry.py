@@ -99,6 +99,7 @@ ENTRY_FIELDS = {  # of each format of the manifest
     2: {"shard", "segments", "applied_lsn", "epoch", "tombstones"},
     3: {"shard", "segments", "applied_lsn", "epoch", "tombstones", "behind"},
     4: {"shard", "segments", "applied_lsn", "epoch", "tombstones", "behind"},
+    5: {"shard", "segments", "applied_lsn", "epoch", "tombstones", "behind"},
 }
 
 

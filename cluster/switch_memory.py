@@ -34,7 +34,8 @@ class ReplicaBytes:
     """One replica of a shard of the new generation: its node ("" where it does not run yet), the predicted bytes of
     what it has loaded now, and those of its shard of the new generation.
 
-    The same on its GPU, and what it may still take there; None: nobody knows, or it has none.
+    The same on its GPU, and what it may still take there; None: nobody knows, or it has none. `loading` are bytes of
+    the host that it takes for a while, on top of those that stay.
     """
 
     shard: int
@@ -44,6 +45,7 @@ class ReplicaBytes:
     gpu_loaded: int = 0
     gpu_coming: int = 0
     gpu_left: int | None = None
+    loading: int = 0
 
     def lacks_gpu(self, mode: Switch) -> int:
         """Bytes that its GPU is short of, as far as that is known; what is predicted is taken with a margin."""
@@ -62,7 +64,10 @@ class ReplicaBytes:
 
 @dataclass(frozen=True)
 class NodeNeed:
-    """What a switch needs of a node beside what is loaded there, and what there is. Bytes."""
+    """What a switch needs of a node beside what is loaded there, and what there is. Bytes.
+
+    `loading` are those of them that are given back when it is loaded.
+    """
 
     node: str
     replicas: int
@@ -70,6 +75,7 @@ class NodeNeed:
     beside: int
     one_at_a_time: int
     available: int
+    loading: int = 0
 
     def needed(self, mode: Switch) -> int:
         return self.beside if mode == "beside" else self.one_at_a_time
@@ -78,8 +84,9 @@ class NodeNeed:
         return self.needed(mode) <= self.available
 
     def __str__(self) -> str:
+        meanwhile = f", {_size(self.loading)} of it only while it loads," if self.loading else ""
         return (
-            f"node {self.node} needs {_size(self.beside)} beside the {_size(self.loaded)} that "
+            f"node {self.node} needs {_size(self.beside)}{meanwhile} beside the {_size(self.loaded)} that "
             f"{_replicas(self.replicas)} {'has' if self.replicas == 1 else 'have'} loaded, {_size(self.available)} are "
             "there"
         )
@@ -189,10 +196,10 @@ def _placed(replicas: Sequence[ReplicaBytes], nodes: Mapping[str, NodeMemory]) -
     left = {node: memory.available for node, memory in nodes.items()}
     for replica in placed:
         if replica.node in left:
-            left[replica.node] -= replica.coming
+            left[replica.node] -= replica.coming + replica.loading
     for replica in sorted((each for each in replicas if not each.node), key=lambda each: -each.coming):
         node = max(sorted(left), key=lambda name: left[name])
-        left[node] -= replica.coming
+        left[node] -= replica.coming + replica.loading
         placed.append(replace(replica, node=node))
     return placed
 
@@ -202,7 +209,19 @@ def _need(node: str, replicas: Sequence[ReplicaBytes], memory: NodeMemory) -> No
     coming = [ceil(replica.coming * MEMORY_MARGIN) for replica in replicas]
     grown = [max(0, more - replica.loaded) for more, replica in zip(coming, replicas, strict=True)]
     available = max(0, memory.available - ceil(SPARE_SHARE * memory.total))
-    return NodeNeed(node, len(replicas), sum(each.loaded for each in replicas), sum(coming), sum(grown), available)
+    loading, loaded = ceil(_loading(replicas) * MEMORY_MARGIN), sum(each.loaded for each in replicas)
+    needed = (sum(coming) + loading, sum(grown) + loading)
+    return NodeNeed(node, len(replicas), loaded, *needed, available, loading)
+
+
+def _loading(replicas: Sequence[ReplicaBytes]) -> int:
+    """At the worst moment: those of a shard that have something loaded go one after the other (`switch_order`), the
+    others may all load at once."""
+    in_turn: dict[int, int] = {}
+    for replica in replicas:
+        if replica.loaded:
+            in_turn[replica.shard] = max(replica.loading, in_turn.get(replica.shard, 0))
+    return sum(in_turn.values()) + sum(replica.loading for replica in replicas if not replica.loaded)
 
 
 def _refusal(needs: Sequence[NodeNeed], replicas: int) -> str:

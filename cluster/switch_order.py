@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.config import ServedOn
 from cluster.placement import Action, Load, ObservedReplica, ReplicaKey, WantedReplica
 
-Mates = tuple[str, int, ServedOn]  # collection, shard, device
+Mates = tuple[str, int, float]  # collection, shard, share of a GPU
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,9 @@ def in_switch_order(
 
 
 def _mates_of(key: ReplicaKey) -> Mates:
-    """Replicas of a shard on one device: those on another hold another generation, and make no room for these."""
-    return key.collection, key.shard, key.device
+    """Replicas of a shard with one share of a GPU: those with another hold another generation, and make no room for
+    these."""
+    return key.collection, key.shard, key.num_gpus
 
 
 def _keys_of_mates(wanted: Mapping[ReplicaKey, WantedReplica]) -> dict[Mates, list[ReplicaKey]]:

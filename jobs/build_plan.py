@@ -8,9 +8,10 @@ What is built for GPUs is built on one where one is free; where replicas hold th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from actors.replica_status import Statuses
@@ -18,12 +19,15 @@ from cluster import index_costs
 from cluster.cluster_gpus import ClusterGpus, share_with_rest
 from cluster.config import CollectionConfig, ServedOn
 from cluster.gpu_memory import GpuFacts, host_build_bytes
-from cluster.gpu_policy import FRACTIONS, gpu_for
+from cluster.gpu_policy import FRACTIONS, gpu_for, missing_gpus
+from cluster.gpu_share import GpuShare, choose_share, in_words, least_share
 from cluster.index_costs import REFERENCE, Rates
 from cluster.index_policy import MEMORY_MARGIN, IndexPlan, like, plan_index
 from cluster.index_spec import IndexSpec
 
 MEASURED_MIN = 50_000  # rows of a segment whose build takes much longer than measuring how long
+HeldGpus = Mapping[float, float]  # GPUs that a collection's replicas have, by the share that each has
+NONE_HELD: HeldGpus = MappingProxyType({})
 T = TypeVar("T")
 
 
@@ -69,31 +73,85 @@ class Builds:
 
 @dataclass(frozen=True)
 class BuildGpus:
-    """What a plan is told of the GPUs, of which `each` is for a build, and how many builds the free ones take."""
+    """What a plan is told of the GPUs, of which `each` is for a replica and for a build, with the reason, and how many
+    builds the free ones take."""
 
     facts: GpuFacts
     each: float
     at_once: int
+    reason: str = ""
 
 
-def build_gpus(config: CollectionConfig, gpus: Callable[[], ClusterGpus], held: float = 0.0) -> BuildGpus | None:
-    """GPUs for a generation, where it may have some; `held` are those of the collection's own replicas.
+def build_gpus(
+    config: CollectionConfig,
+    gpus: Callable[[], ClusterGpus],
+    rows: int = 0,
+    held: HeldGpus = NONE_HELD,
+    had: float = 0.0,
+) -> BuildGpus | None:
+    """GPUs for a generation of so many rows (0: not known), where it may have some; `held` are those of the
+    collection's own replicas.
 
-    Those are its replicas' again, but not for the build beside them. Invalid or Unavailable (`gpu_policy.gpu_for`)
-    where GPUs are asked for, and there are none.
+    Those with the same share are its replicas' again, but not for the build beside them. `had` is the share that the
+    collection is served with now. Where GPUs for another one are not free, replicas that have one keep it, with a
+    smaller index if need be and the config lets it step down.
+
+    Invalid or Unavailable (`gpu_policy.gpu_for`) where GPUs are asked for, and there are none.
     """
     if config.index.device == "cpu":
         return None
-    there, each = gpus(), config.index.num_gpus
-    free = there.free_in_shares(each, held)
-    at_once = int(free / share_with_rest(each) + FRACTIONS)
-    facts = gpu_for(config, there.total, free, there.memory_bytes, there.name, held, builds=at_once > 0)
-    return None if facts is None else BuildGpus(facts, each, at_once)
+    there, per_shard = gpus(), ceil(rows / config.shards)
+
+    def builds(share: float) -> bool:
+        return _builds_at_once(there, share, held) > 0
+
+    chosen = least_share(config, had)
+    if rows:
+        chosen = choose_share(per_shard, _bounded(config, per_shard), there.memory_bytes, builds, had)
+    if config.index.num_gpus is None and not _can_be_had(config, there, chosen.num_gpus, held):
+        chosen = _kept_instead(config, there, chosen, held, had)
+    return _gpus_with(config, there, chosen, held)
 
 
-def held_gpus(statuses: Statuses, num_gpus: float) -> float:
-    """GPUs that a collection's replicas have; some may still wait for theirs, others load already."""
-    return num_gpus * sum(key.device == "gpu" and not status.waits for key, status in statuses.items())
+def _kept_instead(
+    config: CollectionConfig, there: ClusterGpus, chosen: GpuShare, held: HeldGpus, had: float
+) -> GpuShare:
+    """A share that the collection's replicas have, for one that they cannot get; that one where they have none."""
+    for share in sorted(held, key=lambda share: (share != had, share)):
+        holds_it = share > chosen.num_gpus or config.index.gpu_full == "step_down"
+        if holds_it and _can_be_had(config, there, share, held):
+            why = f"it keeps {in_words(share)}: no GPUs are free for replicas with {in_words(chosen.num_gpus)}"
+            return GpuShare(share, why)
+    return chosen
+
+
+def _gpus_with(config: CollectionConfig, there: ClusterGpus, share: GpuShare, held: HeldGpus) -> BuildGpus | None:
+    """What there is of the cluster's GPUs for replicas and builds with such a share; None, Invalid or Unavailable as of
+    `gpu_policy.gpu_for`."""
+    each, at_once = share.num_gpus, _builds_at_once(there, share.num_gpus, held)
+    counted = (each, there.total, there.free_in_shares(each, held), there.memory_bytes, there.name)
+    others = sum(gpus for share_held, gpus in held.items() if share_held != each)
+    facts = gpu_for(config, *counted, held.get(each, 0.0), builds=at_once > 0, held_otherwise=others)
+    return None if facts is None else BuildGpus(facts, each, at_once, share.reason)
+
+
+def _can_be_had(config: CollectionConfig, there: ClusterGpus, share: float, held: HeldGpus) -> bool:
+    """Whether each replica can have such a share now."""
+    missing = missing_gpus(config, share, held.get(share, 0.0))
+    return missing <= there.free_in_shares(share, held) + FRACTIONS
+
+
+def _builds_at_once(there: ClusterGpus, share: float, held: HeldGpus) -> int:
+    return int(there.free_in_shares(share, held) / share_with_rest(share) + FRACTIONS)
+
+
+def held_gpus(statuses: Statuses) -> dict[float, float]:
+    """GPUs that a collection's replicas have, by share; some may still wait for theirs, others load already."""
+    held: dict[float, float] = {}
+    for key, status in statuses.items():
+        if key.num_gpus and not status.waits:
+            held[key.num_gpus] = held.get(key.num_gpus, 0.0) + key.num_gpus
+    return held
 
 
 def segment_bytes(spec: IndexSpec, count: int, dimension: int) -> int:
@@ -157,6 +215,13 @@ class BuildPlan:
         return self.index.spec.device
 
     @property
+    def num_gpus(self) -> float:
+        """The share of a GPU that each of its replicas gets; 0 on CPUs."""
+        if self.device == "cpu":
+            return 0.0
+        return self.gpus.each if self.gpus else self.config.index.num_gpus or 1.0
+
+    @property
     def count(self) -> int:
         """Rows of the mean segment."""
         return ceil(self.rows / self.partitions)
@@ -200,6 +265,7 @@ class BuildPlan:
                 "name": facts.name,
                 "memory_bytes": facts.memory_bytes,
                 "num_gpus": self.gpus.each,
+                "num_gpus_reason": self.gpus.reason,
                 "predicted_bytes": spec.gpu_bytes * self.partitions,
                 "built_on": "gpu" if self.builds.num_gpus else "cpu",
             }
@@ -211,11 +277,10 @@ def plan_build(
 ) -> BuildPlan:
     """Before any rate is known. Invalid, with the numbers, where no index of a shard meets the config's bounds."""
     per_shard = ceil(rows / config.shards)
-    bounds = replace(config.index, build_seconds=None) if per_shard >= MEASURED_MIN else config.index
     facts = gpus.facts if gpus else None
-    index = plan_index(per_shard, replace(config, index=bounds), gpu=facts)  # refuses now what no shard could hold
+    index = plan_index(per_shard, _bounded(config, per_shard), gpu=facts)  # refuses now what no shard could hold
     partitions = config.shards * segments_per_shard(rows, index.spec, config, memory_bytes)
-    plan = BuildPlan(config, rows, partitions, index, Builds(1, 1, 1), gpus=gpus)
+    plan = BuildPlan(config, rows, partitions, _with_reason(index, gpus), Builds(1, 1, 1), gpus=gpus)
     return replace(plan, builds=_builds_of(plan, memory_bytes, workers))
 
 
@@ -226,10 +291,24 @@ def with_rates(plan: BuildPlan, rates: Rates, memory_bytes: int, workers: Worker
     """
     facts = plan.gpus.facts if plan.gpus else None
     index = plan_index(ceil(plan.rows / plan.config.shards), plan.config, rates, facts)
-    changed = replace(plan, rates=rates, index=index)
+    changed = replace(plan, rates=rates, index=_with_reason(index, plan.gpus))
     if segment_bytes(changed.spec, plan.count, plan.config.dimension) > memory_bytes:
         changed = replace(plan, rates=rates)
     return replace(changed, builds=_builds_of(changed, memory_bytes, workers))
+
+
+def _bounded(config: CollectionConfig, per_shard: int) -> CollectionConfig:
+    """Without a bound on the seconds of a build where these are measured first."""
+    if per_shard < MEASURED_MIN:
+        return config
+    return replace(config, index=replace(config.index, build_seconds=None))
+
+
+def _with_reason(index: IndexPlan, gpus: BuildGpus | None) -> IndexPlan:
+    """The choice of an index for GPUs says, too, why its replicas get their share of one."""
+    if gpus is None or not gpus.reason or index.spec.device == "cpu":
+        return index
+    return replace(index, spec=replace(index.spec, reason=f"{index.spec.reason}; {gpus.reason}"))
 
 
 def _builds_of(plan: BuildPlan, memory_bytes: int, workers: Workers) -> Builds:

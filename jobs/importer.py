@@ -28,7 +28,7 @@ from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry
 from cluster.object_store import ObjectStore
 from cluster.recent_queries import read_queries
 from jobs.build_device import TaskGpus
-from jobs.build_plan import BuildPlan, Workers, build_gpus, held_gpus, plan_build, with_rates
+from jobs.build_plan import BuildGpus, BuildPlan, Workers, build_gpus, held_gpus, plan_build, with_rates
 from jobs.import_source import Columns, Source, find_source
 from jobs.report import JobReporter
 from jobs.row_reader import UnitTask, partition_unit, read_bytes
@@ -124,7 +124,7 @@ class Importer:
                 plan.config,
                 _shard_entries(plan, refs),
                 plan.source.attributes,
-                device=plan.build.device,
+                num_gpus=plan.build.num_gpus,
             )
         except Conflict:  # only this says for sure that the manifest was not written
             self._delete_segments(job_id)
@@ -140,17 +140,18 @@ class Importer:
         else:
             config = new_config(options, source)
         _check_fits(config, source, options)
-        gpus = build_gpus(config, self._workers.gpus, self._held_gpus(parent))
+        gpus = self._gpus(parent, config, source.rows)
         build = plan_build(source.rows, config, options.memory_bytes, self._workers, gpus)
         wal_ends = self._log.wal_ends(parent, config.shards)
         return ImportPlan(parent, source, build, wal_ends)
 
-    def _held_gpus(self, parent: Manifest | None) -> float:
-        """GPUs of the replicas that are there, which take up what is built now; some, too, where the newest version is
-        for CPUs and the one before it is served yet."""
+    def _gpus(self, parent: Manifest | None, config: CollectionConfig, rows: int) -> BuildGpus | None:
+        """GPUs as they are now. The replicas that are there may take up what is built; some, too, where the newest
+        version is for CPUs and the one before it is served yet."""
         if parent is None or parent.state == "deleted":
-            return 0.0
-        return held_gpus(self._statuses(), parent.config.index.num_gpus)
+            return build_gpus(config, self._workers.gpus, rows)
+        had = parent.num_gpus if parent.points else 0.0  # of an empty one nothing was chosen for an index
+        return build_gpus(config, self._workers.gpus, rows, held_gpus(self._statuses()), had)
 
     def _measured(
         self, plan: ImportPlan, job_id: str, pieces: dict[int, dict[int, int]], reporter: JobReporter

@@ -23,9 +23,9 @@ from actors.faiss_index import check_factory
 from actors.replica_status import Statuses
 from actors.segment_rows import HashRange
 from actors.shard_place import ShardPlace, newest_of_generation
-from actors.switch_facts import memory_of_switch
+from actors.switch_facts import ComingOnGpus, memory_of_switch
 from cluster.config import ALL_OPTIONS, CollectionConfig, check_collection_name
-from cluster.errors import Conflict, Invalid
+from cluster.errors import Conflict
 from cluster.gate import GateFacts, GateFailed, PointSum, gate_report, refusals
 from cluster.index_policy import MEMORY_MARGIN
 from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry
@@ -125,7 +125,7 @@ class Rebuilder:
             raise
         try:
             how = plan.switch.mode
-            manifest = self._log.commit_generation(plan.base, plan.config, entries, switch=how, device=plan.device)
+            manifest = self._log.commit_generation(plan.base, plan.config, entries, switch=how, num_gpus=plan.num_gpus)
         except Conflict:  # only this says for sure that the manifest was not written
             self._delete_segments(job_id)
             raise
@@ -199,18 +199,9 @@ class Rebuilder:
         return RebuildPlan(base, config, points, attributes, tuple(index_bytes), largest, build)
 
     def _gpus(self, base: Manifest, config: CollectionConfig) -> BuildGpus | None:
-        """GPUs as they are now. The collection's own replicas keep theirs where it stays on GPUs.
-
-        Invalid where these would need another share of one: a process has the share that it was started with.
-        """
-        had, asked = base.config.index.num_gpus, config.index.num_gpus
-        if base.device == "gpu" and config.index.device != "cpu" and had != asked:
-            raise Invalid.at(
-                "index.num_gpus",
-                f"its replicas have {had:g} of a GPU each, and keep that as long as the collection is served on GPUs: "
-                f"rebuild it with device cpu first, then with device gpu and num_gpus {asked:g}",
-            )
-        return build_gpus(config, self._workers.gpus, held_gpus(self._statuses(), had))
+        """GPUs as they are now. The collection's own replicas keep theirs where they have the same share of one; with
+        another share others are started beside them."""
+        return build_gpus(config, self._workers.gpus, base.points, held_gpus(self._statuses()), base.num_gpus)
 
     def _measured(self, place: Place, plan: RebuildPlan, reporter: JobReporter) -> RebuildPlan:
         """The plan with rates measured on a sample of the rows, where the build is long enough to be worth it.
@@ -224,8 +215,10 @@ class Rebuilder:
                 build = with_rates(plan.build, event["rates"], self._options.memory_bytes, self._workers)
                 plan = replace(plan, build=build)
         statuses = self._statuses()
-        sizes = (plan.coming, plan.coming_on_gpus)
-        switch = memory_of_switch(plan.base.collection, plan.config, statuses, *sizes)
+        on_gpus = None
+        if plan.coming_on_gpus is not None:
+            on_gpus = ComingOnGpus(plan.num_gpus, plan.coming_on_gpus, plan.loading)
+        switch = memory_of_switch(plan.base.collection, plan.config, statuses, plan.coming, on_gpus)
         plan = replace(plan, switch=switch)
         reporter.plan(plan.to_dict())
         return plan

@@ -10,7 +10,9 @@ from typing import Any
 from actors.entry_seal import DraftEntry
 from cluster.config import CollectionConfig, ServedOn
 from cluster.gate import PointSum
-from cluster.manifest import Manifest, ShardEntry, device_without_points
+from cluster.gpu_memory import host_load_bytes
+from cluster.gpu_share import share_without_points
+from cluster.manifest import Manifest, ShardEntry
 from cluster.manifest_format import config_built_for
 from cluster.shard_entry import LogPosition, LogSet, behind_logs
 from cluster.switch_memory import SwitchMemory
@@ -32,9 +34,16 @@ class RebuildPlan:
     switch: SwitchMemory = field(default_factory=lambda: SwitchMemory("beside"))
 
     @property
+    def num_gpus(self) -> float:
+        """The share of a GPU that each replica of the new generation gets; 0 on CPUs."""
+        if self.build is None:
+            return share_without_points(self.config, self.base.num_gpus).num_gpus
+        return self.build.num_gpus
+
+    @property
     def device(self) -> ServedOn:
         """What the new generation is served on."""
-        return self.build.device if self.build else device_without_points(self.config)
+        return "gpu" if self.num_gpus else "cpu"
 
     @property
     def built_for(self) -> CollectionConfig:
@@ -69,6 +78,13 @@ class RebuildPlan:
             return None
         each = self.build.spec.gpu_bytes * self.partitions_per_shard if self.build else 0
         return [each] * self.config.shards
+
+    @property
+    def loading(self) -> int:
+        """Bytes of the host that a replica takes for a while when it loads a segment's index onto its GPU."""
+        if self.build is None or self.device == "cpu":
+            return 0
+        return host_load_bytes(self.build.spec, self.build.count)
 
     @property
     def memory(self) -> dict[str, Any]:

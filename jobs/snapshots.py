@@ -15,7 +15,7 @@ from cluster.deletion import delete_files
 from cluster.errors import Conflict, EaglerayError, Invalid, NotFound, Unavailable
 from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry, TombstonesRef
 from cluster.object_store import ObjectStore
-from cluster.rollback import check_kept, config_again, put_back_unless_kept
+from cluster.rollback import check_kept, put_back_unless_kept
 from cluster.snapshots import (
     Snapshot,
     check_snapshot_name,
@@ -141,8 +141,7 @@ def restore(store: ObjectStore, log: ManifestLog, options: RestoreOptions) -> Ma
 
     check(named)
     types = attribute_types_of(named)
-    config = config_again(base, named)
-    committed = log.commit_generation(base, config, entries, types, base.switch, device=named.device)
+    committed = log.commit_generation(base, named.config, entries, types, base.switch, num_gpus=named.num_gpus)
     put_back_unless_kept(store, log, base, committed, check)
     return committed
 
@@ -179,7 +178,7 @@ def branch(
         _branched(store, origin, entry, options.into, end) for entry, end in zip(origin.shards, ends, strict=True)
     )
     types = attribute_types_of(origin)
-    committed = into.commit_generation(before, origin.config, entries, types, device=origin.device)
+    committed = into.commit_generation(before, origin.config, entries, types, num_gpus=origin.num_gpus)
     try:
         why = _lost(store, log, origin, committed, options)
     except Unavailable as error:

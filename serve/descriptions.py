@@ -27,6 +27,7 @@ def describe_collection(facts: dict[str, Any], unready: str | None) -> dict[str,
         "version": manifest.version,
         "generation": manifest.generation,
         "device": manifest.device,
+        "num_gpus": manifest.num_gpus,
         "serving_generation": facts["serving_generation"],
         "ready": not unready,
         "reason": unready or "",
@@ -46,6 +47,7 @@ def describe_unreadable(name: str, reason: str) -> dict[str, Any]:
         "version": 0,
         "generation": 0,
         "device": None,
+        "num_gpus": None,
         "serving_generation": None,
         "ready": False,
         "reason": reason,
@@ -62,7 +64,7 @@ def _switching(manifest: Manifest, serving: int | None, statuses: dict[ReplicaKe
         return ""
     shards: dict[int, str] = {}
     for key, status in sorted(statuses.items()):
-        own = key.shard < len(manifest.shards) and key.device == manifest.device
+        own = key.shard < len(manifest.shards) and key.num_gpus == manifest.num_gpus
         if own and manifest.generation not in status.generations:
             shards[key.shard] = f"shard {key.shard} {_on_its_way(status, manifest.generation)}"
     return f"switching to generation {manifest.generation}" + (f": {', '.join(shards.values())}" if shards else "")
@@ -81,12 +83,12 @@ def _shard(
 ) -> dict[str, Any]:
     """What the replica says that is ahead of the others in the log; the manifest's while none holds its generation.
 
-    One on the generation's own device comes first: another may hold it only to seal and merge.
+    One with the generation's own share of a GPU comes first: another may hold it only to seal and merge.
     """
     ready = {key: status for key, status in sorted(statuses.items()) if status.state == "ready"}
     segments = next((list(status.segments) for status in ready.values()), [])
     holding = [
-        (key.device == manifest.device, status)
+        (key.num_gpus == manifest.num_gpus, status)
         for key, status in ready.items()
         if status.generations and status.generations[-1] == manifest.generation
     ]
@@ -103,7 +105,7 @@ def _shard(
         "replicas": [_replica(key, status) for key, status in sorted(statuses.items())],
         "segments": list(first.segments) if first else segments,
         "observed": [
-            {"replica": key.replica, "device": key.device} | facts
+            {"replica": key.replica, "device": key.device, "num_gpus": key.num_gpus} | facts
             for key, status in sorted(statuses.items())
             for facts in status.observed
         ],
@@ -114,6 +116,7 @@ def _replica(key: ReplicaKey, status: ReplicaStatus) -> dict[str, Any]:
     return {
         "replica": key.replica,
         "device": key.device,
+        "num_gpus": key.num_gpus,
         "state": status.state,
         "node": status.node,
         "pid": status.pid,

@@ -17,7 +17,9 @@ def explanation(description: Facts) -> Facts:
     """The part of a collection's description that is about its indexes."""
     told = ("shard", "points", "tail_points", "tombstones", "segments", "observed")
     shards = [{name: shard[name] for name in told} for shard in description["shards"]]
-    return {name: description[name] for name in ("name", "config", "points", "generation")} | {"shards": shards}
+    return {name: description[name] for name in ("name", "config", "points", "generation", "num_gpus")} | {
+        "shards": shards
+    }
 
 
 def print_explanation(out: Console, description: Facts) -> None:
@@ -27,6 +29,8 @@ def print_explanation(out: Console, description: Facts) -> None:
     print_line(out, f"{description['name']}: {description['points']:,} points, {asked}")
     if not description["ready"]:
         print_line(out, f"not ready: {description['reason']}")
+    if description["num_gpus"]:
+        print_line(out, f"each replica has {description['num_gpus']:g} of a GPU")
     considered: list[Facts] = []
     for shard in description["shards"]:
         for segment in shard["segments"]:

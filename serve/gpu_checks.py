@@ -1,6 +1,7 @@
 """Whether the cluster has the GPUs that a collection asks for: told when they are asked for, not by a job later.
 
-The memory of GPUs is not looked at here: the job that builds for them asks their drivers.
+The memory of GPUs is not looked at here: the job that builds for them asks their drivers. So where the share of one is
+left to that, it is taken to be the least, or the one that the collection has.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ from cluster.cluster_gpus import ClusterGpus
 from cluster.config import CollectionConfig
 from cluster.gpu_memory import GpuFacts
 from cluster.index_policy import choose
-from jobs.build_plan import build_gpus
+from jobs.build_plan import NONE_HELD, HeldGpus, build_gpus
 
 CountGpus = Callable[[], ClusterGpus]  # the cluster's, as Ray counts them; blocks
 
 
-def gpus_for(config: CollectionConfig, count: CountGpus, held: float = 0.0) -> GpuFacts | None:
+def gpus_for(
+    config: CollectionConfig, count: CountGpus, held: HeldGpus = NONE_HELD, had: float = 0.0
+) -> GpuFacts | None:
     """What a build of the collection would be told of GPUs; None: it does without.
 
-    `held` are those of its own replicas. Invalid where it asks for GPUs that the cluster does not have, Unavailable
-    where others hold them.
+    `held` are those of its own replicas, `had` is the share that it is served with. Invalid where it asks for GPUs that
+    the cluster does not have, Unavailable where others hold them.
     """
-    found = build_gpus(config, count, held)
+    found = build_gpus(config, count, 0, held, had)
     return None if found is None else found.facts
 
 

@@ -25,7 +25,9 @@ ChurnOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help=f"{', '.join(get_args(Device))}: where it is served; auto: what pays.")
 ]
-NumGpusOption = Annotated[float | None, typer.Option("--num-gpus", help="GPUs of each replica, a share of one; 1.")]
+NumGpusOption = Annotated[
+    float | None, typer.Option("--num-gpus", help="GPUs of each replica, a share of one; what its index takes.")
+]
 CpuTwinOption = Annotated[
     bool | None, typer.Option("--cpu-twin/--no-cpu-twin", help="Answer on the CPU while the GPU cannot.")
 ]

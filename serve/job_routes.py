@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.config import CollectionConfig, check_collection_name
+from cluster.config import check_collection_name
 from cluster.errors import Conflict, Invalid, NotFound
 from cluster.gpu_memory import GpuFacts
 from cluster.manifest import Manifest
@@ -86,9 +86,9 @@ class JobRoutes:
             await asyncio.to_thread(check_create, create, lambda new: GpuFacts() if known else gpus_for(new, count))
         if known:
             facts = await self._services.directory.describe(name)
-            config: CollectionConfig = facts["manifest"].config
-            held = held_gpus(facts["statuses"], config.index.num_gpus)
-            await asyncio.to_thread(gpus_for, config, count, held)
+            manifest: Manifest = facts["manifest"]
+            held = held_gpus(facts["statuses"])
+            await asyncio.to_thread(gpus_for, manifest.config, count, held, manifest.num_gpus)
         elif body.create is None:
             raise NotFound(f"no collection {name!r}; give create to have the import make it")
 
@@ -101,9 +101,9 @@ class JobRoutes:
                 raise Invalid.at("shard", f"collection {manifest.collection!r} has {shards}")
             case RebuildBody():
                 points = describe_collection(facts, None)["points"]  # those that are not in segments yet, too
-                count, held = self._services.gpus, held_gpus(facts["statuses"], manifest.config.index.num_gpus)
+                count, held, had = self._services.gpus, held_gpus(facts["statuses"]), manifest.num_gpus
                 await asyncio.to_thread(
-                    check_rebuild, body, manifest.config, points, lambda wanted: gpus_for(wanted, count, held)
+                    check_rebuild, body, manifest.config, points, lambda wanted: gpus_for(wanted, count, held, had)
                 )
             case BranchBody(into=into) if into == manifest.collection or self._services.known(into):
                 raise Conflict(f"collection {into!r} exists: delete it first, or take another name")

@@ -35,7 +35,9 @@ def _gpu_line(gpu: dict[str, Any]) -> str:
     name = gpu["name"] or "GPUs"
     has = "" if gpu["memory_bytes"] is None else f" ({bytes_text(gpu['memory_bytes'])})"
     takes = f"indexes take {bytes_text(gpu['predicted_bytes'])} there as predicted"
-    return f"served on {name}: {gpu['num_gpus']:g} GPU{has} a replica; {takes}; built on a {gpu['built_on'].upper()}"
+    why = f" ({gpu['num_gpus_reason']})" if gpu["num_gpus_reason"] else ""
+    each = f"{gpu['num_gpus']:g} GPU{has} a replica{why}"
+    return f"served on {name}: {each}; {takes}; built on a {gpu['built_on'].upper()}"
 
 
 def failure_in_words(status: dict[str, Any]) -> str:

@@ -174,7 +174,7 @@ def _write_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
     lsn = GaugeMetricFamily(
         "eagleray_lsn",
         "Last record of the shard's log that a replica has applied.",
-        labels=(*place_labels, "replica", "device"),
+        labels=(*place_labels, "replica", "device", "num_gpus"),
     )
     for description in descriptions:
         for shard in description["shards"]:
@@ -182,7 +182,7 @@ def _write_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
             tail.add_metric(place, shard["tail_points"])
             dead.add_metric(place, shard["tombstones"])
             for replica in shard["replicas"]:
-                lsn.add_metric((*place, str(replica["replica"]), replica["device"]), replica["lsn"])
+                lsn.add_metric((*place, *_which(replica)), replica["lsn"])
     return [tail, dead, lsn]
 
 
@@ -201,7 +201,7 @@ def _advice_gauge(descriptions: list[dict[str, Any]]) -> Metric:
 
 def _observed_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
     """The recall that live queries had against exact answers, per replica and generation."""
-    labels = ("collection", "shard", "replica", "device", "generation")
+    labels = ("collection", "shard", "replica", "device", "num_gpus", "generation")
     what = "recall@min(k, 10) of the sampled live queries"
     gauges = {
         "recall": GaugeMetricFamily("eagleray_observed_recall", f"Mean {what}.", labels=labels),
@@ -218,7 +218,7 @@ def _observed_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
     for description in descriptions:
         for shard in description["shards"]:
             for observed in shard["observed"]:
-                place = (description["name"], str(shard["shard"]), str(observed["replica"]), observed["device"])
+                place = (description["name"], str(shard["shard"]), *_which(observed))
                 for name, gauge in gauges.items():
                     gauge.add_metric((*place, str(observed["generation"])), observed[name])
     return list(gauges.values())
@@ -226,7 +226,7 @@ def _observed_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
 
 def _gpu_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
     """What the indexes of each replica take of its GPU, beside what was predicted, and what goes wrong there."""
-    labels = ("collection", "shard", "replica")
+    labels = ("collection", "shard", "replica", "num_gpus")
     gauges = {
         "index_predicted_bytes": GaugeMetricFamily(
             "eagleray_gpu_index_predicted_bytes", "GPU memory that a replica's indexes should take.", labels=labels
@@ -248,13 +248,19 @@ def _gpu_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
         labels=labels,
     )
     for name, shard, replica in _gpu_replicas(descriptions):
-        place = (name, str(shard), str(replica["replica"]))
+        number, _, share = _which(replica)
+        place = (name, str(shard), number, share)
         degraded.add_metric(place, float(bool(replica["degraded"])))
         for fact, gauge in gauges.items():
             told = (replica["gpu"] or {}).get(fact)
             if told is not None:
                 gauge.add_metric(place, told)
     return [*gauges.values(), degraded]
+
+
+def _which(replica: dict[str, Any]) -> tuple[str, str, str]:
+    """Number, device and share of a GPU: while one share takes over from another a number has a replica of each."""
+    return str(replica["replica"]), replica["device"], f"{replica['num_gpus']:g}"
 
 
 def _gpu_replicas(descriptions: list[dict[str, Any]]) -> Iterator[tuple[str, int, dict[str, Any]]]:

@@ -238,12 +238,13 @@ def _answers() -> Json:
     coverage = _object(shards=number, points=number, missing=_list(integer))
     lsn = {"type": "object", "description": "LSN by shard number", "additionalProperties": integer}
     replica = _object(
-        replica=integer, device=device, state=string, node=string, pid=integer, threads=integer, error=string,
-        generations=_list(integer), lsn=integer, epoch=integer, upkeep=string, gpu=_or_null(_gpu()), degraded=string,
+        replica=integer, device=device, num_gpus=number, state=string, node=string, pid=integer, threads=integer,
+        error=string, generations=_list(integer), lsn=integer, epoch=integer, upkeep=string, gpu=_or_null(_gpu()),
+        degraded=string,
     )  # fmt: skip
     observed = _object(
-        replica=integer, device=device, generation=integer, recall=number, low=number, high=number, queries=integer,
-        k=integer, dropped=integer,
+        replica=integer, device=device, num_gpus=number, generation=integer, recall=number, low=number, high=number,
+        queries=integer, k=integer, dropped=integer,
     )  # fmt: skip
     shard = _object(
         shard=integer, points=integer, lsn=integer, primary=_or_null(integer), tail_points=integer, tombstones=integer,
@@ -274,6 +275,7 @@ def _answers() -> Json:
             version=integer,
             generation=integer,
             device=_or_null(device),
+            num_gpus=_or_null(number),
             serving_generation=_or_null(integer),
             ready=boolean,
             reason=string,

@@ -19,6 +19,7 @@ from cluster.config import CollectionConfig
 from cluster.errors import Invalid
 from cluster.gpu_memory import PROCESS_BYTES, GpuFacts, gpu_need
 from cluster.gpu_policy import check_asked
+from cluster.gpu_share import GpuShare, choose_share
 from cluster.index_costs import REFERENCE, Rates, ReplicaMemory, replica_memory
 from cluster.index_policy import IndexPlan, plan_index, rounded
 from jobs.import_source import Columns, Source, Unit, find_source, read_batches
@@ -34,7 +35,8 @@ REFERENCE_MACHINE = (
 
 @dataclass(frozen=True)
 class CollectionPlan:
-    """The index of each shard of a collection; `note` is what the sample says beyond the build times.
+    """The index of each shard of a collection; `note` is what the sample says beyond the build times. `share` is what
+    each replica gets of a GPU, where one is thought of.
 
     Seconds and queries a second of an index on GPUs are None: nothing was measured to predict them by.
     """
@@ -44,6 +46,12 @@ class CollectionPlan:
     index: IndexPlan
     rates: Rates = REFERENCE
     note: str = ""
+    share: GpuShare | None = None
+
+    @property
+    def gpu_share(self) -> GpuShare | None:
+        """None where it is served on CPUs."""
+        return self.share if self.index.spec.device == "gpu" else None
 
     @property
     def shard_points(self) -> int:
@@ -61,6 +69,8 @@ class CollectionPlan:
             "points_per_shard": self.shard_points,
             "config": self.config.to_dict(),
             "index": chosen.spec.to_dict(),
+            "num_gpus": self.gpu_share.num_gpus if self.gpu_share else 0.0,
+            "num_gpus_reason": self.gpu_share.reason if self.gpu_share else "",
             "predicted_bytes_per_shard": chosen.spec.predicted_bytes,
             "predicted_bytes": chosen.spec.predicted_bytes * self.config.shards,
             "predicted_replica_bytes": asdict(self.replica),
@@ -106,7 +116,8 @@ def plan_count(count: int, fields: dict[str, Any], gpu: GpuFacts | None = None) 
     """The plan for so many points; `fields` as a PUT has them. Invalid, with the numbers, where nothing fits."""
     config = check_config(fields)
     check_asked(config, gpu)
-    return CollectionPlan(count, config, plan_index(ceil(count / config.shards), config, gpu=_share(gpu, config)))
+    share, facts = _share(gpu, config, ceil(count / config.shards))
+    return CollectionPlan(count, config, plan_index(ceil(count / config.shards), config, gpu=facts), share=share)
 
 
 def plan_source(
@@ -121,15 +132,19 @@ def plan_source(
     sample = _sample(url, source, columns, config)
     use_threads(threads)
     rates = measure_rates(sample, config.metric, threads)
-    index = plan_index(ceil(source.rows / config.shards), config, rates, _share(gpu, config))
-    return CollectionPlan(source.rows, config, index, rates, _code_note(sample, index, config))
+    share, facts = _share(gpu, config, ceil(source.rows / config.shards))
+    index = plan_index(ceil(source.rows / config.shards), config, rates, facts)
+    return CollectionPlan(source.rows, config, index, rates, _code_note(sample, index, config), share)
 
 
-def _share(gpu: GpuFacts | None, config: CollectionConfig) -> GpuFacts | None:
-    """What a replica may use of a GPU of which `gpu` tells the whole memory."""
-    if gpu is None or gpu.memory_bytes is None:
-        return gpu
-    return replace(gpu, memory_bytes=int(gpu.memory_bytes * config.index.num_gpus))
+def _share(gpu: GpuFacts | None, config: CollectionConfig, per_shard: int) -> tuple[GpuShare | None, GpuFacts | None]:
+    """The share of a GPU of which `gpu` tells the whole memory, and what a replica may use of it."""
+    if gpu is None:
+        return None, None
+    share = choose_share(per_shard, config, gpu.memory_bytes)
+    if gpu.memory_bytes is None:
+        return share, gpu
+    return share, replace(gpu, memory_bytes=int(gpu.memory_bytes * share.num_gpus))
 
 
 def print_plan(out: Console, plan: CollectionPlan) -> None:
@@ -143,8 +158,8 @@ def print_plan(out: Console, plan: CollectionPlan) -> None:
     print_line(out, f"  why: {spec.reason}")
     out.print(considered_table(candidate.to_dict() for candidate in plan.index.considered))
     print_line(out, f"each replica: {_memory_text(plan.replica, spec.rerank_store)}")
-    if spec.device == "gpu":
-        print_line(out, f"  on {plan.config.index.num_gpus:g} GPU: {_gpu_text(plan)}")
+    if plan.gpu_share is not None:
+        print_line(out, f"  on {plan.gpu_share.num_gpus:g} GPU, since {plan.gpu_share.reason}: {_gpu_text(plan)}")
     seconds = chosen.build_seconds
     took = "" if seconds is None else f", about {seconds_text(seconds)} s to build{' each shard' if shards > 1 else ''}"
     print_line(out, f"total: {bytes_text(spec.predicted_bytes * shards)}{took}; {plan.times}")

@@ -45,7 +45,7 @@ class IndexBody(Struct, forbid_unknown_fields=True):
     memory_bytes: Memory | None = None
     build_seconds: Annotated[float, Meta(gt=0.0)] | None = None
     churn: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
-    num_gpus: Annotated[float, Meta(ge=NUM_GPUS_MIN, le=1.0)] = 1.0
+    num_gpus: Annotated[float, Meta(ge=NUM_GPUS_MIN, le=1.0)] | None = None
     cpu_twin: bool = True
     gpu_full: GpuFull = "step_down"
     wait_for_gpu: bool = False

@@ -25,7 +25,7 @@ def print_hits(out: Console, hits: list[dict[str, Any]], attributes: list[str], 
 def print_collection(out: Console, description: dict[str, Any]) -> None:
     config = {"dimension": "?", "metric": "?"} | description["config"]
     state = "ready" if description["ready"] else f"not ready: {description['reason']}"
-    where = " on GPUs" if description["device"] == "gpu" else ""
+    where = f" on GPUs, {description['num_gpus']:g} a replica" if description["device"] == "gpu" else ""
     facts = (
         f"  {description['points']:,} points, {config['dimension']} dimensions, "
         f"{config['metric']}, generation {description['generation']}{where}, {state}"
@@ -66,11 +66,15 @@ def _notes(replica: dict[str, Any], replicas: int) -> Iterator[str]:
 
 
 def _replicas_cell(replicas: list[dict[str, Any]]) -> str:
-    """Each one's state; its device while the shard has some of both."""
-    both = len({replica["device"] for replica in replicas}) > 1
+    """Each one's state; its share of a GPU while the shard has replicas of several."""
+    several = len({replica["num_gpus"] for replica in replicas}) > 1
     return ", ".join(
-        " ".join(filter(None, [r["state"], f"({r['device']})" if both else "", r["error"]])) for r in replicas
+        " ".join(filter(None, [r["state"], f"({_share(r)})" if several else "", r["error"]])) for r in replicas
     )
+
+
+def _share(replica: dict[str, Any]) -> str:
+    return f"{replica['num_gpus']:g} GPU" if replica["num_gpus"] else "cpu"
 
 
 def _on_gpu(segment: dict[str, Any]) -> bool:

@@ -291,7 +291,7 @@ class LocalRuntime:
 
     def _push(self, sender: ReplicaKey, data: bytes) -> None:
         for key, process in list(self._processes.items()):
-            same_shard = replace(key, replica=0) == replace(sender, replica=0)  # and device
+            same_shard = replace(key, replica=0) == replace(sender, replica=0)  # and share of a GPU
             if same_shard and key != sender and process.replica and not process.gate and not self.drop_pushes:
                 process.replica.receive(data)
 

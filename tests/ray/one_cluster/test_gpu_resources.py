@@ -33,7 +33,8 @@ from tests.unit.jobs.imports import random_table, write
 
 pytestmark = pytest.mark.ray
 COLLECTION, NAMESPACE = "shared", "gpus"
-ON_CPU, ON_GPU = ReplicaKey(COLLECTION, 0, 0), ReplicaKey(COLLECTION, 0, 0, "gpu")
+ON_CPU, ON_GPU = ReplicaKey(COLLECTION, 0, 0), ReplicaKey(COLLECTION, 0, 0, 1.0)
+HALF, QUARTER = ReplicaKey(COLLECTION, 0, 0, 0.5), ReplicaKey(COLLECTION, 0, 0, 0.25)
 
 
 def gpus_of_task(_: int) -> Iterator[tuple[float, int]]:
@@ -133,7 +134,10 @@ def served_by(key: ReplicaKey, table: ServingTable) -> bool:
 
 
 def test_collection_goes_over_to_gpus_that_turn_out_not_to_be_there(settings: Settings, tmp_path: Path) -> None:
-    """A build task and a replica get their share; neither finds a GPU: CPUs build, and the twin answers, degraded."""
+    """A build task and a replica get their share; neither finds a GPU: CPUs build, and the twin answers, degraded.
+
+    With another share another replica takes over.
+    """
     jobs, runtime = Jobs(settings, tmp_path), ray_runtime.RayRuntime(settings)
     assert jobs.import_points(device="cpu").device == "cpu"
 
@@ -143,19 +147,25 @@ def test_collection_goes_over_to_gpus_that_turn_out_not_to_be_there(settings: Se
         try:
             await table_when(supervisor, partial(served_by, ON_CPU))
             manifest = await asyncio.to_thread(jobs.rebuild, device="gpu", num_gpus=0.5)
-            assert manifest.device == "gpu"
+            assert manifest.num_gpus == 0.5
             assert jobs.asked["build_range"] == jobs.asked["look_at_segment"] == 0.5
             await supervisor.refresh(COLLECTION)
-            await table_when(supervisor, partial(served_by, ON_GPU))
+            await table_when(supervisor, partial(served_by, HALF))
             await asyncio.to_thread(until, lambda: free_gpus() == 1.5)
-            status = await runtime.status(ON_GPU)
+            status = await runtime.status(HALF)
             assert status.gpu is None
             assert "GPU" in status.degraded
             vectors, group = np.zeros((1, 4), np.float32), SearchGroup(0, 1, 3, SearchParams())
-            client = ray_runtime.ActorShardClient(runtime.handles[ON_GPU], ON_GPU)
+            client = ray_runtime.ActorShardClient(runtime.handles[HALF], HALF)
             (hits,) = await client.search(ShardSearch(manifest.generation, vectors, (group,)))
             assert isinstance(hits, Hits)
             assert (hits.counts.tolist(), hits.degraded) == ([3], "cpu")
+
+            await asyncio.to_thread(jobs.rebuild, num_gpus=0.25)
+            await supervisor.refresh(COLLECTION)
+            await table_when(supervisor, partial(served_by, QUARTER))
+            named = ray_runtime.RayRuntime(settings).existing()
+            assert {HALF, QUARTER} <= set(named), "the old one stays a while, for queries that began there"
         finally:
             rounds.cancel()
             supervisor.close()
@@ -167,8 +177,8 @@ def test_collection_goes_over_to_gpus_that_turn_out_not_to_be_there(settings: Se
 def test_replica_waits_for_gpus_and_says_for_how_many(settings: Settings) -> None:
     store = open_store(settings.data)
     log = ManifestLog(store, COLLECTION, lambda: uuid.uuid4().hex)
-    log.create(CollectionConfig(2, index=IndexConfig(device="gpu")))
-    first, second = ON_GPU, ReplicaKey(COLLECTION, 0, 1, "gpu")
+    log.create(CollectionConfig(2, index=IndexConfig(device="gpu", num_gpus=1.0)))
+    first, second = ON_GPU, ReplicaKey(COLLECTION, 0, 1, 1.0)
     runtime = ray_runtime.RayRuntime(settings)
 
     async def wait_and_start() -> None:

@@ -56,7 +56,7 @@ def published(
 def committed(store: ObjectStore, config: CollectionConfig, *refs: SegmentRef) -> Manifest:
     """The next generation of one shard, for GPUs."""
     log = manifest_log(store, "words")
-    return log.commit_generation(log.newest(), config, (ShardEntry(0, refs),), device="gpu")
+    return log.commit_generation(log.newest(), config, (ShardEntry(0, refs),), num_gpus=config.index.num_gpus or 1.0)
 
 
 def memory_for(config: CollectionConfig, spec: IndexSpec, segments: int = 1, count: int = COUNT) -> int:

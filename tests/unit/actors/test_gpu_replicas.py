@@ -1,4 +1,4 @@
-"""Replicas of generations on GPUs: which are wanted and asked, and the switch to another device while writes go on."""
+"""Replicas of generations on GPUs: which are wanted and asked, and the switch to another share of one under writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from actors.supervisor import RETIRE_AFTER_S, TABLE_REACHES_S
 from actors.wanted_replicas import own_replicas, wanted_replicas
 from actors.watched_replicas import LOST_GPU_PAUSE_S
 from cluster import wal as wal_module
-from cluster.config import CollectionConfig, IndexConfig, ServedOn, Settings
+from cluster.config import CollectionConfig, IndexConfig, Settings
 from cluster.errors import Unavailable
 from cluster.manifest import Manifest, ShardEntry
 from cluster.memory_store import MemoryStore
@@ -37,7 +37,8 @@ from tests.unit.actors.points import commit, manifest_log, random_points
 from tests.unit.actors.reshard_load import Load, load, until
 
 Scenario = Callable[[Serving, Load, ManualClock, MemoryStore], Awaitable[None]]
-TWO = replace(CONFIG, shards=2, replicas=2, index=IndexConfig(num_gpus=0.5))
+TWO = replace(CONFIG, shards=2, replicas=2)
+HALF = 0.5  # of a GPU
 
 
 @pytest.fixture(autouse=True)
@@ -46,51 +47,57 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("actors.crossing.PERIOD_S", 0.01)
 
 
-def version(number: int, device: ServedOn, shards: int = 1) -> Manifest:
+def version(number: int, share: float, shards: int = 1) -> Manifest:
     config = replace(TWO, shards=shards, replicas=1)
     entries = tuple(ShardEntry(shard) for shard in range(shards))
-    return Manifest("words", number, config, Routing(shards), number, entries, "", "", device=device)
+    return Manifest("words", number, config, Routing(shards), number, entries, "", "", num_gpus=share)
 
 
-def keys(device: ServedOn, shards: int = 2, replicas: int = 2) -> set[ReplicaKey]:
-    return {ReplicaKey("words", shard, number, device) for shard in range(shards) for number in range(replicas)}
+def keys(share: float, shards: int = 2, replicas: int = 2) -> set[ReplicaKey]:
+    return {ReplicaKey("words", shard, number, share) for shard in range(shards) for number in range(replicas)}
 
 
 # --- which are wanted ---------------------------------------------------------------------------------------------
 
 
-def test_generation_on_gpus_is_wanted_of_other_replicas_beside_those_of_what_is_served() -> None:
+def test_generation_with_another_share_is_wanted_of_other_replicas_beside_those_of_what_is_served() -> None:
     settings = Settings(data="memory://x", shard_cpus=2.0)
-    cpu, gpu = ReplicaKey("words", 0, 0), ReplicaKey("words", 0, 0, "gpu")
-    assert wanted_replicas(version(2, "gpu"), version(1, "cpu"), settings) == {
+    cpu, half, quarter = (ReplicaKey("words", 0, 0, share) for share in (0.0, 0.5, 0.25))
+    assert wanted_replicas(version(2, 0.5), version(1, 0.0), settings) == {
         cpu: WantedReplica(1, 1, 1, 2.0, 0.0, served=1, served_generation=1),
-        gpu: WantedReplica(2, 2, 1, 2.0, 0.5),
+        half: WantedReplica(2, 2, 1, 2.0, 0.5),
     }
-    assert wanted_replicas(version(3, "cpu"), version(2, "gpu"), settings) == {
+    assert wanted_replicas(version(3, 0.0), version(2, 0.5), settings) == {
         cpu: WantedReplica(3, 3, 1, 2.0, 0.0),
-        gpu: WantedReplica(2, 2, 1, 2.0, 0.5, served=2, served_generation=2),
+        half: WantedReplica(2, 2, 1, 2.0, 0.5, served=2, served_generation=2),
     }
-    assert wanted_replicas(version(3, "gpu"), version(2, "gpu"), settings) == {
-        gpu: WantedReplica(3, 3, 1, 2.0, 0.5, served=2, served_generation=2)
+    assert wanted_replicas(version(3, 0.25), version(2, 0.5), settings) == {
+        quarter: WantedReplica(3, 3, 1, 2.0, 0.25),
+        half: WantedReplica(2, 2, 1, 2.0, 0.5, served=2, served_generation=2),
+    }
+    assert wanted_replicas(version(3, 0.5), version(2, 0.5), settings) == {
+        half: WantedReplica(3, 3, 1, 2.0, 0.5, served=2, served_generation=2)
     }
 
 
-def test_fewer_shards_on_another_device_leave_the_old_ones_all_their_replicas() -> None:
-    wanted = wanted_replicas(version(2, "gpu", shards=1), version(1, "cpu", shards=2), SETTINGS)
-    assert wanted.keys() == keys("gpu", 1, 1) | keys("cpu", 2, 1)
-    assert own_replicas(version(2, "gpu", shards=1)) == [ReplicaKey("words", 0, 0, "gpu")]
+@pytest.mark.parametrize("before", [0.0, 0.25])
+def test_fewer_shards_with_another_share_leave_the_old_ones_all_their_replicas(before: float) -> None:
+    wanted = wanted_replicas(version(2, HALF, shards=1), version(1, before, shards=2), SETTINGS)
+    assert wanted.keys() == keys(HALF, 1, 1) | keys(before, 2, 1)
+    assert own_replicas(version(2, HALF, shards=1)) == [ReplicaKey("words", 0, 0, HALF)]
 
 
 # --- who is asked -------------------------------------------------------------------------------------------------
 
 
-def test_replicas_on_another_device_are_not_asked_but_may_lead() -> None:
+@pytest.mark.parametrize("before", [0.0, 1.0])
+def test_replicas_with_another_share_are_not_asked_but_may_lead(before: float) -> None:
     """They seal, so that they hold the new generation as well; and they are ended soon."""
-    cpu, gpu = ReplicaKey("words", 0, 0), ReplicaKey("words", 0, 0, "gpu")
+    old, new = ReplicaKey("words", 0, 0, before), ReplicaKey("words", 0, 0, HALF)
     both = ReplicaStatus("ready", (1, 2), (1, 2), epoch=3)
-    served = served_collection(version(2, "gpu"), {cpu: both, gpu: ReplicaStatus("ready", (2,), (2,))}, None)
-    assert served.replicas == {0: (gpu,)}
-    assert served.primaries == {0: cpu}
+    served = served_collection(version(2, HALF), {old: both, new: ReplicaStatus("ready", (2,), (2,))}, None)
+    assert served.replicas == {0: (new,)}
+    assert served.primaries == {0: old}
 
 
 def test_replica_that_finds_no_gpu_goes_on_with_the_twin_and_says_why(
@@ -103,7 +110,7 @@ def test_replica_that_finds_no_gpu_goes_on_with_the_twin_and_says_why(
     config = replace(CONFIG, index=IndexConfig("flat", device="gpu"))
     settings = Settings(data=str(tmp_path / "data"), cache_dir=str(tmp_path), shard_threads=1, observed_share=0.0)
     commit(open_store(settings.data), "words", config, random_points(config, 50))
-    actor = ray_replica.ShardActor(settings, ReplicaKey("words", 0, 0, "gpu"), 1, 0.5)
+    actor = ray_replica.ShardActor(settings, ReplicaKey("words", 0, 0, HALF), 1, HALF)
     try:
         status = asyncio.run(actor.status())
         assert (status.state, status.gpu) == ("ready", None)
@@ -123,7 +130,7 @@ def test_replica_on_a_gpu_opens_its_share_of_it(tmp_path: Path, monkeypatch: pyt
     config = replace(CONFIG, index=IndexConfig("flat", device="gpu"))
     settings = Settings(data=str(tmp_path / "data"), cache_dir=str(tmp_path), shard_threads=1, observed_share=0.0)
     commit(open_store(settings.data), "words", config, random_points(config, 50))
-    actor = ray_replica.ShardActor(settings, ReplicaKey("words", 0, 0, "gpu"), 1, 0.5)
+    actor = ray_replica.ShardActor(settings, ReplicaKey("words", 0, 0, HALF), 1, HALF)
     try:
         status = asyncio.run(actor.status())
         assert status.gpu is not None
@@ -176,11 +183,11 @@ class Refusing(LocalRuntime):
         await super().lead(key)
 
 
-def next_generation(store: MemoryStore, device: ServedOn) -> Manifest:
+def next_generation(store: MemoryStore, share: float) -> Manifest:
     """All is in the logs: the same as before, to be loaded anew."""
     log = manifest_log(store, "words")
     base = log.newest_live()
-    return log.commit_generation(base, base.config, tuple(map(ShardEntry, range(len(base.shards)))), device=device)
+    return log.commit_generation(base, base.config, tuple(map(ShardEntry, range(len(base.shards)))), num_gpus=share)
 
 
 async def switched(eagleray: Serving, made: Load, manifest: Manifest) -> None:
@@ -198,24 +205,27 @@ async def switched(eagleray: Serving, made: Load, manifest: Manifest) -> None:
     await made.more()
 
 
-def test_collection_goes_over_to_gpus_and_back_while_it_is_searched_and_written_to(tmp_path: Path) -> None:
+def test_collection_goes_over_to_gpus_to_another_share_and_back_while_it_is_searched_and_written_to(
+    tmp_path: Path,
+) -> None:
     """Searches that fail end the test; so do writes that are not where they were acknowledged."""
 
     async def scenario(eagleray: Serving, made: Load, clock: ManualClock, store: MemoryStore) -> None:
-        runtime = eagleray.runtime
-        assert set(runtime.existing()) == keys("cpu")
-        for device, before in (("gpu", "cpu"), ("cpu", "gpu")):
-            manifest = await asyncio.to_thread(next_generation, store, device)  # type: ignore[arg-type]
+        runtime, before = eagleray.runtime, 0.0
+        assert set(runtime.existing()) == keys(before)
+        for share in (0.5, 0.25, 0.0):
+            manifest = await asyncio.to_thread(next_generation, store, share)
             await switched(eagleray, made, manifest)
-            both = keys(device) | keys(before)  # type: ignore[arg-type]
+            both = keys(share) | keys(before)
             assert set(runtime.existing()) == both, "the old replicas stay for queries that began there"
             clock.advance(RETIRE_AFTER_S)
-            await until(lambda device=device: set(runtime.existing()) == keys(device))
+            await until(lambda share=share: set(runtime.existing()) == keys(share))
+            assert runtime.free_gpus == 3.0 - 4 * share
             await made.more()
-        assert runtime.free_gpus == 2.0
+            before = share
 
-    runtime = under_load(scenario, tmp_path)
-    assert {key.device for key in runtime.led} == {"cpu", "gpu"}
+    runtime = under_load(scenario, tmp_path, gpus=3.0)
+    assert {key.num_gpus for key in runtime.led} == {0.0, 0.25, 0.5}
 
 
 class Devices:
@@ -249,14 +259,14 @@ def test_replica_that_lost_its_gpu_gets_another_process_while_a_second_one_answe
     devices = Devices()
 
     async def scenario(eagleray: Serving, made: Load, clock: ManualClock, store: MemoryStore) -> None:
-        manifest = await asyncio.to_thread(next_generation, store, "gpu")
+        manifest = await asyncio.to_thread(next_generation, store, HALF)
         await switched(eagleray, made, manifest)
         served, runtime = made.served(), eagleray.runtime
         assert served is not None
         primary = served.primaries[0]
         lost = runtime.replica(primary)
         lose_gpu(runtime, primary)
-        await until_table_reached(clock, lambda: len(devices.opened) == len(keys("gpu")) + 1)
+        await until_table_reached(clock, lambda: len(devices.opened) == len(keys(HALF)) + 1)
         assert runtime.replica(primary) is not lost
         assert not any(key.replica == 2 for key in runtime.started), "none has to stand in"
         await made.more()
@@ -267,7 +277,7 @@ def test_replica_that_lost_its_gpu_gets_another_process_while_a_second_one_answe
         await made.more()
         assert runtime.replica(primary) is again, "one process after the other would help nobody"
         clock.advance(LOST_GPU_PAUSE_S)
-        await until_table_reached(clock, lambda: len(devices.opened) == len(keys("gpu")) + 2)
+        await until_table_reached(clock, lambda: len(devices.opened) == len(keys(HALF)) + 2)
 
     under_load(scenario, tmp_path, open_gpu=devices.open)
 
@@ -288,15 +298,15 @@ def test_replicas_that_all_lost_their_gpus_are_started_again_while_one_more_stan
     tmp_path: Path, replicas: int
 ) -> None:
     """No search fails. While no GPU is free their twins answer, and the collection is served whole."""
-    devices, more = Devices(), ReplicaKey("words", 0, replicas, "gpu")
-    own = [ReplicaKey("words", 0, number, "gpu") for number in range(replicas)]
+    devices, more = Devices(), ReplicaKey("words", 0, replicas, HALF)
+    own = [ReplicaKey("words", 0, number, HALF) for number in range(replicas)]
 
     async def scenario(eagleray: Serving, made: Load, clock: ManualClock, store: MemoryStore) -> None:
         runtime = eagleray.runtime
         assert isinstance(runtime, Unwilling)
-        await switched(eagleray, made, await asyncio.to_thread(next_generation, store, "gpu"))
+        await switched(eagleray, made, await asyncio.to_thread(next_generation, store, HALF))
         clock.advance(RETIRE_AFTER_S)
-        await until(lambda: set(runtime.existing()) == keys("gpu", replicas=replicas))
+        await until(lambda: set(runtime.existing()) == keys(HALF, replicas=replicas))
         lost = [runtime.replica(key) for key in own]
         for key in own:
             lose_gpu(runtime, key)
@@ -325,7 +335,7 @@ def test_replicas_that_all_lost_their_gpus_are_started_again_while_one_more_stan
         await until_table_reached(clock, lambda: more not in runtime.existing())
         await until(lambda: (served := made.served()) and served.primaries.get(0) in own)
         assert [key for key in runtime.stopped if key.device == "gpu"] == [*own, more]
-        assert (set(runtime.existing()), runtime.free_gpus) == (keys("gpu", replicas=replicas), 0.5)
+        assert (set(runtime.existing()), runtime.free_gpus) == (keys(HALF, replicas=replicas), 0.5)
         await made.more()
 
     under_load(
@@ -338,9 +348,9 @@ def test_replicas_that_all_lost_their_gpus_are_started_again_while_one_more_stan
 def test_replica_that_waits_to_stand_in_goes_with_what_it_stands_in_for(tmp_path: Path, how: str) -> None:
     store, clock, devices = MemoryStore(), ManualClock(), Devices()
     manifest_log(store, "words").create(replace(TWO, shards=1, replicas=1))
-    next_generation(store, "gpu")
+    next_generation(store, HALF)
     runtime = LocalRuntime(store, tmp_path, gpus=0.5, open_gpu=devices.open)
-    key, more = ReplicaKey("words", 0, 0, "gpu"), ReplicaKey("words", 0, 1, "gpu")
+    key, more = ReplicaKey("words", 0, 0, HALF), ReplicaKey("words", 0, 1, HALF)
 
     async def run() -> None:
         async with asyncio.timeout(20), serving(store, tmp_path, SETTINGS, clock, runtime) as eagleray:
@@ -350,7 +360,7 @@ def test_replica_that_waits_to_stand_in_goes_with_what_it_stands_in_for(tmp_path
             if how == "deleted":
                 manifest_log(store, "words").delete()
             else:
-                next_generation(store, "gpu")
+                next_generation(store, HALF)
             await eagleray.directory.refresh("words")
             await until(lambda: more not in runtime.existing())
             if how == "switched":
@@ -365,11 +375,11 @@ def test_replica_that_waits_to_stand_in_goes_with_what_it_stands_in_for(tmp_path
 
 def test_replica_without_a_twin_that_lost_its_gpu_is_started_again_at_once(tmp_path: Path) -> None:
     """The only one of its shard: it answers nothing anyway."""
-    store, clock, devices, key = MemoryStore(), ManualClock(), Devices(), ReplicaKey("words", 0, 0, "gpu")
+    store, clock, devices, key = MemoryStore(), ManualClock(), Devices(), ReplicaKey("words", 0, 0, HALF)
     config = replace(CONFIG, shards=1, replicas=1, index=IndexConfig("flat", device="gpu", cpu_twin=False))
     commit(store, "words", config, random_points(config, 20))
     log = manifest_log(store, "words")
-    log.commit_generation(log.newest_live(), config, log.newest_live().shards, device="gpu")
+    log.commit_generation(log.newest_live(), config, log.newest_live().shards, num_gpus=HALF)
     runtime = LocalRuntime(store, tmp_path, gpus=2.0, open_gpu=devices.open)
 
     async def run() -> None:
@@ -391,7 +401,7 @@ def test_replica_without_a_twin_that_lost_its_gpu_is_started_again_at_once(tmp_p
         runtime.close()
 
 
-def test_primary_on_another_device_leads_until_one_that_stays_does(tmp_path: Path) -> None:
+def test_primary_with_another_share_leads_until_one_that_stays_does(tmp_path: Path) -> None:
     store, clock = MemoryStore(), ManualClock()
     manifest_log(store, "words").create(TWO)
     runtime = Refusing(store, tmp_path, gpus=2.0)
@@ -402,18 +412,18 @@ def test_primary_on_another_device_leads_until_one_that_stays_does(tmp_path: Pat
             serving(store, tmp_path, SETTINGS, clock, runtime) as eagleray,
             load(eagleray, monotonic=False) as made,
         ):
-            manifest = await asyncio.to_thread(next_generation, store, "gpu")
+            manifest = await asyncio.to_thread(next_generation, store, HALF)
             await eagleray.directory.refresh("words")
             await made.until_served(manifest.generation)
             clock.advance(RETIRE_AFTER_S)
             await until(lambda: len(runtime.existing()) == 6)  # of the old ones those that lead
             served = made.served()
             assert served is not None
-            assert set(served.primaries.values()) == set(runtime.existing()) - keys("gpu")
+            assert set(served.primaries.values()) == set(runtime.existing()) - keys(HALF)
             await made.more()
             runtime.refuses = False
             clock.advance(60.0)  # over the pause after a call that failed
-            await until(lambda: set(runtime.existing()) == keys("gpu"))
+            await until(lambda: set(runtime.existing()) == keys(HALF))
             await made.more()
 
     try:
@@ -428,12 +438,12 @@ def test_device_and_number_of_shards_change_at_once(tmp_path: Path) -> None:
         base = log.newest_live()
         logs = LogSet(0, 2, tuple(LogPosition(shard, 0, 0) for shard in range(2)))
         entries = (behind_logs(ShardEntry(0), logs),)
-        return log.commit_generation(base, replace(base.config, shards=1), entries, device="gpu")
+        return log.commit_generation(base, replace(base.config, shards=1), entries, num_gpus=HALF)
 
     async def scenario(eagleray: Serving, made: Load, clock: ManualClock, store: MemoryStore) -> None:
         await switched(eagleray, made, await asyncio.to_thread(fewer_on_gpus, store))
         clock.advance(RETIRE_AFTER_S)
-        await until(lambda: set(eagleray.runtime.existing()) == keys("gpu", shards=1))
+        await until(lambda: set(eagleray.runtime.existing()) == keys(HALF, shards=1))
         await made.more()
 
     under_load(scenario, tmp_path)
@@ -441,9 +451,9 @@ def test_device_and_number_of_shards_change_at_once(tmp_path: Path) -> None:
 
 def test_generation_on_gpus_waits_for_them_and_says_so_while_the_old_one_is_served(tmp_path: Path) -> None:
     async def scenario(eagleray: Serving, made: Load, clock: ManualClock, store: MemoryStore) -> None:
-        manifest = await asyncio.to_thread(next_generation, store, "gpu")
+        manifest = await asyncio.to_thread(next_generation, store, HALF)
         await eagleray.directory.refresh("words")
-        starting = ReplicaKey("words", 0, 0, "gpu")
+        starting = ReplicaKey("words", 0, 0, HALF)
 
         def why() -> str:
             status = eagleray.supervisor.describe("words")["statuses"][starting]
@@ -455,7 +465,7 @@ def test_generation_on_gpus_waits_for_them_and_says_so_while_the_old_one_is_serv
         served = made.served()
         assert served is not None
         assert served.generation == 1
-        waiting = "replica words/0/0/gpu is starting (it asks for 0.5 GPU, 0 of 0 are free)"
+        waiting = "replica words/0/0/gpu:0.5 is starting (it asks for 0.5 GPU, 0 of 0 are free)"
         await table_when(
             eagleray.directory, lambda table: waiting in table.waiting.get("words", "") and table.unready == {}
         )
@@ -484,7 +494,7 @@ def test_replica_on_cpus_that_restarts_while_gpus_are_waited_for_serves_again(tm
     built = replace(config, index=IndexConfig("flat", device="gpu", cpu_twin=cpu_twin))
     commit(store, "words", built, random_points(built, 20))
     log = manifest_log(store, "words")
-    log.commit_generation(log.newest_live(), built, log.newest_live().shards, device="gpu")
+    log.commit_generation(log.newest_live(), built, log.newest_live().shards, num_gpus=1.0)
     runtime = LocalRuntime(store, tmp_path)
 
     def serves(generation: int, table: ServingTable) -> bool:
@@ -513,29 +523,29 @@ def test_supervisor_that_takes_over_after_the_switch_hands_the_lead_over(tmp_pat
     manifest_log(store, "words").create(replace(TWO, replicas=1))
     runtime = Refusing(store, tmp_path, gpus=2.0)
 
-    def led_by(device: ServedOn, generation: int) -> Callable[[ServingTable], bool]:
+    def led_by(share: float, generation: int) -> Callable[[ServingTable], bool]:
         def is_so(table: ServingTable) -> bool:
             served = table.collections.get("words")
-            wanted = keys(device, replicas=1)
+            wanted = keys(share, replicas=1)
             return served is not None and (served.generation, set(served.primaries.values())) == (generation, wanted)
 
         return is_so
 
     async def run() -> None:
         async with serving(store, tmp_path, SETTINGS, ManualClock(), runtime) as eagleray:
-            await table_when(eagleray.directory, led_by("cpu", 1))
-            manifest = next_generation(store, "gpu")
+            await table_when(eagleray.directory, led_by(0.0, 1))
+            manifest = next_generation(store, HALF)
             await eagleray.directory.refresh("words")
-            await table_when(eagleray.directory, led_by("cpu", 2))
-            for key in keys("cpu", replicas=1):
+            await table_when(eagleray.directory, led_by(0.0, 2))
+            for key in keys(0.0, replicas=1):
                 await runtime.load(key, manifest.version)
         runtime.refuses, clock = False, ManualClock()
         async with serving(store, tmp_path, SETTINGS, clock, runtime) as eagleray:
-            table = await table_when(eagleray.directory, led_by("gpu", 2))
+            table = await table_when(eagleray.directory, led_by(HALF, 2))
             asked = {key for replicas in table.collections["words"].replicas.values() for key in replicas}
-            assert asked == keys("gpu", replicas=1)
+            assert asked == keys(HALF, replicas=1)
             clock.advance(RETIRE_AFTER_S)
-            await until(lambda: set(runtime.existing()) == keys("gpu", replicas=1))
+            await until(lambda: set(runtime.existing()) == keys(HALF, replicas=1))
 
     try:
         asyncio.run(asyncio.wait_for(run(), 30))
@@ -545,11 +555,11 @@ def test_supervisor_that_takes_over_after_the_switch_hands_the_lead_over(tmp_pat
 
 def test_job_that_waits_in_vain_for_what_it_committed_says_what_that_waits_for(tmp_path: Path) -> None:
     store = MemoryStore()
-    manifest_log(store, "words").create(replace(TWO, index=IndexConfig(device="gpu", wait_for_gpu=True)))
+    manifest_log(store, "words").create(replace(TWO, index=IndexConfig(device="gpu", num_gpus=1.0, wait_for_gpu=True)))
 
     async def run() -> None:
         async with serving(store, tmp_path) as eagleray:
-            waiting = "replica words/0/0/gpu is starting (it asks for 1 GPU, 0 of 0 are free)"
+            waiting = "replica words/0/0/gpu:1 is starting (it asks for 1 GPU, 0 of 0 are free)"
             await table_when(eagleray.directory, lambda table: waiting in table.unready.get("words", ""))
             directory: Any = eagleray.directory
             told: list[str] = []

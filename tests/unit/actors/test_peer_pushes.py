@@ -88,11 +88,12 @@ def test_record_goes_to_every_other_replica_and_none_to_itself(fake_ray: FakeRay
     assert fake_ray.looked == ["replica:words/0/0", "replica:words/0/2"], "handles are kept"
 
 
-def test_record_goes_to_replicas_on_the_same_device(fake_ray: FakeRay) -> None:
+def test_record_goes_to_replicas_with_the_same_share_of_a_gpu(fake_ray: FakeRay) -> None:
     _, (on_cpu,) = pushes_of(fake_ray, 2, 0)
-    on_gpu = fake_ray.actors["replica:words/0/0/gpu"] = Peer()
-    PeerPushes(replace(KEY, device="gpu"), "test", lambda: 2)._send(b"one")
-    assert (on_cpu.came, on_gpu.came) == ([], [b"one"])
+    whole = fake_ray.actors["replica:words/0/0/gpu:1"] = Peer()
+    quarter = fake_ray.actors["replica:words/0/0/gpu:0.25"] = Peer()
+    PeerPushes(replace(KEY, num_gpus=0.25), "test", lambda: 2)._send(b"one")
+    assert (on_cpu.came, whole.came, quarter.came) == ([], [], [b"one"])
 
 
 def test_only_replica_pushes_nothing_and_has_no_thread(fake_ray: FakeRay) -> None:

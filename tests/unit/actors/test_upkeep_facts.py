@@ -94,7 +94,7 @@ def test_segments_of_a_generation_on_gpus_may_be_as_large_as_those_that_are_made
     """They are made on CPUs, which takes less host memory than the copy for a GPU that links a graph."""
     config = CollectionConfig(96, metric="l2", index=IndexConfig())
     names = {f"s{number}": 2_000_000 for number in range(3)}
-    manifest = replace(manifest_of(*names.items()), config=config, device="gpu")
+    manifest = replace(manifest_of(*names.items()), config=config, num_gpus=0.25)
     assert largest_build(manifest.built_for) < 2 * 2_000_000 < largest_build(manifest.built_for, gpu=added_on("gpu"))
     status = ready(*(segment_of(name, count) | {"device": "gpu"} for name, count in names.items()))
     assert told(manifest, status)[1] == {0: "not begun yet: 3 segments may grow, segments_max is 2"}

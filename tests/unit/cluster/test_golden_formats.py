@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from cluster.config import CollectionConfig, IndexConfig
 from cluster.ids import id_array
@@ -31,7 +32,7 @@ from cluster.tombstones import read_tombstones
 from cluster.wal import WalRecord
 
 FORMATS = Path(__file__).resolve().parents[2] / "formats"
-V1, V2, V3, V4 = (FORMATS / f"v{version}" for version in (1, 2, 3, 4))
+V1, V2, V3, V4, V5 = (FORMATS / f"v{version}" for version in (1, 2, 3, 4, 5))
 ON_CPUS = IndexConfig(device="cpu")
 
 CONFIG = CollectionConfig(
@@ -163,13 +164,13 @@ def test_manifest_of_format_1_is_read() -> None:
     assert Manifest.decode((V1 / "manifest.json").read_bytes(), "manifest.json") == MANIFEST
 
 
-def test_manifest_of_format_1_is_written_as_one_of_format_4_that_says_the_same() -> None:
+def test_manifest_of_format_1_is_written_as_one_of_format_5_that_says_the_same() -> None:
     """A new field needs a new format version: older processes refuse fields that they do not know."""
-    assert Manifest.decode(MANIFEST.encode(), "manifest.json") == replace(MANIFEST, format=4)
+    assert Manifest.decode(MANIFEST.encode(), "manifest.json") == replace(MANIFEST, format=5)
     then, now = json.loads((V1 / "manifest.json").read_bytes()), json.loads(MANIFEST.encode())
     new = {"applied_lsn": 0, "epoch": 0, "tombstones": [], "behind": []}
     shards = [entry | new for entry in without_origins(then["shards"])]
-    added = {"format": 4, "attributes": {}, "log_set": 0, "switch": "beside", "device": "cpu"}
+    added = {"format": 5, "attributes": {}, "log_set": 0, "switch": "beside", "num_gpus": 0.0}
     assert now == then | added | {"shards": shards, "checksum": now["checksum"]}
 
 
@@ -267,13 +268,13 @@ def test_manifest_of_format_2_is_read() -> None:
     assert [entry.points for entry in manifest.shards] == [9, 0]
 
 
-def test_manifest_of_format_2_is_written_as_one_of_format_4_that_says_the_same() -> None:
-    assert Manifest.decode(MANIFEST_2.encode(), "manifest.json") == replace(MANIFEST_2, format=4)
+def test_manifest_of_format_2_is_written_as_one_of_format_5_that_says_the_same() -> None:
+    assert Manifest.decode(MANIFEST_2.encode(), "manifest.json") == replace(MANIFEST_2, format=5)
     then, now = json.loads((V2 / "manifest.json").read_bytes()), json.loads(MANIFEST_2.encode())
     shards = [entry | {"behind": []} for entry in without_origins(then["shards"])]
     for entry in shards:
         entry["tombstones"] = [ref | {"variant": ""} for ref in entry["tombstones"]]
-    added = {"format": 4, "log_set": 0, "switch": "beside", "device": "cpu"}
+    added = {"format": 5, "log_set": 0, "switch": "beside", "num_gpus": 0.0}
     assert now == then | added | {"shards": shards, "checksum": now["checksum"]}
 
 
@@ -352,10 +353,10 @@ def test_manifest_of_format_3_is_read() -> None:
     assert Manifest.decode((V3 / "manifest.json").read_bytes(), "manifest.json") == MANIFEST_3
 
 
-def test_manifest_of_format_3_is_written_as_one_of_format_4_that_says_the_same() -> None:
-    assert Manifest.decode(MANIFEST_3.encode(), "manifest.json") == replace(MANIFEST_3, format=4)
+def test_manifest_of_format_3_is_written_as_one_of_format_5_that_says_the_same() -> None:
+    assert Manifest.decode(MANIFEST_3.encode(), "manifest.json") == replace(MANIFEST_3, format=5)
     then, now = json.loads((V3 / "manifest.json").read_bytes()), json.loads(MANIFEST_3.encode())
-    assert now == then | {"format": 4, "device": "cpu", "checksum": now["checksum"]}
+    assert now == then | {"format": 5, "num_gpus": 0.0, "checksum": now["checksum"]}
 
 
 def test_wal_end_of_format_1_is_read() -> None:
@@ -402,7 +403,7 @@ MANIFEST_4 = Manifest(
     attributes={"title": "string"},
     log_set=2,
     switch="beside",
-    device="gpu",
+    num_gpus=0.5,
 )
 
 
@@ -410,5 +411,60 @@ def test_manifest_of_format_4_is_read() -> None:
     assert Manifest.decode((V4 / "manifest.json").read_bytes(), "manifest.json") == MANIFEST_4
 
 
-def test_manifest_of_format_4_is_still_written_the_same() -> None:
-    assert MANIFEST_4.encode() == (V4 / "manifest.json").read_bytes()
+def test_manifest_of_format_4_is_written_as_one_of_format_5_that_says_the_same() -> None:
+    assert Manifest.decode(MANIFEST_4.encode(), "manifest.json") == replace(MANIFEST_4, format=5)
+    then, now = json.loads((V4 / "manifest.json").read_bytes()), json.loads(MANIFEST_4.encode())
+    del then["device"]
+    assert now == then | {"format": 5, "num_gpus": 0.5, "checksum": now["checksum"]}
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "share"), [("gpu", 0.5, 0.5), ("gpu", None, 1.0), ("cpu", 0.5, 0.0), ("cpu", None, 0.0)]
+)
+def test_device_of_format_4_is_read_as_the_share_that_its_replicas_had(
+    device: str, asked: float | None, share: float
+) -> None:
+    """A config that did not say a share meant a whole GPU."""
+    body = json.loads((V4 / "manifest.json").read_bytes()) | {"device": device}
+    del body["checksum"]
+    if asked is None:
+        del body["config"]["index"]["num_gpus"]
+    checksum = checksum_bytes(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    manifest = Manifest.decode(json.dumps(body | {"checksum": checksum}).encode(), "manifest.json")
+    assert (manifest.num_gpus, manifest.device) == (share, device)
+    assert manifest.config.index.num_gpus == asked
+
+
+# --- format 5: the share of a GPU that each replica of a generation has, in the place of its device ------------------
+
+MANIFEST_5 = Manifest(
+    collection="golden",
+    version=18,
+    config=CollectionConfig(
+        dimension=3,
+        metric="l2",
+        id_type="string",
+        shards=1,
+        replicas=2,
+        index=IndexConfig(kind="flat", target_recall=0.95, device="gpu"),
+    ),
+    routing=Routing(shards=1, kind="hash"),
+    generation=6,
+    shards=(ShardEntry(0, (SegmentRef("seg-0001", 5, "xxh3_128:00"),), 14, 3),),
+    created_at="2026-01-02T03:04:05+00:00",
+    writer="nonce-of-the-writer",
+    state="live",
+    format=5,
+    attributes={"title": "string"},
+    log_set=2,
+    switch="beside",
+    num_gpus=0.125,
+)
+
+
+def test_manifest_of_format_5_is_read() -> None:
+    assert Manifest.decode((V5 / "manifest.json").read_bytes(), "manifest.json") == MANIFEST_5
+
+
+def test_manifest_of_format_5_is_still_written_the_same() -> None:
+    assert MANIFEST_5.encode() == (V5 / "manifest.json").read_bytes()

@@ -23,6 +23,7 @@ from cluster.gpu_memory import (
     build_bytes,
     gpu_need,
     host_build_bytes,
+    host_load_bytes,
     index_bytes,
     nn_descent_bytes,
     refusal,
@@ -119,6 +120,19 @@ def test_nn_descent_takes_a_copy_of_the_vectors_and_never_less_than_the_graph() 
 )
 def test_host_memory_of_a_build_is_what_is_trained_on(built: IndexSpec, expected: int) -> None:
     assert host_build_bytes(built, 10**6, 96) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (CAGRA, 10**6 * (CAGRA.params["graph_degree"] * (8 + 4) + 12)),  # links in 64 bits, and again in 32
+        (replace(CAGRA, codes="float16"), 10**6 * (CAGRA.params["graph_degree"] * (8 + 4) + 12)),
+        (IVF_FLAT, 0),
+        (FLAT, 0),
+    ],
+)
+def test_host_memory_of_a_load_is_the_graph_that_is_copied_twice(spec: IndexSpec, expected: int) -> None:
+    assert host_load_bytes(spec, 10**6) == expected
 
 
 def test_need_has_the_margin_and_a_peak_that_is_no_less_than_the_load() -> None:

@@ -144,7 +144,7 @@ def of(device: str, shards: int = 2, replicas: int = 1, **index: Any) -> Collect
 
 
 def facts_for(config: CollectionConfig, total: float, free: float, held: float = 0.0) -> GpuFacts | None:
-    return gpu_for(config, total, free, 1_000, "H100", held, True)
+    return gpu_for(config, config.index.num_gpus or 1.0, total, free, 1_000, "H100", held, True)
 
 
 def test_cpu_takes_no_gpus_however_many_there_are() -> None:
@@ -173,19 +173,19 @@ def test_auto_takes_gpus_where_enough_are_free(
     config: CollectionConfig, total: float, free: float, held: float, enough: bool
 ) -> None:
     told = facts_for(config, total, free, held)
-    assert told == (GpuFacts(int(1_000 * config.index.num_gpus), "H100") if enough else None)
+    assert told == (GpuFacts(int(1_000 * (config.index.num_gpus or 1.0)), "H100") if enough else None)
 
 
 @pytest.mark.parametrize("kind", ["auto", "flat"])
 def test_auto_takes_no_gpus_of_which_no_driver_tells(kind: str) -> None:
-    assert gpu_for(of("auto", kind=kind), 2, 2, None, "", 0, True) is None
-    assert gpu_for(of("auto", kind=kind), 2, 2, 10**9, "", 0, True) is not None
+    assert gpu_for(of("auto", kind=kind), 1.0, 2, 2, None, "", 0, True) is None
+    assert gpu_for(of("auto", kind=kind), 1.0, 2, 2, 10**9, "", 0, True) is not None
 
 
 def test_facts_are_those_of_a_replica_s_share() -> None:
-    told = gpu_for(of("gpu", num_gpus=0.25), 1, 1, 80 * 10**9, "H100", 0, False)
+    told = gpu_for(of("gpu"), 0.25, 1, 1, 80 * 10**9, "H100", 0, False)
     assert told == GpuFacts(20 * 10**9, "H100", builds=False)
-    assert gpu_for(of("gpu"), 2, 2, None, "", 0, True) == GpuFacts()
+    assert gpu_for(of("gpu"), 1.0, 2, 2, None, "", 0, True) == GpuFacts()
 
 
 @pytest.mark.parametrize(
@@ -214,14 +214,19 @@ def test_gpus_that_others_hold_are_unavailable_unless_asked_to_wait() -> None:
     assert facts_for(of("gpu"), 4, 1, held=1) == GpuFacts(1_000, "H100")
 
 
+def test_gpus_that_own_replicas_hold_with_another_share_are_told_so() -> None:
+    with pytest.raises(Unavailable, match=r"take 1 GPUs more, 0 of 2 are free: its own have 2 with another share"):
+        gpu_for(of("gpu"), 0.5, 2, 0, None, "", 0.0, True, held_otherwise=2.0)
+
+
 def test_advice_is_what_can_be_followed() -> None:
     """Of a kind that has no rerank_store of its own, and of one that no CPU serves."""
     message = refused(50_000, kind="cagra", target_recall=1.0)[1]
     assert message.endswith("0.999 at most, 1 is asked for; lower the target, or use kind auto")
     with pytest.raises(Invalid, match="has no GPU: use kind hnsw on device cpu, add"):
-        gpu_for(config_of(kind="cagra"), 0.0, 0.0, None, "", 0.0, builds=False)
+        gpu_for(config_of(kind="cagra"), 1.0, 0.0, 0.0, None, "", 0.0, builds=False)
     with pytest.raises(Invalid, match=r"this cluster has 0\.5: .* num_gpus, kind hnsw on device cpu, or set"):
-        gpu_for(config_of(kind="cagra"), 0.5, 0.5, None, "", 0.0, builds=False)
+        gpu_for(config_of(kind="cagra"), 1.0, 0.5, 0.5, None, "", 0.0, builds=False)
 
 
 def test_compressed_lists_that_do_not_fit_are_told_apart() -> None:

@@ -1,4 +1,4 @@
-"""Devices in what is wanted and led, GPUs as they are counted, and their memory at a switch of generations."""
+"""Shares of GPUs in what is wanted and led, GPUs as they are counted, and their memory at a switch of generations."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from cluster.placement import (
 from cluster.switch_memory import NodeMemory, ReplicaBytes, switch_memory
 from cluster.switch_order import in_switch_order
 
-CPU, GPU = ReplicaKey("words", 0, 1), ReplicaKey("words", 0, 1, "gpu")
-SECOND = ReplicaKey("words", 0, 2, "gpu")
+CPU, GPU = ReplicaKey("words", 0, 1), ReplicaKey("words", 0, 1, 1.0)
+SECOND, QUARTER = ReplicaKey("words", 0, 2, 1.0), ReplicaKey("words", 0, 1, 0.25)
 PATIENCE_S = 5.0
 GIB = 1024**3
 
@@ -39,21 +39,35 @@ GIB = 1024**3
 # --- keys ---------------------------------------------------------------------------------------------------------
 
 
-def test_key_of_a_replica_tells_its_device_where_that_is_a_gpu() -> None:
-    assert [str(key) for key in (CPU, GPU)] == ["words/0/1", "words/0/1/gpu"]
-    assert [ReplicaKey.parse(str(key)) for key in (CPU, GPU)] == [CPU, GPU]
-    assert sorted([GPU, ReplicaKey("words", 1, 0), CPU]) == [CPU, GPU, ReplicaKey("words", 1, 0)]
+def test_key_of_a_replica_tells_its_share_of_a_gpu() -> None:
+    assert [str(key) for key in (CPU, GPU, QUARTER)] == ["words/0/1", "words/0/1/gpu:1", "words/0/1/gpu:0.25"]
+    assert str(ReplicaKey("words", 0, 1, 1)) == str(GPU), "as one is written in a config"
+    assert [key.device for key in (CPU, GPU, QUARTER)] == ["cpu", "gpu", "gpu"]
+    assert sorted([GPU, ReplicaKey("words", 1, 0), QUARTER, CPU]) == [CPU, QUARTER, GPU, ReplicaKey("words", 1, 0)]
 
 
-@pytest.mark.parametrize("text", ["words/0/1/cpu", "words/0/1/gpu/0", "words/0", "words/0/x"])
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.125, 0.25, 1 / 3, 0.3333333, 0.001, 0.1])
+def test_key_of_a_replica_survives_its_text(share: float) -> None:
+    key = ReplicaKey("words", 0, 1, share)
+    assert ReplicaKey.parse(str(key)) == key
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "words/0/1/cpu", "words/0/1/gpu", "words/0/1/gpu:0", "words/0/1/gpu:1/0", "words/0/1/gpu:2",
+        "words/0/1/gpu:nan", "words/0/1/gpu:-1", "words/0/1/gpu:1.0", "words/0/1/0.25", "words/0/1/gpu:x", "words/0",
+        "words/0/x",
+    ],
+)  # fmt: skip
 def test_text_that_is_no_key_is_refused(text: str) -> None:
     with pytest.raises(ValueError):  # of int(), of the unpacking, or its own
         ReplicaKey.parse(text)
 
 
-def test_replicas_of_a_generation_are_on_its_device() -> None:
+def test_replicas_of_a_generation_have_its_share() -> None:
     config = CollectionConfig(2, replicas=2)
-    assert replicas_of("words", config, 1, "gpu") == [ReplicaKey("words", 0, number, "gpu") for number in range(2)]
+    assert replicas_of("words", config, 1, 0.25) == [ReplicaKey("words", 0, number, 0.25) for number in range(2)]
 
 
 def test_generation_is_held_where_its_own_replicas_hold_it() -> None:
@@ -96,14 +110,16 @@ def test_lead_goes_to_a_replica_that_stays(
 # --- in which order they load -------------------------------------------------------------------------------------
 
 
-def test_replicas_on_two_devices_do_not_wait_for_each_other() -> None:
-    """Those on CPUs have to load a newer version of what is served, those on GPUs the generation that comes."""
-    old = WantedReplica(3, 1, 1, 0.0, served=3, served_generation=1)
-    new = WantedReplica(4, 2, 1, 0.0, 1.0)
-    wanted = {ReplicaKey("words", 0, number, "cpu"): old for number in range(2)}
-    wanted |= {ReplicaKey("words", 0, number, "gpu"): new for number in range(2)}
+@pytest.mark.parametrize(("before", "after"), [(0.0, 1.0), (1.0, 0.25)])
+def test_replicas_with_two_shares_do_not_wait_for_each_other(before: float, after: float) -> None:
+    """The old ones have to load a newer version of what is served, the others the generation that comes."""
+    old = WantedReplica(3, 1, 1, 0.0, before, served=3, served_generation=1)
+    new = WantedReplica(4, 2, 1, 0.0, after)
+    wanted = {ReplicaKey("words", 0, number, before): old for number in range(2)}
+    wanted |= {ReplicaKey("words", 0, number, after): new for number in range(2)}
     observed = {
-        key: ObservedReplica("ready", 1, (1,)) if key.device == "cpu" else ObservedReplica("failed") for key in wanted
+        key: ObservedReplica("ready", 1, (1,)) if key.num_gpus == before else ObservedReplica("failed")
+        for key in wanted
     }
     ordered = in_switch_order(plan(wanted, observed), wanted, observed)
     assert set(ordered) == {Load(key, one.version) for key, one in wanted.items()}
@@ -137,6 +153,24 @@ def test_gpus_of_a_cluster_are_those_of_its_nodes_and_the_smallest_memory_counts
 def test_of_free_gpus_those_count_that_can_be_had_in_shares_of_one(
     free: list[float], num_gpus: float, held: float, usable: float
 ) -> None:
+    own = {num_gpus: held}
+    assert ClusterGpus.of([4.0], free, []).free_in_shares(num_gpus, own) == pytest.approx(usable)
+
+
+@pytest.mark.parametrize(
+    ("free", "num_gpus", "held", "usable"),
+    [
+        ([0.8], 0.5, {0.6: 1.2}, 0.0),  # 0.4 of each of two GPUs
+        ([0.8], 0.25, {0.6: 1.2}, 0.5),
+        ([0.8], 0.4, {0.6: 1.2}, 0.5),  # two fit one GPU, with a rest
+        ([1.0], 0.5, {1.0: 1.0}, 1.0),
+        ([0.5], 0.25, {0.25: 0.25, 0.125: 0.25}, 0.5),
+        ([0.6], 0.5, {0.7: 1.4}, 0.0),
+    ],
+)
+def test_what_own_replicas_with_another_share_leave_of_their_gpus_counts_where_it_holds_a_share(
+    free: list[float], num_gpus: float, held: dict[float, float], usable: float
+) -> None:
     assert ClusterGpus.of([4.0], free, []).free_in_shares(num_gpus, held) == pytest.approx(usable)
 
 
@@ -166,7 +200,7 @@ def test_segments_are_added_for_the_device_of_the_generation_by_kinds_that_cpus_
 
 
 def test_replica_that_lost_its_gpu_is_ended_while_another_of_its_shard_has_one() -> None:
-    one, two, other = (ReplicaKey("words", *numbers, "gpu") for numbers in ((0, 0), (0, 1), (1, 0)))
+    one, two, other = (ReplicaKey("words", *numbers, 1.0) for numbers in ((0, 0), (0, 1), (1, 0)))
     wanted = dict.fromkeys([one, two, other], WantedReplica(7, 3, 2, 1.0, 1.0, served=6, served_generation=2))
     well, lost = ObservedReplica("ready", 7, (2, 3)), ObservedReplica("ready", 7, (2, 3), gpu_lost=True)
     alone = {one: well, two: well, other: lost}
@@ -180,7 +214,7 @@ def test_replica_that_lost_its_gpu_is_ended_while_another_of_its_shard_has_one()
     assert plan(wanted, {**alone, one: mute, two: mute, other: mute}) == [Stop(one), Stop(two), Stop(other)]
 
 
-FIRST, NEXT, MORE = (ReplicaKey("words", 0, number, "gpu") for number in range(3))
+FIRST, NEXT, MORE = (ReplicaKey("words", 0, number, 1.0) for number in range(3))
 WELL = ObservedReplica("ready", 7, (3,), on_gpu=True)
 LOST = ObservedReplica("ready", 7, (3,), gpu_lost=True)
 NO_GPU = ObservedReplica("ready", 7, (3,))  # its process found none: the twin answers
@@ -266,10 +300,10 @@ def test_all_lost_gpus_of_a_shard_are_had_again_while_one_replica_answers_at_any
 
 def test_none_stands_in_on_cpus_and_each_shard_has_its_own() -> None:
     cpu = ReplicaKey("words", 0, 0)
-    other = ReplicaKey("words", 1, 0, "gpu")
+    other = ReplicaKey("words", 1, 0, 1.0)
     wanted = dict.fromkeys([cpu, FIRST, other], WantedReplica(7, 3, 1, 1.0, served=7, served_generation=3))
     assert stand_ins(wanted, {cpu: LOST, FIRST: LOST, other: WELL}).keys() == {NEXT}
-    assert stand_ins(wanted, {FIRST: LOST, other: LOST}).keys() == {NEXT, ReplicaKey("words", 1, 1, "gpu")}
+    assert stand_ins(wanted, {FIRST: LOST, other: LOST}).keys() == {NEXT, ReplicaKey("words", 1, 1, 1.0)}
 
 
 def test_replica_that_stands_in_keeps_nothing_back_and_counts_where_its_shard_has_no_other() -> None:
@@ -279,6 +313,20 @@ def test_replica_that_stands_in_keeps_nothing_back_and_counts_where_its_shard_ha
     assert publishable(wanted, {FIRST: STARTS, NEXT: WELL}, 3), "a new supervisor finds it answering alone"
     assert not publishable(wanted, {FIRST: LOADS, NEXT: WELL}, 3)
     assert not publishable(wanted, {FIRST: STARTS, NEXT: LOADS}, 3)
+
+
+def test_replica_with_another_share_does_not_answer_for_one_that_lost_its_gpu() -> None:
+    """It is to take over, and only holds what is served because it seals."""
+    old = WantedReplica(2, 2, 1, 1.0, 1.0, served=2, served_generation=2)
+    wanted = {GPU: old, QUARTER: WantedReplica(3, 3, 1, 1.0, 0.25)}
+    well, lost = ObservedReplica("ready", 3, (2, 3)), ObservedReplica("ready", 2, (2,), gpu_lost=True)
+    assert plan(wanted, {GPU: lost, QUARTER: well}) == []
+    assert (
+        plan(
+            wanted, {GPU: ObservedReplica("ready", 2, (2,)), QUARTER: ObservedReplica("ready", 3, (3,), gpu_lost=True)}
+        )
+        == []
+    )
 
 
 # --- memory of a switch -------------------------------------------------------------------------------------------

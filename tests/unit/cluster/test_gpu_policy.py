@@ -149,7 +149,8 @@ def test_full_gpu_is_refused_with_numbers_that_would_do() -> None:
     assert field == "index.gpu_full"
     needed = [int(each) for each in re.findall(r"takes (\d+) bytes of GPU memory, 10000000000 can be had", message)]
     assert len(needed) == 2  # in float32 and in float16
-    assert message.endswith(": raise num_gpus, use more shards, or set gpu_full to step_down")
+    assert message.endswith(": use more shards, or set gpu_full to step_down")
+    assert ": raise num_gpus, use more shards" in refused(count, small, gpu_full="refuse", num_gpus=0.5)[1]
     while True:  # what loads may still not fit while it is built
         facts = GpuFacts(min(needed))
         try:
@@ -218,7 +219,7 @@ def test_auto_considers_both_and_says_why_the_others_were_not_taken() -> None:
 def test_auto_serves_what_no_gpu_takes_on_the_cpu(options: dict[str, Any]) -> None:
     config = config_of(device="auto", **options)
     assert plan_index(2_000_000, config, gpu=H100) == plan_index(2_000_000, config)
-    assert gpu_for(config, 4, 4, 10**10, "", 0, True) is None
+    assert gpu_for(config, 1.0, 4, 4, 10**10, "", 0, True) is None
 
 
 # ---- what holds for every input

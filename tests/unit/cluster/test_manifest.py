@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from cluster import paths
-from cluster.config import CollectionConfig, Device, IndexConfig, ServedOn
+from cluster.config import CollectionConfig, Device, IndexConfig
 from cluster.errors import Conflict, Corrupt, Fenced, Invalid, NotFound, Unavailable
 from cluster.manifest import (
     Manifest,
@@ -92,7 +92,7 @@ def test_create_commits_version_one_without_points() -> None:
         created_at="2026-01-02T03:04:05+00:00",
         writer="w-1",
         state="live",
-        format=4,
+        format=5,
         attributes={},
     )
     assert manifest_keys(store) == ["collections/c/manifest/00000000000000000001.json"]
@@ -127,35 +127,42 @@ def test_commit_generation_counts_versions_and_generations() -> None:
     assert log.read(1) == parent
 
 
-@pytest.mark.parametrize(("asked", "device"), [("auto", "cpu"), ("cpu", "cpu"), ("gpu", "gpu")])
-def test_create_serves_on_a_gpu_only_where_one_is_asked_for(asked: Device, device: ServedOn) -> None:
-    """What "auto" comes to is decided when something is built."""
+@pytest.mark.parametrize(
+    ("asked", "num_gpus", "share"),
+    [("auto", None, 0.0), ("auto", 0.5, 0.0), ("cpu", 0.5, 0.0), ("gpu", None, 0.125), ("gpu", 0.5, 0.5)],
+)
+def test_create_serves_on_a_gpu_only_where_one_is_asked_for(
+    asked: Device, num_gpus: float | None, share: float
+) -> None:
+    """What "auto" comes to is decided when something is built, and so is the share where the config leaves that."""
     log = log_of(MemoryStore())
-    manifest, _ = log.create(replace(CONFIG, index=IndexConfig(device=asked)))
-    assert manifest.device == device
-    assert log.newest_live().device == device
+    manifest, _ = log.create(replace(CONFIG, index=IndexConfig(device=asked, num_gpus=num_gpus)))
+    assert (manifest.num_gpus, manifest.device) == (share, "gpu" if share else "cpu")
+    assert log.newest_live().num_gpus == share
+    assert log.newest_live().config.index.num_gpus == num_gpus
 
 
-def test_commits_within_a_generation_keep_its_device() -> None:
+def test_commits_within_a_generation_keep_its_share_of_a_gpu() -> None:
     store = MemoryStore()
     log = log_of(store)
-    base = log.commit_generation(None, CONFIG, (ShardEntry(0), ShardEntry(1)), device="gpu")
-    assert base.device == "gpu"
-    assert log.declare_attributes({"word": "string"}).device == "gpu"
+    base = log.commit_generation(None, CONFIG, (ShardEntry(0), ShardEntry(1)), num_gpus=0.25)
+    assert (base.num_gpus, base.device) == (0.25, "gpu")
+    assert log.declare_attributes({"word": "string"}).num_gpus == 0.25
     sealed_entry = ShardEntry(0, (put_segment(store, "s0"),), 3, 1)
-    assert log.commit_shards(log.newest_live(), {0: sealed_entry}).device == "gpu"
-    assert log.delete().device == "gpu"
-    assert log.create(CONFIG)[0].device == "cpu"
+    assert log.commit_shards(log.newest_live(), {0: sealed_entry}).num_gpus == 0.25
+    assert log.delete().num_gpus == 0.25
+    assert (again := log.create(CONFIG)[0]).num_gpus == 0.0
+    assert again.device == "cpu"
 
 
-@pytest.mark.parametrize(("device", "switch"), [("gpu", "one_at_a_time"), ("cpu", "beside")])
-def test_a_generation_on_another_device_is_loaded_beside_what_is_served(device: ServedOn, switch: Switch) -> None:
+@pytest.mark.parametrize(("num_gpus", "switch"), [(0.25, "one_at_a_time"), (0.5, "beside"), (0.0, "beside")])
+def test_a_generation_with_another_share_is_loaded_beside_what_is_served(num_gpus: float, switch: Switch) -> None:
     """Other replicas load it: none of them has anything to drop first."""
     log = log_of(MemoryStore())
-    base = log.commit_generation(None, CONFIG, (ShardEntry(0), ShardEntry(1)), device="gpu")
+    base = log.commit_generation(None, CONFIG, (ShardEntry(0), ShardEntry(1)), num_gpus=0.25)
     log.declare_attributes({"word": "string"})
-    manifest = log.commit_generation(base, CONFIG, base.shards, switch="one_at_a_time", device=device)
-    assert (manifest.device, manifest.switch) == (device, switch)
+    manifest = log.commit_generation(base, CONFIG, base.shards, switch="one_at_a_time", num_gpus=num_gpus)
+    assert (manifest.num_gpus, manifest.switch) == (num_gpus, switch)
 
 
 def test_config_that_a_generation_was_built_for_has_its_device() -> None:
@@ -417,8 +424,11 @@ BACK = [
         (replace(FULL, version=4), PARENT, ["version 4 does not follow 2"]),
         (replace(FULL, version=2), PARENT, ["version 2 does not follow 2"]),
         (FULL, replace(PARENT, generation=3), ["generation 2 goes back from 3"]),
-        (FULL, replace(PARENT, generation=1, device="gpu"), []),
-        (FULL, replace(PARENT, device="gpu"), ["generation 2 goes from gpu to cpu"]),
+        (FULL, replace(PARENT, generation=1, num_gpus=1.0), []),
+        (FULL, replace(PARENT, num_gpus=1.0), ["generation 2 goes from 1.0 to 0.0 GPUs"]),
+        (replace(FULL, num_gpus=0.25), replace(PARENT, num_gpus=0.5), ["generation 2 goes from 0.5 to 0.25 GPUs"]),
+        (replace(FULL, num_gpus=1.5), None, ["1.5 is no share of a GPU"]),
+        (replace(FULL, num_gpus=0.0001), None, ["0.0001 is no share of a GPU"]),
         (FULL, replace(PARENT, generation=3, state="deleted"), []),
         (replace(FULL, routing=Routing(3)), None, ["shards are not 0 to 2"]),
         (replace(FULL, shards=(ShardEntry(1), ShardEntry(0))), None, ["shards are not 0 to 1"]),
@@ -492,7 +502,7 @@ def test_manifest_checksum_covers_every_field() -> None:
         "attributes": {"a": "int64"},
         "log_set": 2,
         "switch": "one_at_a_time",
-        "device": "gpu",
+        "num_gpus": 1.0,
         "checksum": "xxh3_128:00",
     }
     assert set(changes) | {"format"} == set(body)
@@ -553,8 +563,8 @@ def test_sealed_manifest_without_changes_is_read() -> None:
 
 
 def test_manifest_of_a_later_format_says_which_are_read() -> None:
-    with pytest.raises(Corrupt, match=r"^k: format 5, this version reads 1 to 4$"):
-        Manifest.decode(sealed(format=5), "k")
+    with pytest.raises(Corrupt, match=r"^k: format 6, this version reads 1 to 5$"):
+        Manifest.decode(sealed(format=6), "k")
 
 
 @pytest.mark.parametrize(
@@ -565,12 +575,18 @@ def test_manifest_of_a_later_format_says_which_are_read() -> None:
         b"[]",
         b"{}",
         b"[" * 100_000,
-        sealed(format=5),
+        sealed(format=6),
         sealed(format=0),
-        sealed(format="4"),
-        sealed(format=3),  # with a field that format 3 did not have
-        sealed(device=None),
-        sealed(device="auto"),
+        sealed(format="5"),
+        sealed(device="gpu"),  # a field that format 5 does not have any more
+        sealed(num_gpus=None),
+        sealed(num_gpus="1"),
+        sealed(num_gpus=True),
+        sealed(num_gpus=-0.5),
+        sealed(format=4),  # with a field that format 4 did not have
+        sealed(format=4, num_gpus=None),
+        sealed(format=4, num_gpus=None, device="auto"),
+        sealed(format=3),
         sealed(format=2),  # with fields that format 2 did not have
         sealed(log_set=None),
         sealed(log_set=-1),
@@ -950,7 +966,7 @@ def test_collection_of_format_1_goes_on_as_before() -> None:
     old = replace(FULL, version=1, shards=(ShardEntry(0, (ref,)), ShardEntry(1)), attributes={}, format=1)
     body = json.loads(old.encode()) | {"format": 1}
     del body["attributes"], body["checksum"]
-    del body["log_set"], body["switch"], body["device"]
+    del body["log_set"], body["switch"], body["num_gpus"]
     for entry in body["shards"]:
         for name in ("applied_lsn", "epoch", "tombstones", "behind"):
             del entry[name]
@@ -961,7 +977,7 @@ def test_collection_of_format_1_goes_on_as_before() -> None:
     base = log.newest_live()
     assert base == old
     assert log.wal_ends(base, 2) == (ShardEntry(0), ShardEntry(1))
-    assert log.declare_attributes({"word": "string"}).format == 4
+    assert log.declare_attributes({"word": "string"}).format == 5
     assert log.commit_generation(base, base.config, base.shards).generation == 3
     log.delete()
     manifest, created = log.create(CONFIG)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config import CollectionConfig, IndexConfig, Settings
+from cluster.config import CollectionConfig, Settings
 from cluster.errors import Invalid
 from cluster.placement import (
     NEAR_RECORDS,
@@ -27,7 +27,6 @@ from cluster.placement import (
     may_end_logs,
     plan,
     publishable,
-    replica_resources,
     replicas_of,
     search_threads,
 )
@@ -370,12 +369,6 @@ def test_chosen_replica_is_ready_and_no_other_leads_or_was_asked_a_moment_ago(
 def test_replicas_of_a_collection_are_all_pairs() -> None:
     config = CollectionConfig(dimension=2, shards=9, replicas=2)  # the manifest's shards count, not the config's
     assert replicas_of("a", config, 2) == [A0, A0_SECOND, A1, ReplicaKey("a", 1, 1)]
-
-
-@pytest.mark.parametrize(("device", "resources"), [("cpu", (0.5, 0.0)), ("gpu", (0.5, 0.25))])
-def test_replica_resources_ask_for_a_gpu_only_where_wanted(device: Any, resources: tuple[float, float]) -> None:
-    config = CollectionConfig(dimension=2, index=IndexConfig(num_gpus=0.25))
-    assert replica_resources(config, Settings(data="memory://x", shard_cpus=0.5), device) == resources
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ DESCRIPTION: dict[str, Any] = {
     "version": 4,
     "generation": 3,
     "device": "cpu",
+    "num_gpus": 0.0,
     "serving_generation": 3,
     "ready": True,
     "reason": "",

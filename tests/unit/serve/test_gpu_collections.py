@@ -24,7 +24,7 @@ from cluster.placement import ReplicaKey
 from cluster.routing import Routing
 from serve.arrow_bodies import ARROW
 from serve.descriptions import describe_collection
-from serve.explain import print_explanation
+from serve.explain import explanation, print_explanation
 from serve.gpu_checks import check_new_collection
 from serve.job_bodies import check_create
 from serve.job_words import plan_lines
@@ -44,7 +44,7 @@ WORDS, SEARCH = "/v1/collections/words", "/v1/collections/words/points:search"
 CONFIG = gpu_config("flat", cpu_twin=True)
 POINTS = gpu_points(CONFIG)
 QUERIES = random_vectors(CONFIG, 3, seed=5)
-ON_GPU = {"dimension": 8, "index": {"device": "gpu"}}
+ON_GPU = {"dimension": 8, "index": {"device": "gpu", "num_gpus": 1.0}}
 TWO_GPUS, BUSY = ClusterGpus(2.0, 2.0), ClusterGpus(2.0, 0.0)
 
 
@@ -79,7 +79,8 @@ def test_collection_that_waits_for_gpus_is_taken_and_says_what_it_waits_for(tmp_
         creating = asyncio.create_task(endpoint.http.put(WORDS, json={"dimension": 8, "index": index}))
         await until(lambda: endpoint.services.known("words"))
         described = (await endpoint.http.get(WORDS)).json()
-        assert (described["device"], described["ready"], gpus.doubles) == ("gpu", False, [])
+        assert (described["device"], described["num_gpus"]) == ("gpu", 0.125), "the least: there are no points"
+        assert (described["ready"], gpus.doubles) == (False, [])
         endpoint.eagleray.runtime.add_gpus(1.0)
         assert (await creating).status_code == 201
         (replica,) = (await endpoint.http.get(WORDS)).json()["shards"][0]["replicas"]
@@ -96,6 +97,29 @@ def test_collection_that_has_its_gpus_is_created_again_without_a_change(tmp_path
         assert "0 of 1 are free" in problem(await endpoint.http.put("/v1/collections/more", json=ON_GPU), 503)["detail"]
         assert (await endpoint.http.put(WORDS, json=ON_GPU)).status_code == 200
         problem(await endpoint.http.put(WORDS, json={"dimension": 8}), 409)
+
+    run_with_gpus(scenario, tmp_path, total=1.0)
+
+
+def test_collection_that_leaves_its_share_open_is_created_again_without_a_change(tmp_path: Path) -> None:
+    """Eight of them share a GPU while they are empty; the config says nothing of that."""
+    open_share = {"dimension": 8, "index": {"device": "gpu"}}
+
+    async def scenario(endpoint: Endpoint, gpus: Gpus) -> None:
+        created = await endpoint.create("words", **open_share)
+        assert (created["num_gpus"], "num_gpus" in created["config"]["index"]) == (0.125, False)
+        (replica,) = created["shards"][0]["replicas"]
+        assert (replica["device"], replica["num_gpus"]) == ("gpu", 0.125)
+        assert (await endpoint.http.put(WORDS, json=open_share)).status_code == 200
+        null = {"dimension": 8, "index": {"device": "gpu", "num_gpus": None}}
+        assert (await endpoint.http.put(WORDS, json=null)).status_code == 200
+        problem(await endpoint.http.put(WORDS, json=ON_GPU), 409)
+        described_by("Collection").validate(created)
+        for number in range(7):
+            await endpoint.create(f"more-{number}", **open_share)
+        assert endpoint.eagleray.runtime.free_gpus == 0.0
+        full = problem(await endpoint.http.put("/v1/collections/last", json=open_share), 503)
+        assert "take 0.125 GPUs more, 0 of 1 are free" in full["detail"]
 
     run_with_gpus(scenario, tmp_path, total=1.0)
 
@@ -123,7 +147,8 @@ def new(counted: ClusterGpus, exists: bool = False, shards: int = 1, **index: An
         (NO_GPUS, {"kind": "cagra"}, "index.kind"),
         (TWO_GPUS, {"kind": "cagra", "device": "cpu"}, "index.kind"),
         (TWO_GPUS, {"kind": "hnsw", "device": "gpu"}, "index.kind"),
-        (TWO_GPUS, {"device": "gpu", "shards": 3}, "index.device"),
+        (TWO_GPUS, {"device": "gpu", "num_gpus": 1.0, "shards": 3}, "index.device"),
+        (TWO_GPUS, {"device": "gpu", "shards": 17}, "index.device"),
     ],
 )
 def test_new_collection_on_gpus_is_refused_by_field(counted: ClusterGpus, index: Any, field: str) -> None:
@@ -133,7 +158,8 @@ def test_new_collection_on_gpus_is_refused_by_field(counted: ClusterGpus, index:
 
 
 def test_new_collection_on_gpus_is_taken_where_they_are_or_are_waited_for() -> None:
-    new(TWO_GPUS, device="gpu", shards=2)
+    new(TWO_GPUS, device="gpu", num_gpus=1.0, shards=2)
+    new(TWO_GPUS, device="gpu", shards=16)
     new(TWO_GPUS, device="gpu", kind="cagra")
     new(TWO_GPUS, kind="cagra")
     new(BUSY, kind="cagra")  # without points it needs none yet
@@ -173,10 +199,14 @@ def test_create_of_an_import_is_checked_with_the_gpus_that_there_are() -> None:
 
 def test_rebuild_on_gpus_counts_those_that_its_collection_has(tmp_path: Path) -> None:
     async def scenario(endpoint: Endpoint, gpus: Gpus) -> None:
-        await publish(endpoint, CONFIG, POINTS)
+        await publish(endpoint, gpu_config("flat", num_gpus=1.0), POINTS)
         url = f"{WORDS}/jobs"
         response = await endpoint.http.post(url, json={"kind": "rebuild", "index": {"kind": "ivf_flat"}})
         assert response.status_code == 202, response.text
+        response = await endpoint.http.post(url, json={"kind": "rebuild", "index": {"num_gpus": None}})
+        assert response.status_code == 202, "the build chooses, and may keep what is there"
+        other = problem(await endpoint.http.post(url, json={"kind": "rebuild", "index": {"num_gpus": 0.5}}), 503)
+        assert "its own have 1 with another share" in other["detail"]
         assert (await endpoint.http.post(url, json=import_of())).status_code == 202
         wrong = {"kind": "rebuild", "index": {"kind": "hnsw"}}
         assert "flat" in problem(await endpoint.http.post(url, json=wrong), 400, "index.kind")["detail"]
@@ -219,7 +249,7 @@ def test_answer_of_a_gpu_says_nothing_and_that_of_its_twin_that_it_is_degraded(t
         place = {"collection": "words", "coordinator": "endpoint-1"}
         assert value(samples, "eagleray_degraded_searches_total", **place) == 2
         assert value(samples, "eagleray_queries_total", outcome="ok", **place) == 5
-        of_replica = {"collection": "words", "shard": "0", "replica": "0"}
+        of_replica = {"collection": "words", "shard": "0", "replica": "0", "num_gpus": "1"}
         assert value(samples, "eagleray_replica_degraded", **of_replica) == 1
         assert value(samples, "eagleray_gpu_out_of_memory_searches", **of_replica) == 1
         assert (await endpoint.http.get("/readyz")).status_code == 200
@@ -321,7 +351,7 @@ SEGMENT: dict[str, Any] = {
     "built": {}, "operating_points": [POINT | {"queries_per_s": 0.0}],
 }  # fmt: skip
 MANIFEST = Manifest(
-    "words", 3, gpu_config("flat"), Routing(1), 2, (ShardEntry(0),), created_at="", writer="", device="gpu"
+    "words", 3, gpu_config("flat"), Routing(1), 2, (ShardEntry(0),), created_at="", writer="", num_gpus=0.5
 )
 
 
@@ -335,17 +365,17 @@ def described_as(*statuses: tuple[ReplicaKey, ReplicaStatus], serving: int = 2) 
     return describe_collection(facts_of(MANIFEST, serving, dict(statuses)), None)
 
 
-def on(device: Any, number: int = 0) -> ReplicaKey:
-    return ReplicaKey("words", 0, number, device)
+def on(share: float, number: int = 0) -> ReplicaKey:
+    return ReplicaKey("words", 0, number, share)
 
 
 def test_replica_tells_what_its_indexes_take_of_its_gpu_beside_what_was_predicted() -> None:
     described = described_as(
-        (on("gpu"), replica(THERE, NOT_THERE, degraded="segment s: no room")),
-        (on("gpu", 1), replica(THERE, UNMEASURED)),
-        (on("gpu", 2), replica(NOT_THERE, gpu=None, degraded="no driver")),
+        (on(0.5), replica(THERE, NOT_THERE, degraded="segment s: no room")),
+        (on(0.5, 1), replica(THERE, UNMEASURED)),
+        (on(0.5, 2), replica(NOT_THERE, gpu=None, degraded="no driver")),
     )
-    assert described["device"] == "gpu"
+    assert (described["device"], described["num_gpus"]) == ("gpu", 0.5)
     full, unmeasured, without = described["shards"][0]["replicas"]
     sums = ("index_predicted_bytes", "index_measured_bytes", "out_of_memory")
     assert [full["gpu"][name] for name in sums] == [4_000, 4_096, 4]
@@ -354,7 +384,10 @@ def test_replica_tells_what_its_indexes_take_of_its_gpu_beside_what_was_predicte
     assert (without["gpu"], without["degraded"]) == (None, "no driver")
     samples = parsed(render({}, [described]).decode())
     told = {
-        name: [samples.get((f"eagleray_{name}", frozenset(place(number).items()))) for number in range(3)]
+        name: [
+            samples.get((f"eagleray_{name}", frozenset((place(number) | {"num_gpus": "0.5"}).items())))
+            for number in range(3)
+        ]
         for name in (
             "gpu_index_predicted_bytes",
             "gpu_index_measured_bytes",
@@ -374,16 +407,21 @@ def place(number: int) -> dict[str, str]:
     return {"collection": "words", "shard": "0", "replica": str(number)}
 
 
-def test_replicas_of_both_devices_are_told_apart_while_one_takes_over() -> None:
+@pytest.mark.parametrize(("share", "device", "words"), [(0.0, "cpu", "cpu"), (1.0, "gpu", "1 GPU")])
+def test_replicas_with_two_shares_are_told_apart_while_one_takes_over(share: float, device: str, words: str) -> None:
     before = ReplicaStatus("ready", (2, 3), (1, 2), points=9, lsn=8, epoch=1)
-    described = described_as((on("cpu"), before), (on("gpu"), replica(SEGMENT | THERE, lsn=7)), serving=1)
+    described = described_as((on(share), before), (on(0.5), replica(SEGMENT | THERE, lsn=7)), serving=1)
     (shard,) = described["shards"]
-    assert [(each["replica"], each["device"]) for each in shard["replicas"]] == [(0, "cpu"), (0, "gpu")]
-    assert (shard["points"], shard["segments"]) == (5, [SEGMENT | THERE])  # as the device has it that is going to serve
+    told = {(each["replica"], each["device"], each["num_gpus"]) for each in shard["replicas"]}
+    assert told == {(0, device, share), (0, "gpu", 0.5)}
+    assert (shard["points"], shard["segments"]) == (5, [SEGMENT | THERE])  # as those have it that are going to serve
     samples = parsed(render({}, [described]).decode())  # no series twice
-    assert [value(samples, "eagleray_lsn", device=device, **place(0)) for device in ("cpu", "gpu")] == [8.0, 7.0]
-    assert ("eagleray_replica_degraded", frozenset(place(0).items())) in samples
-    assert "ready (cpu), ready (gpu)" in printed(print_collection, described)
+    old, new = {"device": device, "num_gpus": f"{share:g}"}, {"device": "gpu", "num_gpus": "0.5"}
+    assert [value(samples, "eagleray_lsn", **which, **place(0)) for which in (old, new)] == [8.0, 7.0]
+    assert ("eagleray_replica_degraded", frozenset((place(0) | {"num_gpus": "0.5"}).items())) in samples
+    printed_of = printed(print_collection, described)
+    assert f"ready ({words})" in printed_of
+    assert "ready (0.5 GPU)" in printed_of
 
 
 def test_switch_to_gpus_says_what_their_replicas_wait_for() -> None:
@@ -394,23 +432,26 @@ def test_switch_to_gpus_says_what_their_replicas_wait_for() -> None:
         (replace(waits, error=""), "starts"),
         (replica(generations=()), "loads it"),
     ):
-        described = described_as((on("cpu"), before), (on("gpu"), status), serving=1)
+        described = described_as((on(0.0), before), (on(0.5), status), serving=1)
         assert described["switching"] == f"switching to generation 2: shard 0 {words}"
 
 
 def test_status_says_which_replicas_are_degraded_and_why() -> None:
     described = described_as(
-        (on("gpu"), replica(SEGMENT | THERE)), (on("gpu", 1), replica(SEGMENT | NOT_THERE, degraded="s: no room"))
+        (on(0.5), replica(SEGMENT | THERE)), (on(0.5, 1), replica(SEGMENT | NOT_THERE, degraded="s: no room"))
     )
     text = printed(print_collection, described)
-    assert "generation 2 on GPUs, ready" in text
+    assert "generation 2 on GPUs, 0.5 a replica, ready" in text
     assert "shard 0, replica 1: degraded, the CPU answers: s: no room\n" in text
     assert "replica 0: degraded" not in text
     assert "GPU bytes" in text
     assert "4.1 kB" in text
     described["shards"][0]["segments"] = [SEGMENT | NOT_THERE]
     why = "on the GPU: not there, out of memory in 1 searches; the CPU answers: no room"
-    assert why in printed(print_explanation, described)
+    explained = printed(print_explanation, described)
+    assert why in explained
+    assert "\neach replica has 0.5 of a GPU\n" in explained
+    assert explanation(described)["num_gpus"] == 0.5
 
 
 def test_status_says_which_replica_stands_in_and_what_it_waits_for() -> None:
@@ -477,7 +518,12 @@ def test_plan_takes_the_memory_of_a_gpu_that_there_would_be() -> None:
 
 def test_plan_of_a_job_tells_what_it_takes_of_gpus() -> None:
     gpu = {"name": "L4", "memory_bytes": 12_000_000_000, "num_gpus": 0.5, "predicted_bytes": 7_000_000_000}
+    gpu |= {"num_gpus_reason": "half a GPU holds twice its 3500000000 bytes"}
     (line,) = plan_lines({"gpu": gpu | {"built_on": "gpu"}})
-    assert line == "served on L4: 0.5 GPU (12.0 GB) a replica; indexes take 7.0 GB there as predicted; built on a GPU"
-    (line,) = plan_lines({"gpu": gpu | {"name": "", "memory_bytes": None, "num_gpus": 1.0, "built_on": "cpu"}})
+    assert line == (
+        "served on L4: 0.5 GPU (12.0 GB) a replica (half a GPU holds twice its 3500000000 bytes); indexes take 7.0 GB "
+        "there as predicted; built on a GPU"
+    )
+    unknown = {"name": "", "memory_bytes": None, "num_gpus": 1.0, "num_gpus_reason": "", "built_on": "cpu"}
+    (line,) = plan_lines({"gpu": gpu | unknown})
     assert line == "served on GPUs: 1 GPU a replica; indexes take 7.0 GB there as predicted; built on a CPU"

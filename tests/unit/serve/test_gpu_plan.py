@@ -49,7 +49,8 @@ def test_plan_for_a_gpu_prints_its_bytes_and_dashes_for_what_was_not_measured() 
     assert of_cpu[2] == "-"
     assert "-" not in of_cpu[3:6]
     there = f"{bytes_text(need.index)} of index, {bytes_text(need.search)} for a search of the largest batch"
-    assert f"  on 1 GPU: {there}, {bytes_text(PROCESS_BYTES)} of process; {bytes_text(need.build)} to build" in output
+    share = f"0.25 GPU, since a quarter of a GPU holds twice its {spec.gpu_bytes} bytes"
+    assert f"  on {share}: {there}, {bytes_text(PROCESS_BYTES)} of process; {bytes_text(need.build)} to build" in output
     assert f"\ntotal: {bytes_text(spec.predicted_bytes)}; times are" in output
 
 
@@ -57,6 +58,10 @@ def test_plan_as_data_has_null_for_what_was_not_measured() -> None:
     told = planned().to_dict()
     assert (told["predicted_build_seconds_per_shard"], told["predicted_queries_per_s"]) == (None, None)
     assert told["index"]["device"] == "gpu"
+    assert told["num_gpus"] == 0.25
+    assert told["num_gpus_reason"].startswith("a quarter of a GPU holds")
+    on_cpus = planned(device="cpu").to_dict()
+    assert (on_cpus["num_gpus"], on_cpus["num_gpus_reason"]) == (0.0, "")
     assert {each.get("device", "cpu") for each in told["considered"]} == {"cpu", "gpu"}
 
 

@@ -143,15 +143,15 @@ def test_gauges_tell_the_observed_recall_of_every_replica_and_generation() -> No
     described = describe_collection(facts_of(manifest, 2, statuses), None)
     assert [shard["observed"] for shard in described["shards"]] == [
         [
-            {"replica": 0, "device": "cpu"} | one,
-            {"replica": 0, "device": "cpu"} | two,
-            {"replica": 1, "device": "cpu"} | two,
+            {"replica": 0, "device": "cpu", "num_gpus": 0.0} | one,
+            {"replica": 0, "device": "cpu", "num_gpus": 0.0} | two,
+            {"replica": 1, "device": "cpu", "num_gpus": 0.0} | two,
         ],
         [],
     ]
     samples = parsed(render({}, [described, describe_unreadable("broken", "why")]).decode())
     for replica, told in (("0", one), ("0", two), ("1", two)):
-        place = {"collection": "words", "shard": "0", "replica": replica, "device": "cpu"}
+        place = {"collection": "words", "shard": "0", "replica": replica, "device": "cpu", "num_gpus": "0"}
         place["generation"] = str(told["generation"])
         for name, key in (("recall", "recall"), ("recall_low", "low"), ("recall_high", "high"), ("queries", "queries")):
             assert value(samples, f"eagleray_observed_{name}", **place) == told[key]
@@ -184,7 +184,7 @@ def test_description_tells_what_the_most_advanced_replica_of_the_generation_has(
     samples = parsed(render({}, [described]).decode())
     assert value(samples, "eagleray_tail_points", collection="words", shard="0") == 11
     assert value(samples, "eagleray_tombstones", collection="words", shard="1") == 3
-    assert value(samples, "eagleray_lsn", collection="words", shard="0", replica="1", device="cpu") == 9
+    assert value(samples, "eagleray_lsn", collection="words", shard="0", replica="1", device="cpu", num_gpus="0") == 9
 
 
 def test_rebuild_that_is_advised_is_told_with_its_reasons_and_as_a_gauge() -> None:

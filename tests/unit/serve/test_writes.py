@@ -424,7 +424,7 @@ def test_status_and_metrics_tell_of_writes(tmp_path: Path) -> None:
         for line in (
             'eagleray_tail_points{collection="words",shard="0"} 2.0',
             'eagleray_tombstones{collection="words",shard="0"} 2.0',
-            f'eagleray_lsn{{collection="words",device="cpu",replica="0",shard="0"}} {float(lsn)}',
+            f'eagleray_lsn{{collection="words",device="cpu",num_gpus="0",replica="0",shard="0"}} {float(lsn)}',
             'eagleray_points_upserted_total{collection="words",coordinator="endpoint-1"} 2.0',
             'eagleray_points_deleted_total{collection="words",coordinator="endpoint-1"} 1.0',
             'eagleray_writes_total{collection="words",coordinator="endpoint-1",operation="upserted",outcome="ok"} 1.0',
