@@ -51,7 +51,8 @@ def choose_share(
     would choose with all of the GPU, with room for `GROWTH` times its bytes. A share that the collection has already is
     kept while that index fits it, and it is less than `SHRINK_FROM` times as large: others would be started beside it
     and load everything, and want a place on a GPU meanwhile. So room to grow is asked of a new share alone; else each
-    rebuild of a collection that grows or shrinks a little around a bound would go from one share to the other.
+    rebuild of a collection that grows or shrinks a little around a bound would go from one share to the other. Where no
+    twin may answer meanwhile it is asked of the old one as well: both generations have to be there at once.
     """
     asked = config.index.num_gpus
     if asked is not None:
@@ -63,10 +64,12 @@ def choose_share(
     if had in (0.0, fresh.num_gpus) or had >= SHRINK_FROM * fresh.num_gpus:
         return fresh
     kept = gpu.best(had)
-    if kept is None or not gpu.has_the_best(had):
+    if kept is None or kept.device == "cpu" or not gpu.has_the_best(had):
         return fresh
-    holds = f", which holds its {kept.gpu_bytes} bytes" if kept.device == "gpu" else ""
-    return GpuShare(had, f"it keeps {in_words(had)}{holds}: its replicas go on")
+    twin_may_answer = config.index.cpu_twin and config.index.gpu_full == "step_down"
+    if not twin_may_answer and not gpu.has_room(kept, had):
+        return fresh
+    return GpuShare(had, f"it keeps {in_words(had)}, which holds its {kept.gpu_bytes} bytes: its replicas go on")
 
 
 def share_without_points(config: CollectionConfig, had: float = 0.0) -> GpuShare:

@@ -180,6 +180,14 @@ def test_collection_that_grows_and_shrinks_around_a_bound_keeps_its_share() -> N
         assert had == 0.125
 
 
+@pytest.mark.parametrize("index", [{"cpu_twin": False}, {"gpu_full": "refuse"}])
+def test_share_without_room_for_two_generations_is_not_kept_where_no_twin_may_answer(index: dict[str, Any]) -> None:
+    """A rebuild in it would be refused."""
+    assert share_of(300_000, 24 * GB, 0.125).num_gpus == 0.125
+    assert share_of(300_000, 24 * GB, 0.125, **index).num_gpus == 0.25
+    assert share_of(300_000, 24 * GB, 0.5, **index).num_gpus == 0.5, "it has room"
+
+
 def test_share_that_is_kept_says_so() -> None:
     assert share_of(1_000_000, 24 * GB, 1.0).reason == (
         "it keeps a whole GPU, which holds its 3328000000 bytes: its replicas go on"

@@ -411,7 +411,7 @@ def test_rebuild_is_refused_where_the_host_has_no_memory_to_load_its_graph(
     collection.write(range(1_200))
     tight: dict[str, Any] = {"gpus": lambda: ONE, "statuses": statuses_on_gpus(node_memory=(100_000, 100_000))}
     run_rebuild(collection, **tight)
-    with pytest.raises(Exhausted, match=r"memory of the switch: node a needs .* GiB of it only while it loads"):
+    with pytest.raises(Exhausted, match=r"memory of the switch: node a needs .* MiB of it only while it loads"):
         run_rebuild(collection, index={"kind": "cagra"}, job_id="rebuild-2", **tight)
 
 
