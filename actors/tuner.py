@@ -219,6 +219,8 @@ class _Tuning:
         self._clock = clock
         self._proven = proven  # by the lower end of the interval; else the mean is enough
         self._tuned = max(1, round(len(self._queries) * TUNED_SHARE))
+        # cuVS searches a graph by another kernel where many are asked at once, which costs a GPU little: all then
+        self._first = len(self._queries) if "itopk_size" in knobs.names else ASKED_FIRST
         self._known: dict[tuple[tuple[str, float], ...], _Recalls] = {}
         self._lacked = np.zeros(len(self._queries))  # of its truth, by each query, over all that was asked
         self._speeds: dict[tuple[tuple[str, float], ...], float] = {}
@@ -314,7 +316,7 @@ class _Tuning:
             if not len(left):
                 return False
             hardest = left[np.argsort(-self._lacked[left], kind="stable")]
-            self._ask(params, np.sort(hardest[: max(ASKED_FIRST, int(known.asked.sum()))]))
+            self._ask(params, np.sort(hardest[: max(self._first, int(known.asked.sum()))]))
 
     def _proves(self, recalls: Shares, target: float) -> bool:
         validating = recalls[self._tuned :]
@@ -345,7 +347,8 @@ class _Tuning:
 
         Of the same lists more candidates for the exact scores include the fewer. More lists include the fewer as well,
         but by their codes some rows may come before true ones. Not so of a query that finds all ten in fewer lists,
-        and in more lists with no more candidates.
+        and in more lists with no more candidates. Of a query that was asked only that counts: where rows have the same
+        codes, more candidates may be others.
         """
         known = self._known_of(params)
         least, most = known.least.copy(), known.most.copy()
@@ -363,7 +366,8 @@ class _Tuning:
                 in_fewer |= other.least == 1.0
             if its_lists >= lists and its_candidates <= candidates:
                 in_more |= other.least == 1.0
-        return np.where(in_fewer & in_more & ~known.asked, 1.0, least), most
+        least[in_fewer & in_more] = 1.0
+        return np.where(known.asked, known.least, least), np.where(known.asked, known.most, most)
 
     def measured(self, params: Params) -> OperatingPoint:
         """Recall and speed of parameters, as an operating point of no target."""

@@ -50,7 +50,7 @@ def fitted(column: Any, dtype: Any, name: str) -> Any:
     try:
         return column.cast(dtype)
     except MISFITS:
-        values = [_fitted_value(column.slice(row, 1), dtype) for row in range(len(column))]
+        values = [_fitted_value(column.take(pa.array([row])), dtype) for row in range(len(column))]
     found = pa.concat_arrays([*values, pa.nulls(0, dtype)])
     lost = found.null_count - column.null_count
     if lost:
@@ -59,6 +59,7 @@ def fitted(column: Any, dtype: Any, name: str) -> Any:
 
 
 def _fitted_value(value: Any, dtype: Any) -> Any:
+    """Of an array of one value, which is no slice: Arrow casts the lists of other rows along with those of a slice."""
     try:
         return value.cast(dtype)
     except MISFITS:

@@ -129,9 +129,8 @@ def compact_shard(task: ShardTask) -> Iterator[dict[str, Any]]:
     """Seal and merge one shard. Yields {"share": 0..1}, and at last {"report": ShardReport fields}."""
     use_threads(task.threads)
     work = _Compaction(task, open_store(task.data))
-    newest = work.newest
-    before = newest.shards[task.shard]
-    yield from work.seal(newest.generation)
+    before = work.newest.shards[task.shard]
+    yield from work.seal()
     yield from work.merge()
     after = work.newest.shards[task.shard]
     report = ShardReport(
@@ -180,8 +179,12 @@ class _Compaction:
             raise Conflict(f"collection {self._task.collection!r} has {len(manifest.shards)} shards now")
         return manifest
 
-    def seal(self, generation: int) -> Shares:
-        return self._work.seal(generation, seal_points(self._task.points_max), width=SEAL_SHARE)
+    def seal(self) -> Shares:
+        """Where another generation is committed meanwhile, its tail as well."""
+        sealed, newest = None, self.newest.generation
+        while newest != sealed:
+            yield from self._work.seal(newest, seal_points(self._task.points_max), width=SEAL_SHARE)
+            sealed, newest = newest, self.newest.generation
 
     def merge(self) -> Shares:
         """What the newest manifest asks for, once; after a conflict what that asks for then."""

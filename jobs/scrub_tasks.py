@@ -200,10 +200,8 @@ class _ShardCheck:
         place = ref.home(self.task.collection), ref.segment_id
         if place not in self.opened:
             try:
-                description, cache_dir = (
-                    read_description(self.store, self.task.collection, ref),
-                    _cache(self.task.cache_dir),
-                )
+                cache_dir = _cache(self.task.cache_dir)
+                description = read_description(self.store, self.task.collection, ref)
                 verify_stored(self.store, place[0], description, cache_dir)
                 rows = open_rows(self.store, self.task.collection, ref, cache_dir)
                 wrong = list(wrong_rows(rows, checked.config, checked.routing, checked.entry.shard))

@@ -23,6 +23,7 @@ TESTS = (
         f"test_gpu_indexes.py::test_{name}"
         for name in (
             "index_is_of_its_kind_on_the_gpu_and_its_file_is_read_by_a_cpu[cagra-l2]",
+            "queries_that_are_asked_one_by_one_find_as_much[cagra-l2]",
             "raw_search_of_the_same_index_finds_the_same[cagra-l2]",
             "parameters_go_with_the_call_and_change_no_other[cagra-l2]",
             "deleted_rows_are_not_found_and_cost_no_recall[cagra-l2]",

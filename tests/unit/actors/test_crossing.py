@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -619,64 +617,70 @@ def test_thread_tells_why_a_crossing_fails_and_goes_on_until_there_is_none(monke
     assert (seen, outcomes) == (["", failure, failure, ""], [])
 
 
-class Looks:
-    """When a thread looked at the logs; `read` is how many records there were."""
+class Pauses(threading.Event):
+    """What a thread waits for between its looks at the logs: `periods` has how long each time, and no time passes."""
 
-    def __init__(self, periods: int) -> None:
-        self.read: int | None = 0
-        self.seen = threading.Semaphore(0)
-        self.at: list[float] = []
-        self._periods = periods
+    def __init__(self) -> None:
+        super().__init__()
+        self.periods = [0]
 
-    def advance(self) -> bool:
-        self.at.append(time.monotonic())
-        self.seen.release()
-        if len(self.at) == self._periods:
-            self.read = None
+    def wait(self, timeout: float | None = None) -> bool:
+        self.periods[-1] += 1
+        return self.is_set()
+
+
+def looked_at(read_by: list[int | None], called_at: int | None = None) -> list[int]:
+    """How many periods a thread waits after each look; `read_by` has how many records were read after each."""
+    thread, pauses, left, done = CrossingThread("words/0/0", threading.Event()), Pauses(), iter(read_by), []
+    thread._called = pauses
+    now: int | None = 0
+
+    def advance() -> bool:
+        nonlocal now
+        now = next(left)
+        pauses.periods.append(0)
+        done.append(now)
+        if len(done) == called_at:
+            thread.see_to(lambda: now, advance, lambda: None)
         return False
 
-    def wait(self, count: int) -> None:
-        for _ in range(count):
-            assert self.seen.acquire(timeout=WAIT_S)
-
-    def pauses(self) -> list[float]:
-        return [later - earlier for earlier, later in pairwise(self.at)]
-
-
-def looked_at(looks: Looks) -> CrossingThread:
-    thread = CrossingThread("words/0/0", threading.Event())
-    thread.see_to(lambda: looks.read, looks.advance, lambda: None)
-    return thread
+    thread.see_to(lambda: now, advance, lambda: None)
+    if (running := thread._thread) is not None:
+        running.join(WAIT_S)
+    assert done == read_by
+    return pauses.periods[1:-1]
 
 
-def test_logs_without_records_are_looked_at_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.crossing.PERIOD_S", 0.002)
-    looks = Looks(9)
-    looked_at(looks)
-    looks.wait(9)
-    for pause, periods in zip(looks.pauses(), [1, 2, 4, 8, 16, 20, 20, 20], strict=True):
-        assert pause >= 0.002 * periods
+def test_logs_without_records_are_looked_at_less_and_less() -> None:
+    assert looked_at([0] * 8 + [None]) == [1, 2, 4, 8, 16, 20, 20, 20]
 
 
-@pytest.mark.parametrize("why", ["a record was read", "it was called for"])
-def test_pause_is_short_again_at_once(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.crossing.PERIOD_S", 0.002)
-    monkeypatch.setattr("actors.crossing.PERIODS_MAX", 100_000)
-    looks = Looks(1_000)
-    thread = looked_at(looks)
-    looks.wait(7)  # the next one comes after 128 ms, if it is not called for, and then after 256, 512, ...
-    if why == "a record was read":
-        looks.read = 1
-        looks.wait(6)
-        pauses = looks.pauses()[-5:]
-        assert pauses[0] < 0.128
-        assert sum(pauses) < 0.256
-    else:
-        looks.wait(2)  # the next one comes after 512 ms
-        thread.see_to(lambda: looks.read, looks.advance, lambda: None)
-        looks.wait(5)
-        assert sum(looks.pauses()[-5:]) < 0.512
-    looks.read = None
+def test_pause_is_short_again_once_a_record_was_read() -> None:
+    assert looked_at([0] * 5 + [1] * 4 + [None]) == [1, 2, 4, 8, 16, 1, 2, 4, 8]
+
+
+def test_pause_is_short_again_after_a_call_in_a_look() -> None:
+    """Nobody knows whether that look still saw what the call is for: the next one comes after one period."""
+    assert looked_at([0] * 8 + [None], called_at=5) == [1, 2, 4, 8, 1, 1, 2, 4]
+
+
+def test_call_ends_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.crossing.PERIOD_S", 10 * WAIT_S)
+    thread, looked = CrossingThread("words/0/0", threading.Event()), threading.Semaphore(0)
+    now: int | None = 0
+
+    def advance() -> bool:
+        looked.release()
+        return False
+
+    for _ in range(3):
+        thread.see_to(lambda: now, advance, lambda: None)
+        assert looked.acquire(timeout=WAIT_S)
+    running, now = thread._thread, None
+    thread.see_to(lambda: now, advance, lambda: None)
+    assert running is not None
+    running.join(WAIT_S)
+    assert not running.is_alive()
 
 
 def test_end_of_the_logs_is_read_when_the_replica_is_told(writer: LogWriter, tmp_path: Path) -> None:

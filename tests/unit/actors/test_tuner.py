@@ -354,6 +354,18 @@ def test_what_followed_wrongly_is_asked_before_it_is_chosen() -> None:
         assert found(point.params).min() == 10
 
 
+def test_what_fewer_candidates_found_proves_nothing_of_queries_that_were_asked() -> None:
+    """More candidates find less here, as where rows have the same codes, and are faster."""
+    searcher = KnownSearcher(
+        lambda params: some(8 if params["rerank"] > 2 else 0) * (params["nprobe"] >= 8),
+        lambda params: 1e-3 / params["rerank"],
+    )
+    points = points_of(searcher, REFINED, 0.95)
+    assert [point.met for point in points[:2]] == [True, True]
+    assert points[0].recall == pytest.approx(0.992), "the faster ones, with more candidates"
+    assert all(point.recall_low >= point.target_recall for point in points if point.met)
+
+
 def test_tune_of_an_index_without_knobs_is_exact_for_every_target() -> None:
     searcher = KnownSearcher(lambda params: everywhere(10), lambda params: 2e-3)
     nothing = TuningSet(QUERIES, np.empty((0, 10), np.int64), np.empty((0, 10), np.float32))
@@ -430,6 +442,13 @@ def test_graph_on_a_gpu_and_its_twin_are_tuned_each_with_its_own_knobs() -> None
         assert twin.met
     assert all("ef_search" not in params for params in gpu.walked)
     assert all(params.keys() == {"ef_search"} for params in cpu.walked)
+
+
+def test_graph_on_a_gpu_is_asked_all_queries_at_once() -> None:
+    """cuVS chooses by their number how it searches: what is told is not to be of both ways."""
+    gpu = KnownSearcher(lambda params: everywhere(10 if params["itopk_size"] >= 256 else 5))
+    with_twin(gpu, KnownSearcher(lambda params: everywhere(10)), ON_GPU)
+    assert {size for size, _ in gpu.calls} == {1, len(QUERIES)}  # one: its latency
 
 
 def test_lists_of_a_gpu_are_measured_on_their_twin_with_the_same_parameters() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -72,6 +73,17 @@ def test_value_that_does_not_fit_is_null_and_the_others_are_not(
     assert f"{lost} values of attribute 'n' become null: they do not fit {dtype}" in caplog.text
     repeated = fitted(pa.concat_arrays([column] * 3).slice(1, 2 * len(column)), dtype, "n")
     assert repeated.to_pylist() == (values * 3)[1 : 1 + 2 * len(values)], "a part of a longer column"
+
+
+@pytest.mark.parametrize("lists", [pa.list_, pa.large_list, lambda item: pa.list_(item, 1)])
+def test_list_that_does_not_fit_leaves_those_of_other_rows_as_they_are(lists: Callable[[Any], Any]) -> None:
+    given, expected = [["1"], ["?"], None, ["3"]], [[1], None, None, [3]]
+    for start in range(len(given)):
+        column = pa.array(given, lists(pa.string()))[start:]
+        assert fitted(column, lists(pa.int64()), "n").to_pylist() == expected[start:]
+    column = pa.array([{"a": each} for each in given], pa.struct([("a", lists(pa.string()))]))
+    found = fitted(column, pa.struct([("a", lists(pa.int64()))]), "n").to_pylist()
+    assert found == [{"a": [1]}, None, {"a": None}, {"a": [3]}]
 
 
 @pytest.mark.parametrize("dtype", [pa.int64(), pa.string(), DICTIONARY, NUMBERS, pa.struct([("a", pa.int8())])])

@@ -268,6 +268,21 @@ def test_conflict_with_the_shards_own_upkeep_is_tried_again(
     assert_compacted(written)
 
 
+def test_tail_is_sealed_in_the_generation_that_is_committed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = new_data_url()
+    (written,) = churned(data, tmp_path, ONE_SHARD)
+    before = written.newest
+
+    def rebuilt() -> None:
+        written.log.commit_generation(before, before.config, before.shards)
+
+    use_in_tasks(monkeypatch, BusyStore(written.store, rebuilt))
+    assert run_compact(data, tmp_path)["generation"] == before.generation + 1
+    assert_compacted(written)
+
+
 def test_merge_that_conflicts_is_planned_again_on_what_there_is_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

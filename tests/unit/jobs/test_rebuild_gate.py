@@ -126,6 +126,18 @@ def test_segments_with_other_attributes_or_types_of_them_are_compared_as_what_is
     )
 
 
+def test_lists_that_fit_are_kept_whatever_lies_beside_them(tmp_path: Path) -> None:
+    """Else what is built, where they lie beside others, would have other values than were counted: refused for ever."""
+    collection = Collection(CONFIG, tmp_path)
+    collection.write(range(100), parts=pa.array([[number] for number in range(100)]))
+    collection.seal()
+    texts = pa.array([[str(number) if number % 3 else "?"] for number in range(100, 200)])
+    _publish_beside(collection, range(100, 200), parts=texts)
+    run_rebuild(collection, shards=2)
+    parts = [attributes.get("parts") for _, attributes in collection.held().values()]
+    assert sorted(part for part in parts if part) == [[n] for n in range(200) if n < 100 or n % 3]
+
+
 def _publish_beside(collection: Collection, numbers: range, **more: Any) -> None:
     """Commit a segment of these points, with these attributes, whatever the others have."""
     ids, folder = pa.array(numbers), collection.folder / f"from-{numbers.start}"
