@@ -215,7 +215,8 @@ class ActorShardClient:
 
 
 class PeerPushes:
-    """Sends records to the other replicas of a shard with the same share of a GPU: there are `replicas()` in all.
+    """Sends records to the other replicas of a shard with the same share of a GPU: there are `replicas()` in all, and
+    on GPUs perhaps one more that stands in (`placement.stand_ins`).
 
     Those with another share are there while the collection goes over to it, and read the WAL.
 
@@ -227,6 +228,7 @@ class PeerPushes:
         self._key = key
         self._namespace = namespace
         self._replicas = replicas
+        self._more = 1 if key.device == "gpu" else 0
         self._waiting: queue.Queue[bytes] = queue.Queue(PUSHES_WAITING)
         self._handles: dict[ReplicaKey, Any] = {}
         self._in_flight: dict[ReplicaKey, list[Any]] = {}
@@ -235,7 +237,7 @@ class PeerPushes:
 
     def push(self, data: bytes) -> None:
         """Called by one thread at a time."""
-        if self._replicas() < 2:
+        if self._replicas() + self._more < 2:
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._send_for_ever, name="push", daemon=True)
@@ -254,7 +256,7 @@ class PeerPushes:
                 logger.exception("%s: pushing a record", self._key)
 
     def _send(self, data: bytes) -> None:
-        peers = [replace(self._key, replica=number) for number in range(self._replicas())]
+        peers = [replace(self._key, replica=number) for number in range(self._replicas() + self._more)]
         willing = [peer for peer in peers if peer != self._key and self._takes(peer)]
         reference = ray.put(data) if len(willing) > 1 else data  # one copy for all
         for peer in willing:

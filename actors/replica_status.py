@@ -28,7 +28,7 @@ class ReplicaStatus:
     records it lacks: it is in `versions`, but not in `generations`. `node_memory` is what of its node's memory can be
     had, and all of it, in bytes; None where nobody knows. `gpu` has the facts of its GPU (`GpuDevice.facts`), None
     without one; `degraded` is why the twin of an index answers that a GPU should, "" where none does; `has_twin` says
-    whether each index has one that may.
+    whether of one generation each index has one that may.
     """
 
     state: ReplicaState
@@ -98,7 +98,7 @@ def status_of(held: Sequence[LiveGeneration], crossing: Crossing | None, failure
         tombstones=newest.tombstones,
         crossing=lag,
         degraded=_degraded(views),
-        has_twin=all(s.twin.cpu_twin for view in views for s in view.segments if s.twin is not None),
+        has_twin=any(all(s.twin is None or s.twin.cpu_twin for s in view.segments) for view in views),
         **log._asdict(),
     )
 

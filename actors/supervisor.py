@@ -18,6 +18,7 @@ from typing import Any
 
 from actors.known_manifests import KnownManifests
 from actors.log_ends import LogEnds
+from actors.named_replicas import NamedReplicas
 from actors.served_before import served_before
 from actors.serving_table import known_endpoints, served_collection, why_not_switched, why_unready, without_points
 from actors.shard import ReplicaStatus
@@ -77,6 +78,7 @@ class Supervisor:
         self._led_last: dict[tuple[str, int], ReplicaKey] = {}  # by collection and shard
         self._reading: dict[str, asyncio.Task[None]] = {}  # of collections of which a replica holds an unknown version
         self._looked_for: dict[str, int] = {}  # the last such version
+        self._named = NamedReplicas(clock)
         self._published_at = clock()
         self._polled_at = clock() - STORE_POLL_S
         self._changed = asyncio.Event()
@@ -205,7 +207,7 @@ class Supervisor:
             "manifest": manifest,
             "serving_generation": served.generation if served else None,
             "statuses": {key: replace(one, endpoint=None) for key, one in self._told_of(manifest).items()},
-            **upkeep_facts(manifest, self._statuses_of(manifest), self._settings.upkeep),
+            **upkeep_facts(manifest, self._told_of(manifest), self._settings.upkeep),
         }
 
     def _wanted(self) -> dict[ReplicaKey, WantedReplica]:
@@ -270,23 +272,29 @@ class Supervisor:
 
     def _may_be_asked(self, key: ReplicaKey, ended: Set[ReplicaKey]) -> bool:
         """Whether queries may go on at a replica of a shard, or with a share of a GPU, that only an earlier generation
-        has.
+        has; or writes: one that leads its shard stays until another one does.
 
-        Or writes: one that leads its shard stays until another one does. Of the newest generation's own shards one
-        stays until coordinators know of another that is not to be `ended` as well.
+        Of the newest generation's own shards, and of replicas that no generation is to have, one stays until
+        coordinators know of another that is not to be `ended` as well. The latter also while nothing is served.
         """
         newest = self._known.newest.get(key.collection)
         if newest is None:
             return False
         served = self._table.collections.get(key.collection) if self._table else None
         leads = self._led_last.get((key.collection, key.shard)) == key
-        if key.shard < len(newest.shards) and key.num_gpus == newest.num_gpus:
-            named = set(served.replicas[key.shard]) if served and key.shard in served.replicas else set()
-            told = named - ended and self._clock() - self._published_at >= TABLE_REACHES_S
+        own = key.shard < len(newest.shards) and key.num_gpus == newest.num_gpus
+        more = key.replica >= newest.config.replicas
+        if served is None:
+            return not own or (more and self._replicas.status(key).state != "failed")
+        if own or (more and served.generation != newest.generation):
+            named = set(served.replicas.get(key.shard, ()))
+            others = [other for other in named - ended if self._replicas.status(other).state == "ready"]
+            told = self._named.longest_s(others) >= TABLE_REACHES_S
             alone = key in named and not told and not self._replicas.observed()[key].mute
-            return alone or (leads and key.replica >= newest.config.replicas)
-        if served is None or served.generation != newest.generation:
-            return True
+            return alone or (leads and more)
+        asked = {each.num_gpus for replicas in served.replicas.values() for each in replicas}
+        if served.generation != newest.generation and key.num_gpus in (newest.num_gpus, *asked):
+            return True  # with a third share it is of a generation between, which was never served
         return leads or self._clock() - self._served_since[key.collection] < RETIRE_AFTER_S
 
     def _end_logs(self) -> None:
@@ -378,6 +386,7 @@ class Supervisor:
                 if name not in before or before[name].generation != served.generation:
                     self._served_since[name] = self._clock()
             self._table = table
+            self._named.publish(table)
             self._published_at = self._clock()
             self._changed.set()
             self._changed = asyncio.Event()

@@ -108,9 +108,14 @@ class WatchedReplicas:
         }
 
     def _gpu_is_lost(self, key: ReplicaKey) -> bool:
-        """And its process worth another one: a GPU that each loses does not have it started again and again."""
-        gpu, since = self.status(key).gpu, self._ended_for_gpu.get(key, float("-inf"))
-        return bool(gpu and gpu["lost"]) and self._clock() >= since + LOST_GPU_PAUSE_S
+        """And its process worth another one: a GPU that each loses, or does not find, does not have it started again
+        and again. A process that found none, and could load nothing without, does not look for it again."""
+        status, since = self.status(key), self._ended_for_gpu.get(key, float("-inf"))
+        if status.gpu is not None:
+            lost = bool(status.gpu["lost"])
+        else:
+            lost = key.device == "gpu" and status.state == "failed" and status.pid != 0
+        return lost and self._clock() >= since + LOST_GPU_PAUSE_S
 
     def candidates(self, collection: str, shard: int) -> dict[ReplicaKey, Candidate]:
         """The replicas of a shard that run, by what decides which of them leads it."""
@@ -145,9 +150,9 @@ class WatchedReplicas:
 
     def stop(self, key: ReplicaKey) -> None:
         if self._gpu_is_lost(key):
-            self._ended_for_gpu = {key: self._clock()} | {
-                other: at for other, at in self._ended_for_gpu.items() if other in self._keys and other != key
-            }
+            now = self._clock()  # of others that were ended just now nothing runs yet
+            paused = {one: at for one, at in self._ended_for_gpu.items() if now < at + LOST_GPU_PAUSE_S}
+            self._ended_for_gpu = {**paused, key: now}
         self._runtime.stop(key)
         self._forget(key)
 

@@ -32,7 +32,7 @@ class ReplicaKey:
 
     def __str__(self) -> str:
         name = f"{self.collection}/{self.shard}/{self.replica}"
-        return f"{name}/gpu:{repr(float(self.num_gpus)).removesuffix('.0')}" if self.num_gpus else name
+        return f"{name}/gpu:{share_in_full(self.num_gpus)}" if self.num_gpus else name
 
     @classmethod
     def parse(cls, text: str) -> ReplicaKey:
@@ -43,6 +43,11 @@ class ReplicaKey:
         if str(key) != text or (rest and not NUM_GPUS_MIN <= key.num_gpus <= 1):
             raise ValueError(f"{text!r} names no replica")
         return key
+
+
+def share_in_full(num_gpus: float) -> str:
+    """A share of a GPU as text that no other one has."""
+    return repr(float(num_gpus)).removesuffix(".0")
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,9 @@ class ObservedReplica:
     That version is of the newest of its generations. All versions of one generation answer alike, for a replica
     follows the WAL; what a newer one brings is that less of it is in the tail. `crossing` are generations that are held
     once the logs of earlier sets have ended, and how many of their records each lacks. `epoch` is that of the replica
-    as primary, 0 where it is none. `gpu_lost`: its process had a GPU, which will not work any more for it. `on_gpu`: it
-    has one that works. `has_twin`: without one it answers all the same, on the CPU.
+    as primary, 0 where it is none. `gpu_lost`: its process had a GPU, which will not work any more for it, or it found
+    none and could load nothing without. `on_gpu`: it has one that works. `has_twin`: without one it answers all the
+    same, on the CPU.
     """
 
     state: ReplicaState
@@ -86,7 +92,7 @@ class ObservedReplica:
     @property
     def mute(self) -> bool:
         """Whether it answers nothing before it is started again."""
-        return self.gpu_lost and not self.has_twin
+        return self.gpu_lost and (self.state == "failed" or not self.has_twin)
 
 
 ABSENT = ObservedReplica("starting")  # of which nothing is known yet
@@ -157,7 +163,7 @@ def _to_replace(
     lost, answering = set(), set()
     for key, one in wanted.items():
         replica = observed.get(key, ABSENT)
-        if replica.state == "ready" and replica.gpu_lost:
+        if replica.state in ("ready", "failed") and replica.gpu_lost:
             lost.add(key)
         elif _answers(one, replica):
             answering.add((key.collection, key.shard, key.num_gpus))
@@ -166,8 +172,13 @@ def _to_replace(
 
 def _answers(wanted: WantedReplica, replica: ObservedReplica) -> bool:
     """Whether it has what is served, and no GPU that it lost."""
+    return _holds(wanted, replica) and not replica.gpu_lost
+
+
+def _holds(wanted: WantedReplica, replica: ObservedReplica) -> bool:
+    """Whether it answers for what is served, be it by its twin."""
     served = wanted.generation if wanted.served_generation is None else wanted.served_generation
-    return replica.state == "ready" and not replica.gpu_lost and served in replica.generations
+    return replica.state == "ready" and not replica.mute and served in replica.generations
 
 
 def stand_ins(
@@ -176,28 +187,34 @@ def stand_ins(
     """One more replica of each shard whose replicas all lost their GPUs, beside `wanted`.
 
     It waits for a GPU, and answers while the others are ended and started again; it goes once one of them answers, with
-    a GPU if it has one itself. None while a generation waits to be switched to, which the shard's own replicas load.
+    a GPU if it has one itself. While a newer generation waits to be switched to none is started, for it would take a
+    GPU that may be waited for; one that is there stays only where it alone answers, and goes over as they do.
     """
+    newest: dict[str, int] = {}
     shards: dict[ReplicaKey, list[ReplicaKey]] = {}
     for key in sorted(wanted):
+        newest[key.collection] = max(newest.get(key.collection, 0), wanted[key].generation)
         shards.setdefault(replace(key, replica=0), []).append(key)
     found = {}
     for first, own in shards.items():
         one, key = wanted[own[0]], replace(first, replica=len(own))
-        switched = one.served_generation == one.generation
-        if first.device == "gpu" and switched and _stands_in(one, observed.get(key), [observed.get(k) for k in own]):
+        each = [observed.get(k, ABSENT) for k in own]
+        if one.served_generation == newest[first.collection]:
+            stands_in = _stands_in(one, observed.get(key), each)
+        else:
+            stands_in = _holds(one, observed.get(key, ABSENT)) and not any(_holds(one, replica) for replica in each)
+        if first.device == "gpu" and stands_in:
             found[key] = one
     return found
 
 
-def _stands_in(wanted: WantedReplica, there: ObservedReplica | None, own: Sequence[ObservedReplica | None]) -> bool:
+def _stands_in(wanted: WantedReplica, there: ObservedReplica | None, own: Sequence[ObservedReplica]) -> bool:
     """Whether one more is to run beside a shard's `own` replicas; `there` is that one, where it runs."""
-    each = [replica or ABSENT for replica in own]
     if there is not None:
-        enough = any(_answers(wanted, replica) and (replica.on_gpu or not there.on_gpu) for replica in each)
+        enough = any(_answers(wanted, replica) and (replica.on_gpu or not there.on_gpu) for replica in own)
         return not enough and not there.gpu_lost
-    lost = [replica.state == "ready" and replica.gpu_lost and replica.has_twin for replica in each]
-    return any(lost) and all(is_lost or replica.state == "failed" for is_lost, replica in zip(lost, each, strict=True))
+    lost = [replica.state == "ready" and replica.gpu_lost and replica.has_twin for replica in own]
+    return any(lost) and all(is_lost or replica.state == "failed" for is_lost, replica in zip(lost, own, strict=True))
 
 
 def _lacking(wanted: WantedReplica, replica: ObservedReplica) -> list[int]:
@@ -234,17 +251,13 @@ def publishable(
     `wanted` are the replicas of one collection.
     """
     holding: dict[int, bool] = {key.shard: False for key in wanted}
-    for key in wanted:
-        replica = observed.get(key)
-        if replica is None or replica.state != "ready":
+    for key, replica in observed.items():
+        if replica.state != "ready" or (key not in wanted and replace(key, replica=0) not in wanted):
             continue
         if generation in replica.generations:
             holding[key.shard] = True
-        elif wanted[key].switch == "beside":
+        elif key in wanted and wanted[key].switch == "beside":
             return False
-    for key, replica in observed.items():
-        if replace(key, replica=0) in wanted and replica.state == "ready" and generation in replica.generations:
-            holding[key.shard] = True
     return all(holding.values())
 
 
@@ -253,20 +266,19 @@ def may_end_logs(
 ) -> bool:
     """True when the logs that `generation` leaves behind may end: it is held, or near, wherever a replica can answer.
 
-    Each shard has such a replica; one is enough where they go over to it one at a time. False where all hold it: the
-    logs have ended. `wanted` are those of its shards.
+    Each shard has such a replica; one is enough where they go over to it one at a time, and so is one that stands in
+    for them. False where all hold it: the logs have ended. `wanted` are those of its shards.
     """
     near: dict[int, bool] = {key.shard: False for key in wanted}
     crossing = False
-    for key in wanted:
-        replica = observed.get(key)
-        if replica is None or replica.state != "ready":
+    for key, replica in observed.items():
+        if replica.state != "ready" or (key not in wanted and replace(key, replica=0) not in wanted):
             continue
         held = generation in replica.generations
         if held or replica.crossing.get(generation, NEAR_RECORDS + 1) <= NEAR_RECORDS:
             crossing = crossing or not held
             near[key.shard] = True
-        elif wanted[key].switch == "beside":
+        elif key in wanted and wanted[key].switch == "beside":
             return False
     return crossing and all(near.values())
 
@@ -274,11 +286,12 @@ def may_end_logs(
 def held_by_every_shard(
     wanted: Collection[ReplicaKey], observed: Mapping[ReplicaKey, ObservedReplica], generation: int
 ) -> bool:
-    """True when of these replicas a ready one of each shard holds `generation`."""
+    """True when of these replicas, or those that stand in for them, a ready one of each shard holds `generation`."""
+    first = {replace(key, replica=0) for key in wanted}
     holding = {
         key.shard
         for key, replica in observed.items()
-        if key in wanted and replica.state == "ready" and generation in replica.generations
+        if replace(key, replica=0) in first and replica.state == "ready" and generation in replica.generations
     }
     return holding >= {key.shard for key in wanted}
 

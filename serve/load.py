@@ -30,6 +30,7 @@ CLOSED = 0  # the status of a request whose connection was closed before it was 
 REFUSED = 429
 DRAIN_S = 10.0  # after the last request was sent, for those still unanswered
 DEGRADED = (b'"degraded":"', b"\x08\0\0\0degraded\0")  # how JSON, and the schema of an Arrow stream, tell that it is so
+MARK_BYTES = max(map(len, DEGRADED))
 TICK_S = 0.000_25  # requests due within it are sent together
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -335,7 +336,7 @@ class _Connection(asyncio.Protocol):
         received = self._end + data if self._end else data
         if b"degraded" in received:
             self._degraded = self._degraded or any(mark in received for mark in DEGRADED)
-        self._end = received[-max(map(len, DEGRADED)) :]
+        self._end = received[-MARK_BYTES:]
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:

@@ -60,7 +60,7 @@ def _notes(replica: dict[str, Any], replicas: int) -> Iterator[str]:
     """What is out of the ordinary with one of a shard that shall have so many."""
     if replica["degraded"]:
         yield f"degraded, the CPU answers: {replica['degraded']}"
-    if replica["replica"] >= replicas:
+    if replica["replica"] >= replicas and replica["device"] == "gpu":  # else it is one too many, and goes
         why = f": {replica['error']}" if replica["error"] else ""
         yield f"stands in until one that lost its GPU was started again{why}"
 

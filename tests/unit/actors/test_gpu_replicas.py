@@ -485,6 +485,23 @@ def test_generation_on_gpus_waits_for_them_and_says_so_while_the_old_one_is_serv
     under_load(scenario, tmp_path, gpus=0.0)
 
 
+def test_generation_that_never_was_served_gives_its_gpus_to_the_one_after_it(tmp_path: Path) -> None:
+    """Nobody asks its replicas; kept until the next one is served, they would keep that from its GPUs for ever."""
+
+    async def scenario(eagleray: Serving, made: Load, clock: ManualClock, store: MemoryStore) -> None:
+        await asyncio.to_thread(next_generation, store, 0.75)
+        await eagleray.directory.refresh("words")
+        await until(lambda: eagleray.runtime.free_gpus < 0.75)  # for two of its four
+        manifest = await asyncio.to_thread(next_generation, store, HALF)
+        await eagleray.directory.refresh("words")
+        clock.advance(RETIRE_AFTER_S)
+        await until(lambda: set(eagleray.runtime.existing()) == keys(0.0) | keys(HALF))
+        eagleray.runtime.add_gpus(0.0)  # those that were given back
+        await switched(eagleray, made, manifest)
+
+    under_load(scenario, tmp_path, gpus=2.0)
+
+
 @pytest.mark.parametrize("cpu_twin", [True, False])
 def test_replica_on_cpus_that_restarts_while_gpus_are_waited_for_serves_again(tmp_path: Path, cpu_twin: bool) -> None:
     """It finds the generation for GPUs first, which may have no twin, and is told to load what is served."""

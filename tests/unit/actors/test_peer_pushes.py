@@ -102,6 +102,15 @@ def test_only_replica_pushes_nothing_and_has_no_thread(fake_ray: FakeRay) -> Non
     assert pushes._thread is None
 
 
+def test_record_goes_to_one_more_that_stands_in_on_a_gpu_and_from_it_to_the_others(fake_ray: FakeRay) -> None:
+    names = [f"replica:words/0/{number}/gpu:0.5" for number in range(2)]
+    for sender, receiver in ((0, 1), (1, 0)):
+        peer = fake_ray.actors[names[receiver]] = Peer()
+        pushes = PeerPushes(ReplicaKey("words", 0, sender, 0.5), "test", lambda: 1)
+        pushes.push(b"one")
+        until(lambda peer=peer: peer.came == [b"one"])
+
+
 def test_replica_that_takes_nothing_is_left_alone_until_it_does(fake_ray: FakeRay) -> None:
     pushes, (slow, quick) = pushes_of(fake_ray, 3, 0, 2)
     slow.took = False

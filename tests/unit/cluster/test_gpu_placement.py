@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cluster_gpus import NO_GPUS, ClusterGpus
+from cluster.cluster_gpus import NO_GPUS, ClusterGpus, share_with_rest
 from cluster.config import CollectionConfig, IndexConfig, ServedOn
 from cluster.errors import Exhausted
 from cluster.gpu_memory import GPU_MARGIN
@@ -22,6 +22,7 @@ from cluster.placement import (
     WantedReplica,
     choose_lead,
     held_by_every_shard,
+    may_end_logs,
     plan,
     publishable,
     replicas_of,
@@ -75,6 +76,7 @@ def test_generation_is_held_where_its_own_replicas_hold_it() -> None:
     assert held_by_every_shard({GPU}, both, 2)
     assert not held_by_every_shard({GPU}, both | {GPU: ObservedReplica("failed", 2, (2,))}, 2)
     assert not held_by_every_shard({GPU}, both, 1)
+    assert held_by_every_shard({GPU}, {GPU: ObservedReplica("starting"), SECOND: both[GPU]}, 2), "it stands in"
 
 
 # --- who leads ----------------------------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ def test_of_free_gpus_those_count_that_can_be_had_in_shares_of_one(
     [
         ([0.8], 0.5, {0.6: 1.2}, 0.0),  # 0.4 of each of two GPUs
         ([0.8], 0.25, {0.6: 1.2}, 0.5),
-        ([0.8], 0.4, {0.6: 1.2}, 0.5),  # two fit one GPU, with a rest
+        ([0.8], 0.4, {0.6: 1.2}, 1.0),  # one of each; with what two leave of one GPU
         ([1.0], 0.5, {1.0: 1.0}, 1.0),
         ([0.5], 0.25, {0.25: 0.25, 0.125: 0.25}, 0.5),
         ([0.6], 0.5, {0.7: 1.4}, 0.0),
@@ -172,6 +174,24 @@ def test_what_own_replicas_with_another_share_leave_of_their_gpus_counts_where_i
     free: list[float], num_gpus: float, held: dict[float, float], usable: float
 ) -> None:
     assert ClusterGpus.of([4.0], free, []).free_in_shares(num_gpus, held) == pytest.approx(usable)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3])
+@pytest.mark.parametrize("share", [0.125, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0])
+def test_other_shares_that_are_counted_are_those_that_fit_beside_own_replicas(gpus: int, share: float) -> None:
+    """Of one node, each of whose GPUs is filled before the next one."""
+    left = [1.0] * gpus
+    for held in range(9):
+        for asked in (0.125, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0):
+            there = ClusterGpus(float(gpus), sum(left))
+            found = there.free_in_shares(asked, {share: share * held} if held else {}) / share_with_rest(asked)
+            fitting = sum(int(each / asked + 1e-6) for each in left)
+            assert round(found) <= fitting, (held, asked)
+            assert round(found) == fitting or gpus == 3, (held, asked)
+        room = [each for each in left if each > share - 1e-6]
+        if not room:
+            break
+        left[left.index(min(room))] -= share
 
 
 @pytest.mark.parametrize(
@@ -238,6 +258,8 @@ MUTE = replace(LOST, has_twin=False)
         (WELL, WELL, None, False, []),
         (MUTE, MUTE, None, False, [Stop, Stop]),
         (MUTE, LOST, None, False, [Stop]),
+        (replace(FAILED, gpu_lost=True), WELL, None, False, [Stop]),
+        (replace(FAILED, gpu_lost=True), STARTS, None, False, [Stop]),
         (LOST, LOST, STARTS, True, []),  # it waits for a GPU
         (LOST, LOST, FAILED, True, [Load]),
         (LOST, LOST, LOADS, True, [Load]),
@@ -280,6 +302,42 @@ def test_none_stands_in_unless_what_is_served_is_the_newest(change: dict[str, An
         assert stand_ins(wanted, {FIRST: LOST, **more}) == {}
 
 
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_none_stands_in_while_a_newer_generation_with_another_share_is_on_its_way(share: float) -> None:
+    other = ReplicaKey("words", 0, 0, share)
+    wanted = {
+        FIRST: WantedReplica(7, 3, 1, 1.0, 1.0, served=7, served_generation=3),
+        other: WantedReplica(8, 4, 1, 1.0),
+    }
+    assert stand_ins(wanted, {FIRST: LOST}) == {}
+    assert stand_ins(wanted, {FIRST: LOST, NEXT: WELL}) == {}, "the twin answers"
+    assert stand_ins(wanted, {FIRST: STARTS, NEXT: WELL}) == {NEXT: wanted[FIRST]}, "nobody else does"
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "stays"),
+    [
+        (STARTS, LOADS, True),
+        (FAILED, LOADS, True),
+        (None, LOADS, True),
+        (ObservedReplica("ready", 7, (3,)), LOADS, True),  # it holds what is not served yet
+        (replace(LOADS, gpu_lost=True, has_twin=False), LOADS, True),  # it answers nothing
+        (replace(LOADS, gpu_lost=True), LOADS, False),
+        (LOADS, LOADS, False),
+        (STARTS, STARTS, False),
+        (STARTS, WELL, False),  # it does not hold what is served
+    ],
+)
+def test_replica_that_stands_in_goes_over_to_the_next_generation_where_it_alone_answers(
+    first: ObservedReplica | None, more: ObservedReplica, stays: bool
+) -> None:
+    wanted = {FIRST: WantedReplica(7, 3, 1, 1.0, 0.5, served=6, served_generation=2)}
+    observed = {NEXT: more} | ({} if first is None else {FIRST: first})
+    found = stand_ins(wanted, observed)
+    assert found == ({NEXT: wanted[FIRST]} if stays else {})
+    assert (Load(NEXT, 7) in plan(wanted | found, observed)) == stays
+
+
 def test_all_lost_gpus_of_a_shard_are_had_again_while_one_replica_answers_at_any_time() -> None:
     wanted = dict.fromkeys([FIRST, NEXT], WantedReplica(7, 3, 1, 1.0, 0.5, served=7, served_generation=3))
     observed, done = {FIRST: LOST, NEXT: LOST}, []
@@ -313,6 +371,15 @@ def test_replica_that_stands_in_keeps_nothing_back_and_counts_where_its_shard_ha
     assert publishable(wanted, {FIRST: STARTS, NEXT: WELL}, 3), "a new supervisor finds it answering alone"
     assert not publishable(wanted, {FIRST: LOADS, NEXT: WELL}, 3)
     assert not publishable(wanted, {FIRST: STARTS, NEXT: LOADS}, 3)
+
+
+def test_logs_end_for_a_replica_that_stands_in_where_its_shard_has_no_other() -> None:
+    wanted = {FIRST: WantedReplica(8, 4, 1, 1.0, 0.5, served=7, served_generation=3)}
+    near, far = (replace(WELL, crossing={4: lacks}) for lacks in (0, 10_000))
+    assert may_end_logs(wanted, {FIRST: STARTS, NEXT: near}, 4)
+    assert not may_end_logs(wanted, {FIRST: STARTS, NEXT: far}, 4)
+    assert not may_end_logs(wanted, {FIRST: far, NEXT: near}, 4)
+    assert may_end_logs(wanted, {FIRST: near, NEXT: far}, 4), "it keeps nothing back"
 
 
 def test_replica_with_another_share_does_not_answer_for_one_that_lost_its_gpu() -> None:
