@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from actors.replica_status import ReplicaStatus, Statuses
 from cluster import upkeep as policy
-from cluster.advice import AdviceFacts, IndexFacts, ObservedRecall, ShardFacts, largest_segment, rebuild_advice
+from cluster.advice import (
+    AdviceFacts,
+    FullShare,
+    IndexFacts,
+    ObservedRecall,
+    ShardFacts,
+    largest_segment,
+    rebuild_advice,
+)
 from cluster.config import Upkeep
 from cluster.manifest import Manifest, ShardEntry
 from cluster.manifest_format import added_on
@@ -26,7 +35,8 @@ def upkeep_facts(manifest: Manifest, statuses: Statuses, bounds: Upkeep) -> dict
             continue
         most = largest_segment(manifest.built_for, added_on(manifest.device))
         work = _due(entry, first, most, bounds)
-        shards.append(_shard_facts(entry, first, replicas, manifest.generation, most, work is not None))
+        shard = _shard_facts(entry, first, replicas, manifest.generation, most, work is not None)
+        shards.append(replace(shard, full_share=_full_share(manifest, replicas)))
         if work is not None and (why := _why_idle(replicas)):
             idle[entry.shard] = f"{why}: {work.reason}"
     return {"advice": rebuild_advice(AdviceFacts(manifest.built_for, tuple(shards)), bounds), "idle_upkeep": idle}
@@ -71,6 +81,21 @@ def _shard_facts(
     )
     observed = _observed(replicas, generation)
     return ShardFacts(entry.shard, segments, first.tail_points, due, observed, points_max)
+
+
+def _full_share(manifest: Manifest, replicas: Statuses) -> FullShare | None:
+    """Where a replica whose GPU works has an index that is not there; None where none has, or tells its memory."""
+    memory = [
+        int(status.gpu["total_bytes"])
+        for key, status in replicas.items()
+        if key.num_gpus == manifest.num_gpus
+        and status.gpu is not None
+        and not status.gpu["lost"]
+        and status.gpu["total_bytes"]
+        and status.generations[-1:] == (manifest.generation,)
+        and any(segment.get("degraded") for segment in status.segments)
+    ]
+    return FullShare(manifest.num_gpus, min(memory), manifest.config) if memory else None
 
 
 def _planned(segment: Mapping[str, Any]) -> str:

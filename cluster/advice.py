@@ -13,10 +13,11 @@ from typing import Literal, get_args
 from cluster.config import CollectionConfig, ServedOn, Upkeep
 from cluster.errors import Invalid
 from cluster.gpu_memory import GpuFacts
+from cluster.gpu_share import choose_share, in_words
 from cluster.index_policy import plan_index
 from cluster.upkeep import POINTS_MAX, largest_build
 
-ReasonKind = Literal["growth", "scattered", "recall", "index_kind"]
+ReasonKind = Literal["growth", "scattered", "recall", "index_kind", "gpu_share"]
 REASON_KINDS: tuple[ReasonKind, ...] = get_args(ReasonKind)
 SMALL_PART = 10  # a segment with less than this fraction of the points that one index could have is small
 KIND_SHARE = 0.8  # of the points must ask for another index as well: near a bound of the policy none is worth it
@@ -53,10 +54,21 @@ class ObservedRecall:
 
 
 @dataclass(frozen=True)
+class FullShare:
+    """The share of a GPU that each replica has, where it does not hold all of a shard's indexes: so the CPU answers for
+    some. `memory_bytes` are the whole GPU's, `config` is that by which a build chooses."""
+
+    num_gpus: float
+    memory_bytes: int
+    config: CollectionConfig
+
+
+@dataclass(frozen=True)
 class ShardFacts:
     """A shard as served. `tail_points` are in no segment. `upkeep_due`: a seal or a merge is going to change this.
 
-    `points_max` is the largest segment that would be made.
+    `points_max` is the largest segment that would be made. `full_share` None: a GPU has all that it is to have, or
+    nobody knows.
     """
 
     shard: int
@@ -65,6 +77,7 @@ class ShardFacts:
     upkeep_due: bool = False
     observed: ObservedRecall | None = None
     points_max: int = POINTS_MAX
+    full_share: FullShare | None = None
 
     @property
     def points(self) -> int:
@@ -94,6 +107,7 @@ def rebuild_advice(facts: AdviceFacts, bounds: Upkeep) -> tuple[Advice, ...]:
         "scattered": _scattered,
         "recall": _recall,
         "index_kind": _index_kind,
+        "gpu_share": _gpu_share,
     }
     found = []
     for kind in REASON_KINDS:
@@ -161,6 +175,27 @@ def _index_kind(shard: ShardFacts, config: CollectionConfig, bounds: Upkeep) -> 
     return (
         f"{here.kind} was chosen for {here.count:,} points, {now} would be for the {shard.points:,} that there are now"
     )
+
+
+def _gpu_share(shard: ShardFacts, config: CollectionConfig, bounds: Upkeep) -> str:
+    """Where a build would take a larger share, whether it gets a GPU itself or not. While one generation is replaced by
+    another, which does not fit beside it, neither asks for more."""
+    full = shard.full_share
+    if full is None or full.config.index.num_gpus is not None:
+        return ""
+    count = _rounded(shard.points)
+    larger = min(_share_for(count, full, builds) for builds in (True, False))
+    if larger <= full.num_gpus:
+        return ""
+    return (
+        f"{in_words(full.num_gpus)} does not hold the index of its {shard.points:,} points any more, and the CPU "
+        f"answers for some of them; {in_words(larger)} would be taken"
+    )
+
+
+@lru_cache(PLANS_KEPT)
+def _share_for(count: int, full: FullShare, builds: bool) -> float:
+    return choose_share(count, full.config, full.memory_bytes, lambda share: builds, full.num_gpus).num_gpus
 
 
 def kind_for(config: CollectionConfig, count: int) -> str:

@@ -33,19 +33,25 @@ class ClusterGpus:
     def free_in_shares(self, num_gpus: float, held: Mapping[float, float]) -> float:
         """Of those that are free, what replicas and tasks that ask for `num_gpus` each can get: a share is of one GPU.
 
-        A collection's own replicas have `held` of them, by the share that each has. What these leave of their GPUs is
-        free as well; of that counts what holds such a share.
+        Each counts with what no other one can use of a whole GPU (`share_with_rest`). A collection's own replicas have
+        `held` of them, by the share that each has: what these leave of the GPUs that they fill is free as well, and of
+        that counts what holds such a share. All else is taken to be of as few GPUs as can be, as Ray fills them.
         """
-        most = share_with_rest(num_gpus)
-        useless = sum(_rest(share, num_gpus) * gpus / share * share_with_rest(share) for share, gpus in held.items())
-        of_nodes = sum(floor(free / most + FRACTIONS) * most for free in self.by_node or (self.free,))
-        return min(max(0.0, self.free - useless), of_nodes)
+        fitting, other = 0, self.free
+        for share, gpus in held.items():
+            each = share_with_rest(share)
+            filled, rest = floor(gpus / share * each + FRACTIONS), 1.0 - share / each
+            fitting += filled * _fitting(rest, num_gpus)
+            other -= filled * rest
+        nodes = self.by_node or (self.free,)
+        fitting += _fitting(other, num_gpus) if len(nodes) == 1 else floor(max(0.0, other) / num_gpus + FRACTIONS)
+        return min(fitting, sum(_fitting(free, num_gpus) for free in nodes)) * share_with_rest(num_gpus)
 
 
-def _rest(share: float, num_gpus: float) -> float:
-    """Of a GPU that is full of such shares, what is left and holds none of `num_gpus`."""
-    left = 1.0 - share / share_with_rest(share)
-    return left - floor(left / num_gpus + FRACTIONS) * num_gpus
+def _fitting(free: float, num_gpus: float) -> int:
+    """How many such shares there are in whole GPUs and a part of one."""
+    whole = floor(max(0.0, free) + FRACTIONS)
+    return whole * floor(1.0 / num_gpus + FRACTIONS) + floor(max(0.0, free - whole) / num_gpus + FRACTIONS)
 
 
 def share_with_rest(num_gpus: float) -> float:

@@ -272,7 +272,8 @@ class Upkeep:
     What these do not repair is for a rebuild (`cluster.advice`). It is advised when a shard has more than
     `rebuild_growth` times the points that its largest index was trained on, when more than `rebuild_loose_share` of its
     rows are deleted, unsealed or in small segments, when the recall of live queries is below the target by more than
-    `rebuild_recall_margin`, and when the policy would choose another kind of index now.
+    `rebuild_recall_margin`, when the policy would choose another kind of index now, and when its share of a GPU is full
+    and a build would take a larger one.
     """
 
     seal_points: int = 50_000

@@ -72,9 +72,9 @@ def choose_share(
     return GpuShare(had, f"it keeps {in_words(had)}, which holds its {kept.gpu_bytes} bytes: its replicas go on")
 
 
-def share_without_points(config: CollectionConfig, had: float = 0.0) -> GpuShare:
-    """The share of a generation for which no index was chosen: the least where a GPU is asked for, else none."""
-    return least_share(config, had) if config.index.device == "gpu" else GpuShare(0.0, "")
+def share_without_points(config: CollectionConfig) -> float:
+    """The share of a new collection: the least where a GPU is asked for, else none."""
+    return least_share(config).num_gpus if config.index.device == "gpu" else 0.0
 
 
 def least_share(config: CollectionConfig, had: float = 0.0) -> GpuShare:

@@ -145,7 +145,7 @@ class ManifestLog:
         entries = self.wal_ends(parent, config.shards)
         try:
             empty = self._next(parent, config, entries, _next_generation(parent))
-            return self._commit(replace(empty, num_gpus=share_without_points(config).num_gpus), parent), True
+            return self._commit(replace(empty, num_gpus=share_without_points(config)), parent), True
         except Conflict:
             newest = self.newest()
             if self._is_live(newest, config):
@@ -201,7 +201,7 @@ class ManifestLog:
 
         `attributes` are the Arrow types of those of its points: now the collection's (`types_after_import`). `log_set`
         is by default that of `base`, and a new one where the entries are behind that. `num_gpus` is the share of a GPU
-        that its segments were built for; where `base` has another, other replicas serve it, and these load it beside.
+        that its segments were built for; where what is served has another, other replicas load it.
 
         It follows the newest manifest, which must be `base` (None: there is none), or differ from it only by what
         shards sealed and writes declared since; else Conflict.
@@ -211,8 +211,7 @@ class ManifestLog:
             declared = types_after_import(newest.attributes if newest else {}, attributes)  # a deletion has none
             logs = _log_set_after(newest, shards) if log_set is None else log_set
             changed = self._next(newest, config, shards, _next_generation(newest))
-            way = switch if newest is None or newest.num_gpus == num_gpus else "beside"
-            return replace(changed, attributes=declared, log_set=logs, switch=way, num_gpus=num_gpus)
+            return replace(changed, attributes=declared, log_set=logs, switch=switch, num_gpus=num_gpus)
 
         return self._commit_after(base, generation_after)
 

@@ -17,6 +17,7 @@ from cluster.attributes import arrow_type
 from cluster.entry_log import start_after
 from cluster.errors import Conflict, Invalid, NotFound, Unavailable
 from cluster.manifest import Manifest, ManifestLog, ShardEntry
+from cluster.manifest_format import Switch
 from cluster.object_store import ObjectStore
 from cluster.shard_entry import LogPosition, LogSet, behind_logs
 from cluster.snapshots import missing_objects
@@ -212,8 +213,8 @@ def commit_rollback(
 ) -> Manifest:
     """Commit it, once `replay_of` has found all records; with other `entries` that hold more (sealed further on).
 
-    It is switched to as the newest generation was: where there was no memory for two, there is none now. NotFound where
-    something that they need is not kept. Conflict where another generation was committed first.
+    It is switched to as the newest version was (`switch_back`): where there was no memory for two, there is none now.
+    NotFound where something that they need is not kept. Conflict where another generation was committed first.
     """
     chosen = rollback.entries if entries is None else tuple(entries)
     what = f"generation {rollback.old.generation} of {rollback.old.collection!r}"
@@ -230,8 +231,13 @@ def commit_rollback(
 
 def _commit(log: ManifestLog, rollback: Rollback, entries: tuple[ShardEntry, ...]) -> Manifest:
     base, old = rollback.base, rollback.old
-    how = (rollback.attributes, base.switch, rollback.log_set, old.num_gpus)
+    how = (rollback.attributes, switch_back(base, old), rollback.log_set, old.num_gpus)
     return log.commit_generation(base, old.config, entries, *how)
+
+
+def switch_back(base: Manifest, old: Manifest) -> Switch:
+    """As the newest version was switched to, unless other replicas load this one: they have nothing to drop first."""
+    return base.switch if base.num_gpus == old.num_gpus else "beside"
 
 
 def check_kept(store: ObjectStore, manifest: Manifest, what: str) -> None:

@@ -157,7 +157,8 @@ class LatencyTask:
 def measure_latency(task: LatencyTask) -> Iterator[dict[str, object]]:
     """Both shards in one process, one segment in memory at a time. Yields {"old_ms": float, "new_ms": float}.
 
-    Nothing where the GPU that it asked for cannot be used: the twins' times would say nothing.
+    Nothing where the GPU that it asked for cannot be used, or this share of it does not hold an index: the twins' times
+    would say nothing.
     """
     place = task.place
     use_threads(place.threads)
@@ -171,14 +172,18 @@ def measure_latency(task: LatencyTask) -> Iterator[dict[str, object]]:
         with base_rows():
             old = ShardSegments(task.old_config, task.old.segments, deleted)
             old_ms = _shard_ms(place, old, task.queries, device)
-        yield {"old_ms": old_ms, "new_ms": _shard_ms(place, task.new, task.queries, device)}
+        new_ms = None if old_ms is None else _shard_ms(place, task.new, task.queries, device)
+        if old_ms is not None and new_ms is not None:
+            yield {"old_ms": old_ms, "new_ms": new_ms}
 
 
-def _shard_ms(place: Place, shard: ShardSegments, queries: Vectors, device: GpuDevice | None) -> float:
-    """Median milliseconds of one query: a shard asks its segments one after the other."""
+def _shard_ms(place: Place, shard: ShardSegments, queries: Vectors, device: GpuDevice | None) -> float | None:
+    """Median milliseconds of one query: a shard asks its segments one after the other. None where a twin answers."""
     total = 0.0
     for ref in shard.segments:
         segment = load_segment(place.store, place.collection, ref, shard.config.metric, place.cache, device)
+        if device is not None and segment.twin is not None and segment.twin.gpu is None:
+            return None
         view = _view(shard.config, segment, shard.deleted.get(ref.segment_id, np.empty(0, np.int64)))
         total += min(_median_ms(view, queries) for _ in range(LATENCY_REPEATS))
     return total

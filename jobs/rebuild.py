@@ -196,7 +196,7 @@ class Rebuilder:
         bounds = (self._options.memory_bytes, self._workers, gpus)
         build = plan_build(points.count, config, *bounds) if points.count else None
         largest = max((survey.index_bytes for survey in surveys.values()), default=0)
-        return RebuildPlan(base, config, points, attributes, tuple(index_bytes), largest, build)
+        return RebuildPlan(base, config, points, attributes, tuple(index_bytes), largest, build, gpus=gpus)
 
     def _gpus(self, base: Manifest, config: CollectionConfig) -> BuildGpus | None:
         """GPUs as they are now. The collection's own replicas keep theirs where they have the same share of one; with

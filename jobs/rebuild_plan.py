@@ -11,12 +11,11 @@ from actors.entry_seal import DraftEntry
 from cluster.config import CollectionConfig, ServedOn
 from cluster.gate import PointSum
 from cluster.gpu_memory import host_load_bytes
-from cluster.gpu_share import share_without_points
 from cluster.manifest import Manifest, ShardEntry
 from cluster.manifest_format import config_built_for
 from cluster.shard_entry import LogPosition, LogSet, behind_logs
 from cluster.switch_memory import SwitchMemory
-from jobs.build_plan import BuildPlan
+from jobs.build_plan import BuildGpus, BuildPlan
 from jobs.rebuild_task import BuiltRange
 
 
@@ -32,12 +31,13 @@ class RebuildPlan:
     old_largest_bytes: int  # of a segment's index
     build: BuildPlan | None
     switch: SwitchMemory = field(default_factory=lambda: SwitchMemory("beside"))
+    gpus: BuildGpus | None = None  # that there are for it
 
     @property
     def num_gpus(self) -> float:
         """The share of a GPU that each replica of the new generation gets; 0 on CPUs."""
         if self.build is None:
-            return share_without_points(self.config, self.base.num_gpus).num_gpus
+            return self.gpus.each if self.gpus and self.config.index.device == "gpu" else 0.0
         return self.build.num_gpus
 
     @property

@@ -15,7 +15,7 @@ from cluster.deletion import delete_files
 from cluster.errors import Conflict, EaglerayError, Invalid, NotFound, Unavailable
 from cluster.manifest import Manifest, ManifestLog, SegmentRef, ShardEntry, TombstonesRef
 from cluster.object_store import ObjectStore
-from cluster.rollback import check_kept, put_back_unless_kept
+from cluster.rollback import check_kept, put_back_unless_kept, switch_back
 from cluster.snapshots import (
     Snapshot,
     check_snapshot_name,
@@ -141,7 +141,8 @@ def restore(store: ObjectStore, log: ManifestLog, options: RestoreOptions) -> Ma
 
     check(named)
     types = attribute_types_of(named)
-    committed = log.commit_generation(base, named.config, entries, types, base.switch, num_gpus=named.num_gpus)
+    how = switch_back(base, named)
+    committed = log.commit_generation(base, named.config, entries, types, how, num_gpus=named.num_gpus)
     put_back_unless_kept(store, log, base, committed, check)
     return committed
 

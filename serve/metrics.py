@@ -10,6 +10,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from cluster.advice import REASON_KINDS
+from cluster.placement import share_in_full
 
 LATENCY_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -260,7 +261,7 @@ def _gpu_gauges(descriptions: list[dict[str, Any]]) -> list[Metric]:
 
 def _which(replica: dict[str, Any]) -> tuple[str, str, str]:
     """Number, device and share of a GPU: while one share takes over from another a number has a replica of each."""
-    return str(replica["replica"]), replica["device"], f"{replica['num_gpus']:g}"
+    return str(replica["replica"]), replica["device"], share_in_full(replica["num_gpus"])
 
 
 def _gpu_replicas(descriptions: list[dict[str, Any]]) -> Iterator[tuple[str, int, dict[str, Any]]]:

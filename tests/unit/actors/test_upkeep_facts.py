@@ -100,6 +100,33 @@ def test_segments_of_a_generation_on_gpus_may_be_as_large_as_those_that_are_made
     assert told(manifest, status)[1] == {0: "not begun yet: 3 segments may grow, segments_max is 2"}
 
 
+def test_share_of_a_gpu_that_is_full_is_a_reason_where_a_build_would_take_a_larger_one() -> None:
+    config = CollectionConfig(768, metric="l2", index=IndexConfig("flat", device="gpu"))
+    manifest = replace(manifest_of(("a", 800_000), ("b", 100_000)), config=config, num_gpus=0.125)
+    there, lacks = ({"device": "gpu", "degraded": why} for why in ("", "flat takes 1 bytes of GPU memory"))
+    gpu = {"total_bytes": 24 * 10**9, "lost": ""}
+
+    def of(second: Facts, share: float = 0.125, manifest: Manifest = manifest, **more: Any) -> list[str]:
+        segments = (segment_of("a", 800_000) | there, segment_of("b", 100_000) | second)
+        status = ready(*segments, **{"gpu": gpu} | more)
+        advice = upkeep_facts(manifest, {ReplicaKey("words", 0, 0, share): status}, BOUNDS)["advice"]
+        return [each.reason for each in advice if each.kind == "gpu_share"]
+
+    assert of(lacks) == [
+        "shard 0: an eighth of a GPU does not hold the index of its 900,000 points any more, and the CPU answers for "
+        "some of them; half a GPU would be taken"
+    ]
+    assert of(there) == of({}) == [], "a CPU's kind tells nothing of it"
+    assert of(lacks, gpu=gpu | {"lost": "an error"}) == []
+    assert of(lacks, gpu=gpu | {"total_bytes": None}) == []
+    assert of(lacks, gpu=None) == []
+    assert of(lacks, gpu=gpu | {"total_bytes": 80 * 10**9}) == [], "it holds it: what is replaced takes the room"
+    assert of(lacks, share=0.5) == [], "of those that are to go"
+    assert of(lacks, generations=(2, 3, 4)) == []
+    named = replace(config, index=replace(config.index, num_gpus=0.125))
+    assert of(lacks, manifest=replace(manifest, config=named)) == [], "a build would take it again"
+
+
 def test_deleted_rows_are_those_of_the_replica_and_of_the_manifest() -> None:
     manifest = manifest_of(("a", 1_000), tombstones=300)
     status = ready(segment_of("a", 1_000, tombstones=600), upkeep="")

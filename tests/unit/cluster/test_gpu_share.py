@@ -205,28 +205,24 @@ def test_kept_share_builds_the_index_of_a_whole_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "had", "share"),
+    ("index", "share"),
     [
-        ({"device": "cpu"}, 0.25, 0.0),
-        ({"device": "auto"}, 0.25, 0.0),
-        ({"device": "auto", "num_gpus": 0.5}, 0.0, 0.0),
-        ({"device": "gpu"}, 0.0, 0.125),
-        ({"device": "gpu", "num_gpus": 0.5}, 0.0, 0.5),
-        ({"device": "gpu", "num_gpus": 0.5}, 0.25, 0.5),
-        ({"device": "gpu"}, 0.25, 0.25),
-        ({"device": "gpu"}, 0.5, 0.125),
+        ({"device": "cpu"}, 0.0),
+        ({"device": "auto"}, 0.0),
+        ({"device": "auto", "num_gpus": 0.5}, 0.0),
+        ({"device": "gpu"}, 0.125),
+        ({"device": "gpu", "num_gpus": 0.5}, 0.5),
     ],
 )
-def test_generation_without_points_gets_the_least_where_it_asks_for_a_gpu(
-    index: dict[str, Any], had: float, share: float
-) -> None:
-    assert share_without_points(config_of(**index), had).num_gpus == share
+def test_new_collection_gets_the_least_where_it_asks_for_a_gpu(index: dict[str, Any], share: float) -> None:
+    assert share_without_points(config_of(**index)) == share
 
 
 def test_least_share_is_that_of_a_small_index_or_the_one_that_is_there() -> None:
     config = CollectionConfig(8)
     assert least_share(config) == GpuShare(0.125, "an eighth of a GPU, the least")
     assert least_share(config, SHRINK_FROM * SHARES[0]) == least_share(config)
+    assert least_share(replace(config, index=replace(config.index, num_gpus=0.5)), 0.25).num_gpus == 0.5
     assert least_share(config, 0.25) == GpuShare(0.25, "it keeps a quarter of a GPU: its replicas go on")
 
 

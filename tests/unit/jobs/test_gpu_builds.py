@@ -28,7 +28,7 @@ from cluster.snapshots import create_snapshot
 from jobs import build_device
 from jobs.build_device import TaskGpus
 from jobs.build_plan import BuildGpus, Builds, Workers, build_gpus, held_gpus, plan_build, segment_bytes, with_rates
-from jobs.gate import SegmentTask, look_at_segment
+from jobs.gate import LatencyTask, SegmentTask, ShardSegments, look_at_segment, measure_latency
 from jobs.rebuild_task import Place
 from jobs.snapshots import BranchOptions, RestoreOptions, branch, restore
 from tests.fakes import run_tasks_here
@@ -339,6 +339,21 @@ def test_gate_compares_no_times_of_twins_where_its_gpu_cannot_be_used(
     assert report["gate"]["latency"] is None
 
 
+def test_gate_compares_no_times_of_an_index_that_a_smaller_share_does_not_hold(
+    tmp_path: Path, doubled: list[GpuDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection = written(tmp_path)
+    run_rebuild(collection, index={"device": "gpu"}, gpus=lambda: ONE)
+    manifest = collection.newest
+    (entry,) = manifest.shards
+    place = Place(collection.data, manifest.collection, "gate", None, gpus=TaskGpus(GpuFacts(), 0.125))
+    new = ShardSegments(manifest.config, entry.segments, {})
+    task = LatencyTask(place, entry, manifest.config, new, np.ones((3, 4), np.float32))
+    assert [set(told) for told in measure_latency(task)] == [{"old_ms", "new_ms"}]
+    monkeypatch.setattr(build_device.GpuDevice, "open", lambda share: double_device(1 << 30, share))
+    assert list(measure_latency(task)) == []
+
+
 def test_what_is_sealed_and_caught_up_is_for_the_device_of_its_generation(
     tmp_path: Path, doubled: list[GpuDevice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,6 +430,25 @@ def test_rebuild_is_refused_where_the_host_has_no_memory_to_load_its_graph(
         run_rebuild(collection, index={"kind": "cagra"}, job_id="rebuild-2", **tight)
 
 
+def test_rebuild_by_the_replicas_that_serve_has_them_make_room_while_another_generation_waits(
+    tmp_path: Path, doubled: list[GpuDevice]
+) -> None:
+    """The newest one, with another share, waits for GPUs: it says nothing of the room that those have which serve."""
+    collection = Collection(
+        CollectionConfig(4, "l2", replicas=2, index=IndexConfig("flat", device="gpu", num_gpus=0.5, cpu_twin=False)),
+        tmp_path,
+    )
+    collection.write(range(60))
+    facts = {"total_bytes": 1_000, "free_bytes": 100, "used_bytes": 1_000, "share": 1.0}
+    segment = {"predicted_bytes": 1, "count": 60, "device": "gpu", "gpu_predicted_bytes": 10_000}
+    full = statuses_on_gpus(2, 0.5, gpu=facts, segments=(segment,), node_memory=(10**9, 10**9))
+    held = {"gpus": lambda: ClusterGpus(2.0, 1.0, 24 * GB, "small"), "statuses": full}
+    run_rebuild(collection, index={"num_gpus": 0.25}, **held)  # type: ignore[arg-type]
+    assert (collection.newest.num_gpus, collection.newest.switch) == (0.25, "beside")
+    run_rebuild(collection, index={"num_gpus": 0.5}, job_id="rebuild-2", **held)  # type: ignore[arg-type]
+    assert (collection.newest.num_gpus, collection.newest.switch) == (0.5, "one_at_a_time")
+
+
 # --- the way back -------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +491,22 @@ def test_version_that_comes_back_has_the_share_that_it_had(tmp_path: Path, doubl
     assert roll_back(store, log, made[1].generation).num_gpus == 0.0
     back = roll_back(store, log, made[2].generation)
     assert (back.num_gpus, back.config, back.switch) == (1.0, made[2].config, "beside")
+
+
+@pytest.mark.parametrize(("share", "switch"), [(0.5, "one_at_a_time"), (0.25, "beside"), (0.0, "beside")])
+def test_version_that_comes_back_is_loaded_beside_by_replicas_with_another_share(
+    tmp_path: Path, share: float, switch: str
+) -> None:
+    """They have nothing to drop first."""
+    collection = written(tmp_path)
+    store, log = collection.store, log_of(collection.store)
+    old = log.commit_generation(collection.newest, collection.config, log.wal_ends(collection.newest, 1), num_gpus=0.5)
+    create_snapshot(store, "half", old, log._now())
+    base, ends = collection.newest, log.wal_ends(collection.newest, 1)
+    log.commit_generation(base, collection.config, ends, switch="one_at_a_time", num_gpus=share)
+    assert restore(store, log, RestoreOptions("words", "half")).switch == switch
+    log.commit_generation(collection.newest, collection.config, ends, switch="one_at_a_time", num_gpus=share)
+    assert roll_back(store, log, old.generation).switch == switch
 
 
 # --- the share that a build chooses -------------------------------------------------------------------------------
@@ -585,3 +635,7 @@ def test_rebuild_without_points_keeps_its_share_or_takes_the_least(tmp_path: Pat
     ):
         run_rebuild(collection, index=index, gpus=lambda: ONE, job_id=f"rebuild-{number}")
         assert collection.newest.num_gpus == share
+    run_rebuild(collection, index={"device": "gpu", "num_gpus": 1.0}, gpus=lambda: ONE, job_id="rebuild-whole")
+    full: dict[str, Any] = {"gpus": lambda: TAKEN, "statuses": statuses_on_gpus()}
+    run_rebuild(collection, index={"num_gpus": None}, job_id="rebuild-full", **full)
+    assert collection.newest.num_gpus == 1.0, "another would wait for its own to go"

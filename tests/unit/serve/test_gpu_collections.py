@@ -407,7 +407,9 @@ def place(number: int) -> dict[str, str]:
     return {"collection": "words", "shard": "0", "replica": str(number)}
 
 
-@pytest.mark.parametrize(("share", "device", "words"), [(0.0, "cpu", "cpu"), (1.0, "gpu", "1 GPU")])
+@pytest.mark.parametrize(
+    ("share", "device", "words"), [(0.0, "cpu", "cpu"), (1.0, "gpu", "1 GPU"), (0.50000001, "gpu", "0.5 GPU")]
+)
 def test_replicas_with_two_shares_are_told_apart_while_one_takes_over(share: float, device: str, words: str) -> None:
     before = ReplicaStatus("ready", (2, 3), (1, 2), points=9, lsn=8, epoch=1)
     described = described_as((on(share), before), (on(0.5), replica(SEGMENT | THERE, lsn=7)), serving=1)
@@ -416,7 +418,8 @@ def test_replicas_with_two_shares_are_told_apart_while_one_takes_over(share: flo
     assert told == {(0, device, share), (0, "gpu", 0.5)}
     assert (shard["points"], shard["segments"]) == (5, [SEGMENT | THERE])  # as those have it that are going to serve
     samples = parsed(render({}, [described]).decode())  # no series twice
-    old, new = {"device": device, "num_gpus": f"{share:g}"}, {"device": "gpu", "num_gpus": "0.5"}
+    before_told = repr(share).removesuffix(".0")  # two series of one name and labels would have no scrape read
+    old, new = {"device": device, "num_gpus": before_told}, {"device": "gpu", "num_gpus": "0.5"}
     assert [value(samples, "eagleray_lsn", **which, **place(0)) for which in (old, new)] == [8.0, 7.0]
     assert ("eagleray_replica_degraded", frozenset((place(0) | {"num_gpus": "0.5"}).items())) in samples
     printed_of = printed(print_collection, described)
@@ -456,11 +459,13 @@ def test_status_says_which_replicas_are_degraded_and_why() -> None:
 
 def test_status_says_which_replica_stands_in_and_what_it_waits_for() -> None:
     waits = ReplicaStatus("starting", error="it asks for 1 GPU")
-    described = described_as((on("gpu"), replica()), (on("gpu", 1), waits))
+    described = described_as((on(0.5), replica()), (on(0.5, 1), waits))
     assert described["ready"]
     text = " ".join(printed(print_collection, described).split())
     assert "shard 0, replica 1: stands in until one that lost its GPU was started again: it asks for 1 GPU" in text
     assert "replica 0: stands in" not in text
+    too_many = described_as((on(0.0), ReplicaStatus("ready")), (on(0.0, 1), ReplicaStatus("ready")))
+    assert "stands in" not in printed(print_collection, too_many), "it has no GPU to lose"
 
 
 def printed(printer: Any, described: dict[str, Any]) -> str:

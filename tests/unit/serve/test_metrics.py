@@ -195,12 +195,12 @@ def test_rebuild_that_is_advised_is_told_with_its_reasons_and_as_a_gauge() -> No
     assert (bad["rebuild_advised"], bad["rebuild_reasons"]) == ("it has grown; queries find less", ["growth", "recall"])
     assert (good["rebuild_advised"], good["rebuild_reasons"]) == (None, [])
     samples = parsed(render({}, [bad, good, describe_unreadable("broken", "why")]).decode())
-    for kind in ("growth", "scattered", "recall", "index_kind"):
+    for kind in ("growth", "scattered", "recall", "index_kind", "gpu_share"):
         told = [
             value(samples, "eagleray_rebuild_advised", collection=name, reason_kind=kind) for name in ("words", "birds")
         ]
         assert told == [float(kind in ("growth", "recall")), 0.0]
-    assert sum(name == "eagleray_rebuild_advised" for name, _ in samples) == 8
+    assert sum(name == "eagleray_rebuild_advised" for name, _ in samples) == 10
 
 
 def test_shard_tells_what_its_primary_says_of_upkeep_and_else_why_nothing_is_done() -> None:
