@@ -34,15 +34,17 @@ class RunningServer:
     def start(self) -> None:
         command = [sys.executable, "-m", "serve.cli", "up", "--data", str(self.data), "--port", str(self.port)]
         command += self.options
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        self._process = subprocess.Popen(command, start_new_session=True, **pipes)
+        said = self.data.with_name(f"{self.data.name}-said.txt")  # in a file: nobody reads a pipe while it serves
+        with said.open("w") as errors:
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+            self._process = subprocess.Popen(command, start_new_session=True, **pipes)
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if found := re.search(r"job server: (http://\S+)", line):
                 self.dashboard = found.group(1)
             if "serves" in line:
                 return
-        raise AssertionError("eagleray up ended before it served")
+        raise AssertionError(f"eagleray up ended with {self.wait()} before it served: {said.read_text()[-4_000:]}")
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """Ctrl-C reaches the whole process group; returns the exit code."""
