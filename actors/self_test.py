@@ -86,10 +86,10 @@ def problem_on_gpu(
     if ((labels < -1) | (labels >= rows.count)).any():
         return f"it found row {int(labels.max())} of {rows.count}"
     if spec.kind == "ivf_pq":
-        expected = _scores_of(labels, *cpu.search(queries, RAW_K, own))
+        expected = scores_of(labels, *cpu.search(queries, RAW_K, own))
     else:
         expected = exact_scores(rows, queries, labels, metric, threads_in_use())
-    slack = SCORE_SLACK.get(spec.kind, SCORE_SLACK[spec.codes]) * _squares(rows, queries, labels, metric)
+    slack = SCORE_SLACK.get(spec.kind, SCORE_SLACK[spec.codes]) * squares(rows, queries, labels, metric)
     if wrong := _wrong_score(labels, scores, expected, slack):
         return wrong
     if unseen := _unseen(rows, test, queries, labels):
@@ -119,14 +119,14 @@ def _recall_with_ties(
     return float(np.minimum(1.0, ((labels >= 0).sum(axis=1) - again.sum(axis=1)) / wanted).mean())
 
 
-def _scores_of(labels: Labels, known_labels: Labels, known_scores: Vectors) -> Vectors:
+def scores_of(labels: Labels, known_labels: Labels, known_scores: Vectors) -> Vectors:
     """The score that another index has for each label of the same query, (n, k); not a number where it has none."""
     same = labels[:, :, None] == known_labels[:, None, :]
     found = np.take_along_axis(known_scores, same.argmax(axis=2), axis=1)
     return np.where(same.any(axis=2), found, np.float32(np.nan))
 
 
-def _squares(rows: Rows, queries: Vectors, labels: Labels, metric: Metric) -> Vectors:
+def squares(rows: Rows, queries: Vectors, labels: Labels, metric: Metric) -> Vectors:
     """Squared lengths of each query and each row that it found, together, (n, k); but under an inner product from
     their middle, since distances do not change where all points are moved."""
     stored = rows.gather_vectors(np.maximum(labels, 0))

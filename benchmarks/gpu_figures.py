@@ -17,7 +17,7 @@ from actors.faiss_index import threads_in_use
 from actors.gpu_index import GpuIndex
 from actors.loaded_segment import LoadedSegment
 from actors.rerank import exact_scores
-from actors.self_test import RAW_K, SCORE_SLACK, _scores_of, _squares, asked_of, truth_of
+from actors.self_test import RAW_K, SCORE_SLACK, asked_of, scores_of, squares, truth_of
 from cluster.row_selection import RowSelection
 
 LIBRARIES = ("libcuda.", "cudart", "cublas", "cuvs", "raft", "rmm", "nvJitLink", "nvrtc", "faiss", "gomp")
@@ -35,11 +35,11 @@ def self_test_figures(segment: LoadedSegment, gpu: GpuIndex) -> str:
     queries, truth = asked_of(test, rows), truth_of(test)
     labels, scores = gpu.search(queries, RAW_K, own)
     if spec.kind == "ivf_pq":
-        expected = _scores_of(labels, *twin.cpu.search(queries, RAW_K, own))
+        expected = scores_of(labels, *twin.cpu.search(queries, RAW_K, own))
     else:
         expected = exact_scores(rows, queries, labels, segment.metric, threads_in_use())
     known = (labels >= 0) & ~np.isnan(expected)
-    off = np.abs(scores - expected)[known] / np.maximum(_squares(rows, queries, labels, segment.metric)[known], 1e-30)
+    off = np.abs(scores - expected)[known] / np.maximum(squares(rows, queries, labels, segment.metric)[known], 1e-30)
     slack = SCORE_SLACK.get(spec.kind, SCORE_SLACK[spec.codes])
     found = [np.isin(own_rows[own_rows >= 0], line).mean() for own_rows, line in zip(truth, labels, strict=True)]
     gone = np.unique(truth[:, 0][truth[:, 0] >= 0])
