@@ -203,11 +203,12 @@ class Supervisor:
                 raise Unavailable(f"the supervisor does not know the collections yet: {self._waits_for}")
             raise NotFound(f"no collection {collection!r}")
         served = self._table.collections.get(collection) if self._table else None
+        told = self._told_of(manifest)
         return {
             "manifest": manifest,
             "serving_generation": served.generation if served else None,
-            "statuses": {key: replace(one, endpoint=None) for key, one in self._told_of(manifest).items()},
-            **upkeep_facts(manifest, self._told_of(manifest), self._settings.upkeep),
+            "statuses": {key: replace(one, endpoint=None) for key, one in told.items()},
+            **upkeep_facts(manifest, told, self._settings.upkeep),
         }
 
     def _wanted(self) -> dict[ReplicaKey, WantedReplica]:
@@ -236,9 +237,8 @@ class Supervisor:
 
     def _told_of(self, newest: Manifest) -> dict[ReplicaKey, ReplicaStatus]:
         """With those that stand in."""
-        running = self._replicas.statuses(newest.collection)
-        more = {key: status for key, status in running.items() if key.replica >= newest.config.replicas}
-        return self._statuses_of(newest) | more
+        running = self._replicas.statuses(newest.collection).items()
+        return self._statuses_of(newest) | {k: s for k, s in running if k.replica >= newest.config.replicas}
 
     def _perform(self, action: Start | Stop | Load | Drop | Lead) -> None:
         """What fails is logged and planned again by the next round; it does not keep the round from publishing."""

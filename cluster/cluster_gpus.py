@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import floor
 
-from cluster.gpu_policy import FRACTIONS
+from cluster.gpu_policy import FRACTIONS, share_with_rest
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ def _fitting(free: float, num_gpus: float) -> int:
     """How many such shares there are in whole GPUs and a part of one."""
     whole = floor(max(0.0, free) + FRACTIONS)
     return whole * floor(1.0 / num_gpus + FRACTIONS) + floor(max(0.0, free - whole) / num_gpus + FRACTIONS)
-
-
-def share_with_rest(num_gpus: float) -> float:
-    """A share of a GPU, with what no other share of that size can use of it: 1 where it is over a half."""
-    return 1.0 / floor(1.0 / num_gpus + FRACTIONS)
 
 
 NO_GPUS = ClusterGpus()

@@ -312,8 +312,12 @@ def gpu_for(
 def missing_gpus(config: CollectionConfig, num_gpus: float, held: float) -> float:
     """GPUs that replicas of such a share need beside those that the collection's own have; with what no other replica
     can use of them."""
-    each = 1.0 / floor(1.0 / num_gpus + FRACTIONS)
-    return max(0.0, config.shards * config.replicas - held / num_gpus) * each
+    return max(0.0, config.shards * config.replicas - held / num_gpus) * share_with_rest(num_gpus)
+
+
+def share_with_rest(num_gpus: float) -> float:
+    """A share of a GPU, with what no other share of that size can use of it: 1 where it is over a half."""
+    return 1.0 / floor(1.0 / num_gpus + FRACTIONS)
 
 
 def _no_gpus(

@@ -16,10 +16,10 @@ from typing import Any, Protocol, TypeVar
 
 from actors.replica_status import Statuses
 from cluster import index_costs
-from cluster.cluster_gpus import ClusterGpus, share_with_rest
+from cluster.cluster_gpus import ClusterGpus
 from cluster.config import CollectionConfig, ServedOn
 from cluster.gpu_memory import GpuFacts, host_build_bytes
-from cluster.gpu_policy import FRACTIONS, gpu_for, missing_gpus
+from cluster.gpu_policy import FRACTIONS, gpu_for, missing_gpus, share_with_rest
 from cluster.gpu_share import GpuShare, choose_share, in_words, least_share
 from cluster.index_costs import REFERENCE, Rates
 from cluster.index_policy import MEMORY_MARGIN, IndexPlan, like, plan_index

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from cluster.cluster_gpus import NO_GPUS, ClusterGpus, share_with_rest
+from cluster.cluster_gpus import NO_GPUS, ClusterGpus
 from cluster.config import CollectionConfig, IndexConfig, ServedOn
 from cluster.errors import Exhausted
 from cluster.gpu_memory import GPU_MARGIN
+from cluster.gpu_policy import share_with_rest
 from cluster.manifest_format import added_on, config_built_for
 from cluster.placement import (
     Candidate,
