@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
 import numpy as np
 import pytest
+from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
 from cluster import cloud_store
@@ -254,12 +256,30 @@ BUCKET = "eagleray-contract"
 def s3_server() -> Iterator[str]:
     """The endpoint of an S3 server in this process, on a free port."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        yield f"http://{host}:{port}"
-    finally:
-        server.stop()
+    with one_put_at_a_time():
+        server.start()
+        try:
+            host, port = server.get_host_and_port()
+            yield f"http://{host}:{port}"
+        finally:
+            server.stop()
+
+
+@contextmanager
+def one_put_at_a_time() -> Iterator[None]:
+    """moto looks whether an object is there and then writes it: two of its threads may both find it absent.
+
+    S3 does both in one step.
+    """
+    lock, put_object = threading.Lock(), S3Response.put_object
+
+    def locked(self: S3Response) -> object:
+        with lock:
+            return put_object(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3Response, "put_object", locked)
+        yield
 
 
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
