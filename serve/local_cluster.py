@@ -8,6 +8,7 @@ import ipaddress
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
@@ -31,6 +32,9 @@ APPLICATION = "eagleray"
 READY_TIMEOUT_S = 300.0
 DOWN_TIMEOUT_S = 60.0
 AGENT_PORT = 52_365  # of every Ray's agent, by which its job server runs jobs; `ray.init` takes no other
+# Below those that Linux gives to outgoing connections (from 32768 on): one of these, taken while Ray starts, would be
+# missing to whoever was told that it is free. Beside those of Ray's workers (10002 to 19999) and Serve's (from 30000).
+PORTS = range(20_000, 30_000)
 OBJECT_STORE_BYTES = 512 * 1024 * 1024  # requests pass through it, nothing stays: Ray's default is 30% of memory
 # Serve reads these when it is imported, in every process: HAProxy straight to the endpoint process instead of
 # Serve's Python proxy, no thread hops inside it, and searches that watch for their client themselves
@@ -167,12 +171,15 @@ def is_taken(port: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that are free now."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+    """Different ports of loopback that are free now, and that no outgoing connection is given meanwhile."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise Unavailable(f"fewer than {count} of the ports {min(PORTS)} to {max(PORTS)} are free")
 
 
 @contextlib.contextmanager

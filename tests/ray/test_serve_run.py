@@ -19,7 +19,7 @@ from serve.client import Client
 from serve.local_cluster import free_ports, serve_environment
 from tests.ray.server import alive, descendants, wait_until
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("others")]
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -13,7 +13,7 @@ import pytest
 from serve.local_cluster import free_ports
 from tests.ray.server import RunningServer
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("others")]
 CLUSTER = """
 import sys, tempfile, shutil
 import ray

@@ -29,7 +29,7 @@ from cluster.placement import ReplicaKey
 from cluster.query import Hits, SearchGroup, SearchParams, ShardSearch
 from cluster.write import PointWrite, WriteOutcome
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("one_cluster")]
 KEYS = (ReplicaKey("words", 0, 0), ReplicaKey("words", 0, 1))
 NEAREST = SearchGroup(0, 1, 1, SearchParams())
 

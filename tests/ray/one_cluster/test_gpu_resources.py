@@ -31,7 +31,7 @@ from jobs.report import JobReporter, JobStatus
 from tests.fakes import run_tasks_here
 from tests.unit.jobs.imports import random_table, write
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("one_cluster")]
 COLLECTION, NAMESPACE = "shared", "gpus"
 ON_CPU, ON_GPU = ReplicaKey(COLLECTION, 0, 0), ReplicaKey(COLLECTION, 0, 0, 1.0)
 HALF, QUARTER = ReplicaKey(COLLECTION, 0, 0, 0.5), ReplicaKey(COLLECTION, 0, 0, 0.25)

@@ -15,7 +15,7 @@ from actors import ray_jobs
 from actors.niceness import BACKGROUND
 from cluster.errors import Unavailable
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("one_cluster")]
 
 
 def count_up(limit: int) -> Iterator[int]:

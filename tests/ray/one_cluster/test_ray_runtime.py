@@ -26,7 +26,7 @@ from cluster.placement import ReplicaKey, WantedReplica
 from cluster.query import SearchGroup, SearchParams, ShardSearch
 from cluster.write import PointWrite, WriteOutcome
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("one_cluster")]
 WANTED = WantedReplica(version=1, generation=1, shards=1, num_cpus=0.0)
 KEY = ReplicaKey("empty", 0, 0)
 

@@ -16,7 +16,7 @@ from actors.shard_server import ShardServer
 from cluster.placement import ReplicaKey
 from tests.contract.shard_clients import CASES, EchoReplica
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("one_cluster")]
 KEY = ReplicaKey("words", 2, 1)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cluster.errors import Unavailable
 from serve import local_cluster
 from serve.local_cluster import free_ports, is_taken
 
@@ -42,3 +43,16 @@ def test_free_ports_are_different_ones() -> None:
     ports = free_ports(20)
     assert len(set(ports)) == 20
     assert not any(is_taken(port) for port in ports)
+
+
+def test_free_ports_are_none_that_an_outgoing_connection_gets_meanwhile() -> None:
+    assert max(free_ports(200)) < 32_768  # as Linux is set up
+
+
+def test_free_ports_leave_out_those_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, *left = free_ports(3)
+    monkeypatch.setattr(local_cluster, "PORTS", [taken, *left])
+    with socket.create_server(("127.0.0.1", taken)):
+        assert sorted(free_ports(2)) == sorted(left)
+        with pytest.raises(Unavailable, match="fewer than 3 of the ports"):
+            free_ports(3)
