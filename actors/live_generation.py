@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +14,14 @@ from actors.segment_loader import LoadedSegment
 from actors.shard_view import ShardView
 from actors.tail import Tail
 from cluster.errors import Corrupt
-from cluster.ids import hash_ids
+from cluster.ids import ID_ARROW_TYPE, hash_ids
 from cluster.manifest import Manifest
 from cluster.row_selection import RowSelection
 from cluster.wal import WalRecord
 
 VERSIONS_KEPT = 32
+REPLAYED_TOGETHER = 256  # records that are replayed at a time, and
+REPLAYED_BYTES = 16 * 1024 * 1024  # of their points
 SELF_TEST_ROWS = 32
 
 
@@ -92,24 +94,38 @@ class LiveGeneration:
         if record.lsn != self.view.lsn + 1:
             raise RuntimeError(f"record {record.lsn} does not follow record {self.view.lsn}")
         self.epoch = record.epoch
-        return self._take(record, record.lsn)
+        return self._take([record], record.lsn)
+
+    def replay(self, records: Iterable[WalRecord]) -> None:
+        """Apply the next records as `apply` does, many at a time: each segment is asked once for all of their ids.
+
+        Where reading them fails this stands at one of the records before, and can be replayed on from there.
+        """
+        for together in _groups(records):
+            coming = [record for record in together if record.lsn > self.view.lsn]
+            for lsn, record in enumerate(coming, self.view.lsn + 1):
+                if record.lsn != lsn:
+                    raise RuntimeError(f"record {record.lsn} does not follow record {lsn - 1}")
+            if coming:
+                self.epoch = coming[-1].epoch
+                self._take(coming, coming[-1].lsn)
 
     def cross(self, record: WalRecord) -> None:
         """Apply a record of an earlier log set, whose LSNs are those of several logs. None may come twice."""
-        self._take(record, self.view.lsn)
+        self._take([record], self.view.lsn)
 
     def arrive(self, start: int, epoch: int) -> None:
         """Everything of the earlier log sets was applied: the own log begins at this LSN, after records of `epoch`."""
         self.epoch = epoch
         self.view = replace(self.view, lsn=start)
 
-    def _take(self, record: WalRecord, lsn: int) -> Existed:
-        """Apply a record, and stand at `lsn` after it."""
-        ids = _ids_of(record)
+    def _take(self, records: Sequence[WalRecord], lsn: int) -> Existed:
+        """Apply records, and stand at `lsn` after them. What is returned is of the first, where there is one."""
+        written = [(record, ids) for record in records if (ids := _ids_of(record)) is not None]
         selections, existed = dict(self.view.selections), NOTHING
-        if ids is not None:
-            self.records += 1
-            existed = self._write(record, ids, selections)
+        if written:
+            self.records += len(written)
+            existed = self._write(written, selections)
         self.view = replace(self.view, lsn=lsn, selections=selections, tail=self._tail.view())
         return existed
 
@@ -129,10 +145,13 @@ class LiveGeneration:
         if (tail.rows_of_ids(some) < 0).any():
             raise Corrupt(f"LSN {self.view.lsn}: the tail does not find its own points")
 
-    def _write(self, record: WalRecord, ids: Any, selections: dict[str, RowSelection]) -> Existed:
+    def _write(self, written: Sequence[tuple[WalRecord, Any]], selections: dict[str, RowSelection]) -> Existed:
         """Every id's row so far goes, wherever it is; the upserts come to the end of the tail."""
+        id_type = ID_ARROW_TYPE[self.view.config.id_type]  # a record may have its ids as another type of text
+        together = [ids if ids.type == id_type else ids.cast(id_type) for _, ids in written]
+        ids = pa.concat_arrays(together) if len(together) > 1 else together[0]
         hashes, values = hash_ids(ids), ids.to_pylist()
-        existed = self._tail.remove(values)
+        existed = np.zeros(len(ids), dtype=bool)
         for segment in self.view.segments:
             rows = segment.rows.rows_of_ids(ids, hashes)
             here = rows >= 0
@@ -141,10 +160,17 @@ class LiveGeneration:
                 before = selections.get(name) or RowSelection.everything(segment.description.count)
                 existed[here] |= before.holds(rows[here])
                 selections[name] = before.without(rows[here])
-        upserted = len(record.upserts) if record.upserts is not None else 0
-        if upserted:
-            self._tail.append(record.upserts, values[:upserted], hashes[:upserted])
-        return Existed(existed[:upserted], existed[upserted:])
+        start = 0
+        for record, its_ids in written:
+            stop = start + len(its_ids)
+            existed[start:stop] |= self._tail.remove(values[start:stop])
+            if record.upserts is not None and len(record.upserts):
+                upserted = start + len(record.upserts)
+                self._tail.append(record.upserts, values[start:upserted], hashes[start:upserted])
+            start = stop
+        first = written[0][0].upserts
+        upserts, stop = 0 if first is None else len(first), len(written[0][1])
+        return Existed(existed[:upserts], existed[upserts:stop])
 
 
 NOTHING = Existed(np.zeros(0, bool), np.zeros(0, bool))
@@ -155,3 +181,17 @@ def _ids_of(record: WalRecord) -> Any:
     parts = [record.upserts.column("id")] if record.upserts is not None else []
     parts += [record.deletes] if record.deletes is not None else []
     return pa.concat_arrays(parts) if parts else None
+
+
+def _groups(records: Iterable[WalRecord]) -> Iterator[list[WalRecord]]:
+    """The records in their order, as many at a time as may be replayed together."""
+    together: list[WalRecord] = []
+    size_bytes = 0
+    for record in records:
+        together.append(record)
+        size_bytes += record.upserts.get_total_buffer_size() if record.upserts is not None else 0
+        if len(together) == REPLAYED_TOGETHER or size_bytes >= REPLAYED_BYTES:
+            yield together
+            together, size_bytes = [], 0
+    if together:
+        yield together

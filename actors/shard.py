@@ -144,8 +144,7 @@ class Shard:
         """
         wal = self._wal_of(fresh.log_set)
         last, _ = wal.end(fresh.view.lsn, fresh.epoch)
-        for record in wal.read_after(fresh.view.lsn, last):
-            fresh.apply(record)
+        fresh.replay(wal.read_after(fresh.view.lsn, last))
         fresh.check()
         at_end = wal.read(fresh.view.lsn) if fresh.view.lsn else None
         start = self._files.log_start(fresh)
@@ -213,8 +212,7 @@ class Shard:
             until = self._lsn
             self._joining.append(records)
         try:
-            for record in self.wal.read_after(fresh.view.lsn, until):
-                fresh.apply(record)
+            fresh.replay(self.wal.read_after(fresh.view.lsn, until))
             self._reach(fresh.applied_lsn)
             self._publish_at_the_end(fresh, records)
         finally:
@@ -253,8 +251,7 @@ class Shard:
         if fresh.view.lsn < last:
             missing = f"records {fresh.view.lsn + 1} to {last}"
             raise Unavailable(f"the WAL of {self._name} lacks {missing}, which were applied here")
-        for record in coming:
-            fresh.apply(record)
+        fresh.replay(coming)
 
     def _publish(self, fresh: LiveGeneration) -> None:
         """Under the lock. Dropped is what cannot follow: its WAL is gone, or it is of a collection deleted since."""

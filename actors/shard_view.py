@@ -145,16 +145,14 @@ class ShardView:
         return pa.table(arrays)
 
     def _tail_columns(self, tail: TailView, rows: NDArray[np.int64], columns: Sequence[str]) -> Any:
-        types = self.attributes
-        arrays: dict[str, Any] = {}
-        for name in columns:
-            if name == "id":
-                arrays[name] = tail.ids(rows)
-            elif name == "vector":
-                arrays[name] = tail.vectors(rows)
-            else:
-                arrays[name] = tail.attribute(rows, name, types.get(name, pa.null()))
-        return pa.table(arrays)
+        names = [name for name in columns if name not in ("id", "vector")]
+        types = self.attributes if names else {}
+        arrays = tail.attributes_of(rows, {name: types.get(name, pa.null()) for name in names})
+        if "id" in columns:
+            arrays["id"] = tail.ids(rows)
+        if "vector" in columns:
+            arrays["vector"] = tail.vectors(rows)
+        return pa.table({name: arrays[name] for name in columns})
 
     def fetch(self, ids: Any, columns: Sequence[str]) -> tuple[NDArray[np.bool_], Any]:
         """(found (n,), table of `columns` for the found ids in their order) for an Arrow array of ids."""

@@ -6,7 +6,7 @@ and never moved: a view looks at the first `count` rows only, so what is appende
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from cluster.ids import ID_ARROW_TYPE, hash_ids
 from cluster.row_selection import RowSelection
 
 BLOCK_FLOATS = 1 << 20  # 4 MiB of vectors; memory that was not written to yet costs nothing
+COPIED_WHOLE = 4  # times the rows asked for: a chunk of no more is copied, which costs less than to choose from it
 Rows = NDArray[np.int64]
 Vectors = NDArray[np.float32]
 
@@ -116,21 +117,43 @@ class TailView:
             flat, type=vector_type(self.config.dimension, self.config.vector_dtype)
         )
 
-    def attribute(self, rows: Rows, name: str, dtype: Any) -> Any:
-        """One attribute of some rows as an Arrow array of that type; null where a row was not given it."""
+    def attributes_of(self, rows: Rows, types: Mapping[str, Any]) -> dict[str, Any]:
+        """Attributes of some rows as Arrow arrays of these types, by name; null where a row was not given one."""
+        parts = self._by_chunk(rows) if types and len(rows) else []
+        return {name: _attribute(parts, len(rows), name, dtype) for name, dtype in types.items()}
+
+    def _by_chunk(self, rows: Rows) -> list[tuple[Any, Rows, Rows]]:
+        """(record batch, some of its rows, their places among `rows`) of every chunk that has any of the rows."""
         starts = np.array(self.chunk_starts[: self.chunk_count], dtype=np.int64)
         chunk = np.searchsorted(starts, rows, side="right") - 1  # -1: before the first
         order = np.argsort(chunk, kind="stable")
         numbers, firsts = np.unique(chunk[order], return_index=True)
-        places = np.zeros(len(rows), dtype=np.int64)
-        values, count = [pa.nulls(1, dtype)], 1
-        for number, mine in zip(numbers.tolist(), np.split(order, firsts)[1:], strict=True):
-            if number >= 0 and name in self.chunks[number].schema.names:
-                given = self.chunks[number].column(name).take(pa.array(rows[mine] - starts[number]))
-                places[mine] = np.arange(count, count + len(mine))
-                count += len(mine)
-                values.append(fitted(given, dtype, name))  # of each chunk: an import may have changed the type
-        return pa.concat_arrays(values).take(pa.array(places))
+        ends = [*firsts[1:].tolist(), len(rows)]
+        parts = []
+        for number, first, end in zip(numbers.tolist(), firsts.tolist(), ends, strict=True):
+            if number >= 0:
+                mine = order[first:end]
+                parts.append((self.chunks[number], rows[mine] - starts[number], mine))
+        return parts
+
+
+def _attribute(parts: Sequence[tuple[Any, Rows, Rows]], count: int, name: str, dtype: Any) -> Any:
+    """One attribute of `count` rows, which lie in these parts (`TailView._by_chunk`), as an Arrow array."""
+    places = np.zeros(count, dtype=np.int64)
+    values, filled = [pa.nulls(1, dtype)], 1
+    for chunk, rows, mine in parts:
+        at = chunk.schema.get_field_index(name)
+        if at < 0:
+            continue
+        given = chunk.column(at)
+        if given.type == dtype and len(given) <= COPIED_WHOLE * len(rows):
+            places[mine] = filled + rows
+        else:
+            given = fitted(given.take(pa.array(rows)), dtype, name)  # an import may have changed the type
+            places[mine] = np.arange(filled, filled + len(rows))
+        filled += len(given)
+        values.append(given)
+    return pa.concat_arrays(values).take(pa.array(places)) if len(values) > 1 else pa.nulls(count, dtype)
 
 
 def _plain(value: Any) -> int | str:

@@ -228,7 +228,8 @@ class Rows:
         self.schema = reader.schema
         self._check_shape(path)
         self._vector_numbers, self._shifts = self._numbers(mapped)
-        self._first_hashes = np.array([batch.column("id_hash")[0].as_py() for batch in self._batches], dtype=np.uint64)
+        self._hashes = [batch.column("id_hash").to_numpy() for batch in self._batches]  # views of the mapping
+        self._first_hashes = np.array([hashes[0] for hashes in self._hashes], dtype=np.uint64)
 
     @property
     def row_bytes(self) -> int:
@@ -301,6 +302,9 @@ class Rows:
             return rows
         hashes = hash_ids(ids) if hashes is None else hashes
         order = np.argsort(hashes)
+        if len(self._batches) == 1:
+            rows[order] = self._rows_in_batch(0, ids, order, hashes[order])
+            return rows
         batches = np.maximum(0, np.searchsorted(self._first_hashes, hashes[order], side="left") - 1)
         starts = np.flatnonzero(np.append(True, batches[1:] != batches[:-1]))
         for start, stop in zip(starts, np.append(starts[1:], len(order)), strict=True):
@@ -312,14 +316,13 @@ class Rows:
         self, number: int, ids: Any, positions: NDArray[np.int64], hashes: NDArray[np.uint64]
     ) -> NDArray[np.int64]:
         """Rows of the ids at `positions`, whose hashes begin in this batch if anywhere."""
-        batch = self._batches[number]
-        column = batch.column("id_hash").to_numpy()
+        column = self._hashes[number]
         at = np.searchsorted(column, hashes, side="left")
         equal = column[np.minimum(at, len(column) - 1)] == hashes
         rows = np.where(equal, number * self._per_batch + at, -1)
         doubtful = at == len(column)  # its hash may begin the next batch; or another id has the same hash
-        stored, wanted = batch.column("id").take(pa.array(at[equal])), ids.take(pa.array(positions[equal]))
-        doubtful[equal] = pc.not_equal(stored, wanted.cast(stored.type)).to_numpy(zero_copy_only=False)
+        if equal.any():
+            doubtful[equal] = _differ(self._batches[number].column("id"), at[equal], ids, positions[equal])
         for place in np.flatnonzero(doubtful):
             rows[place] = self._row_of_id(ids[int(positions[place])].as_py(), hashes[place])
         return rows
@@ -327,7 +330,7 @@ class Rows:
     def _row_of_id(self, value: int | str, digest: np.uint64) -> int:
         batch = max(0, int(np.searchsorted(self._first_hashes, digest, side="left")) - 1)
         while batch < len(self._batches) and self._first_hashes[batch] <= digest:
-            hashes = self._batches[batch].column("id_hash").to_numpy()
+            hashes = self._hashes[batch]
             row = int(np.searchsorted(hashes, digest, side="left"))
             while row < len(hashes) and hashes[row] == digest:
                 if self._batches[batch].column("id")[row].as_py() == value:
@@ -337,3 +340,13 @@ class Rows:
                 return -1
             batch += 1
         return -1
+
+
+def _differ(stored: Any, rows: NDArray[np.int64], wanted: Any, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the stored ids of `rows` are others than the wanted ones of `positions`, both Arrow arrays; (n,)."""
+    if pa.types.is_integer(stored.type):  # without a copy, and without a kernel of Arrow, which costs more than these
+        numbers: NDArray[Any] = wanted.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        return stored.to_numpy()[rows] != numbers[positions]  # type: ignore[no-any-return]
+    asked = wanted.take(pa.array(positions)).cast(stored.type)
+    differ: NDArray[np.bool_] = pc.not_equal(stored.take(pa.array(rows)), asked).to_numpy(zero_copy_only=False)
+    return differ

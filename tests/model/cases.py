@@ -72,10 +72,13 @@ class Case:
     def points(self, random: np.random.Generator, count: int, attributes: tuple[str, ...]) -> list[Point]:
         """Points of which some have no attributes, and some not all."""
         given = [name for name in attributes if random.random() < 0.6]
-        return [
-            Point(vector, {name: _value(random, name) for name in given if random.random() < 0.8})
-            for vector in self.vectors(random, count)
+        there = (random.random((count, len(given))) < 0.8).tolist()
+        numbers = random.integers(0, 1_000, size=(count, len(given))).tolist()
+        values = [
+            {name: _value(name, number) for name, number, here in zip(given, row, its, strict=True) if here}
+            for row, its in zip(numbers, there, strict=True)
         ]
+        return [Point(vector, its) for vector, its in zip(self.vectors(random, count), values, strict=True)]
 
 
 def _ids(random: np.random.Generator, id_type: IdType, pool: int) -> tuple[Id, ...]:
@@ -88,20 +91,20 @@ def _ids(random: np.random.Generator, id_type: IdType, pool: int) -> tuple[Id, .
 def _exact_vectors(random: np.random.Generator, count: int, metric: Metric) -> NDArray[np.float32]:
     if metric != "cosine":
         return random.integers(-3, 4, size=(count, DIMENSION)).astype(np.float32)
-    vectors = np.zeros((count, DIMENSION), dtype=np.float32)
-    for vector in vectors:
-        vector[random.choice(DIMENSION, size=4, replace=False)] = random.choice((-0.5, 0.5), size=4)
-    return vectors
+    halves = random.choice(np.array((-0.5, 0.5), dtype=np.float32), size=(count, DIMENSION))
+    halves[:, 4:] = 0.0
+    return random.permuted(halves, axis=1)
 
 
 def type_of(attribute: str) -> Any:
     return TYPES[attribute.removesuffix("2")]
 
 
-def _value(random: np.random.Generator, attribute: str) -> Any:
+def _value(attribute: str, number: int) -> Any:
     kind = attribute.removesuffix("2")
-    number = int(random.integers(0, 1_000))
-    return {"rank": number, "name": f"name {number}", "share": number / 8.0, "old": number % 2 == 0}[kind]
+    if kind == "name":
+        return f"name {number}"
+    return number if kind == "rank" else number / 8.0 if kind == "share" else number % 2 == 0
 
 
 def upserts(case: Case, ids: list[Id], points: list[Point]) -> Any:

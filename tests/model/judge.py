@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from actors.shard import Shard
 from actors.shard_view import ShardView
+from cluster.arrow_rows import vectors_view
 from cluster.ids import ID_ARROW_TYPE
 from cluster.query import Hits, SearchGroup, SearchParams, ShardSearch
 from tests.model.cases import ATTRIBUTES, Case, type_of
@@ -81,7 +83,7 @@ def _check_table(state: State, ids: Sequence[Id], columns: Sequence[str], table:
     for name in columns:
         points = [state.points[point_id] for point_id in ids]
         if name == "vector":
-            expected = [point.vector.tolist() for point in points]
+            expected = [point.numbers for point in points]
         else:
             expected = [point.attributes.get(name) for point in points]
             assert table[name].type in (type_of(name), pa.null()), f"{name} is {table[name].type}"
@@ -97,11 +99,13 @@ def contents(case: Case, view: ShardView) -> State:
     assert view.points == len(ids), f"{view.points} points, {len(ids)} of them are known"
     if not ids:
         return State({})
-    vectors = np.array(table["vector"].to_pylist(), dtype=np.float32)
-    values = {name: table[name].to_pylist() for name in ATTRIBUTES}
-    given = [
-        {name: values[name][row] for name in ATTRIBUTES if values[name][row] is not None} for row in range(len(ids))
-    ]
+    vectors = vectors_view(table["vector"].combine_chunks()).astype(np.float32)
+    given: list[dict[str, Any]] = [{} for _ in ids]
+    for name in ATTRIBUTES:
+        column = table[name]
+        for of, value in zip(given, column.to_pylist(), strict=True) if column.null_count < len(ids) else ():
+            if value is not None:
+                of[name] = value
     return State({point_id: Point(vectors[row], given[row]) for row, point_id in enumerate(ids)})
 
 
@@ -111,7 +115,7 @@ def differences(found: State, expected: State) -> list[str]:
     told += [f"has {point_id!r}" for point_id in found.points.keys() - expected.points.keys()]
     for point_id in found.points.keys() & expected.points.keys():
         one, other = found.points[point_id], expected.points[point_id]
-        if not one.equals(other.vector.tolist(), other.attributes):
+        if not one.equals(other):
             told.append(f"{point_id!r} is {one}, not {other}")
     return told
 

@@ -25,8 +25,13 @@ class Point:
     vector: NDArray[np.float32]
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
-    def equals(self, vector: Sequence[float], attributes: Mapping[str, Any]) -> bool:
-        return self.attributes == attributes and self.vector.tolist() == list(vector)
+    @cached_property
+    def numbers(self) -> list[float]:
+        """Of the vector, which must not change any more."""
+        return self.vector.tolist()  # type: ignore[no-any-return]
+
+    def equals(self, other: Point) -> bool:
+        return self.attributes == other.attributes and self.numbers == other.numbers
 
 
 Change = Mapping[Id, Point | None]  # one request: None where the point is deleted

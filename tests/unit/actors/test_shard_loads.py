@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,19 +243,20 @@ class BusyWriter:
         self._shard, self._writer, self._rate = shard, writer, rate
         self._due, self._next_id = 0.0, 1_000
         self._held = shard.newest()
-        self._apply = LiveGeneration.apply
-        monkeypatch.setattr(LiveGeneration, "apply", lambda generation, record: self._applied(generation, record))
+        self._take = LiveGeneration._take
+        monkeypatch.setattr(LiveGeneration, "_take", lambda *args: self._taken(*args))
 
-    def _applied(self, generation: LiveGeneration, record: WalRecord) -> Any:
+    def _taken(self, generation: LiveGeneration, records: Sequence[WalRecord], lsn: int) -> Any:
         assert len(self.applied) < MOST_RECORDS, "the load does not end"
+        lsns = [record.lsn for record in records]
         if generation is self._held:
-            self.served.append(record.lsn)
-            return self._apply(generation, record)
-        self.applied.append(record.lsn)
-        existed = self._apply(generation, record)
-        self._due += self._rate
+            self.served += lsns
+            return self._take(generation, records, lsn)
+        self.applied += lsns
+        existed = self._take(generation, records, lsn)
+        self._due += self._rate * len(records)
         if self._shard._lock.locked():
-            self.under_lock += 1
+            self.under_lock += len(records)
         else:
             self.come()
         return existed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,14 @@ def assert_holds(shard: Shard, writer: LogWriter, generation: int = 1) -> None:
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, lsn: int, generation: int = 1) -> None:
     """No memory for a record in a generation; others are applied."""
-    apply = LiveGeneration.apply
+    take = LiveGeneration._take
 
-    def failing(self: LiveGeneration, record: WalRecord) -> Any:
-        if (record.lsn, self.view.generation) == (lsn, generation):
+    def failing(self: LiveGeneration, records: Sequence[WalRecord], until: int) -> Any:
+        if self.view.generation == generation and lsn in [record.lsn for record in records]:
             raise MemoryError("no memory")
-        return apply(self, record)
+        return take(self, records, until)
 
-    monkeypatch.setattr(LiveGeneration, "apply", failing)
+    monkeypatch.setattr(LiveGeneration, "_take", failing)
 
 
 # --- replay -----------------------------------------------------------------------------------------------------

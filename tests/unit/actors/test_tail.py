@@ -119,7 +119,7 @@ def test_empty_tail_finds_nothing(id_type: str) -> None:
     assert (view.points, view.size_bytes, view.attributes) == (0, 0, {})
     assert view.rows_of_ids(ids).tolist() == [-1]
     assert view.rows_of_ids(ids.slice(0, 0)).tolist() == []
-    assert view.attribute(np.empty(0, np.int64), "n", pa.int64()).equals(NO_ATTRIBUTE)
+    assert view.attributes_of(np.empty(0, np.int64), {"n": pa.int64()})["n"].equals(NO_ATTRIBUTE)
 
 
 def test_ids_with_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, small_blocks: None) -> None:
@@ -193,10 +193,23 @@ def test_attribute_that_a_row_was_not_given_is_null(small_blocks: None) -> None:
     view = tail.view()
     assert view.attributes == {"word": pa.string(), "n": pa.int64()}
     rows = np.array([6, 0, 2, 5, 4, 3, 2, 1])
-    assert view.attribute(rows, "word", pa.string()).to_pylist() == ["f", None, "b", "e", None, None, "b", None]
-    assert view.attribute(rows, "n", pa.int64()).to_pylist() == [60, None, None, 50, None, None, None, None]
-    assert view.attribute(rows, "other", pa.int8()).equals(pa.nulls(8, pa.int8()))
-    assert view.attribute(rows[:0], "n", pa.int64()).equals(NO_ATTRIBUTE)
+    found = view.attributes_of(rows, {"word": pa.string(), "n": pa.int64(), "other": pa.int8()})
+    assert found["word"].to_pylist() == ["f", None, "b", "e", None, None, "b", None]
+    assert found["n"].to_pylist() == [60, None, None, 50, None, None, None, None]
+    assert found["other"].equals(pa.nulls(8, pa.int8()))
+    assert view.attributes_of(rows[:0], {"n": pa.int64()})["n"].equals(NO_ATTRIBUTE)
+
+
+@pytest.mark.parametrize("whole", [0, 100], ids=["rows chosen", "chunks copied whole"])
+def test_attributes_of_any_rows_of_large_and_small_chunks(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way a chunk's rows are taken, each row has its own value."""
+    monkeypatch.setattr("actors.tail.COPIED_WHOLE", whole)
+    tail = Tail(CONFIG)
+    for first, count in ((0, 20), (20, 1), (21, 3), (24, 40)):
+        ids = list(range(first, first + count))
+        add(tail, CONFIG, ids, vectors_of(ids), n=pa.array([10 * number for number in ids]))
+    rows = np.array([63, 20, 0, 23, 19, 22, 24, 0])
+    assert tail.view().attributes_of(rows, {"n": pa.int64()})["n"].to_pylist() == (10 * rows).tolist()
 
 
 def test_attribute_of_several_types_is_read_as_the_one_asked_for_or_null() -> None:
@@ -206,9 +219,9 @@ def test_attribute_of_several_types_is_read_as_the_one_asked_for_or_null() -> No
     add(tail, CONFIG, [2], vectors_of([2]), n=pa.array([2]))
     add(tail, CONFIG, [3], vectors_of([3]), n=pa.array([2.5]))
     view, rows = tail.view(), np.array([3, 1, 0, 2])
-    assert view.attribute(rows, "n", pa.int64()).to_pylist() == [None, None, 17, 2]
-    assert view.attribute(rows, "n", pa.string()).to_pylist() == ["2.5", "seventeen", "17", "2"]
-    assert view.attribute(rows, "n", pa.list_(pa.date32())).null_count == 4
+    assert view.attributes_of(rows, {"n": pa.int64()})["n"].to_pylist() == [None, None, 17, 2]
+    assert view.attributes_of(rows, {"n": pa.string()})["n"].to_pylist() == ["2.5", "seventeen", "17", "2"]
+    assert view.attributes_of(rows, {"n": pa.list_(pa.date32())})["n"].null_count == 4
 
 
 def test_attribute_of_dictionaries_has_their_values() -> None:
@@ -218,7 +231,7 @@ def test_attribute_of_dictionaries_has_their_values() -> None:
         add(tail, CONFIG, ids, vectors_of(ids), word=pa.array(words).dictionary_encode())
     view = tail.view()
     for dtype in (pa.string(), view.attributes["word"]):
-        assert view.attribute(np.array([3, 0, 2, 1]), "word", dtype).to_pylist() == ["c", "a", "b", "b"]
+        assert view.attributes_of(np.array([3, 0, 2, 1]), {"word": dtype})["word"].to_pylist() == ["c", "a", "b", "b"]
 
 
 def test_size_counts_what_ids_and_attributes_take() -> None:
@@ -250,7 +263,10 @@ def test_tail_does_not_keep_the_record_whose_attributes_it_holds() -> None:
     before = tail.view().size_bytes
     add(tail, CONFIG, [200, 201], vectors_of([0, 0]), word=part)
     assert tail.view().size_bytes - before < 3_000, "of a column that is a part of another, only that is kept"
-    assert tail.view().attribute(np.array([99, 101]), "word", pa.string()).to_pylist() == ["99", "x" * 1_000]
+    assert tail.view().attributes_of(np.array([99, 101]), {"word": pa.string()})["word"].to_pylist() == [
+        "99",
+        "x" * 1_000,
+    ]
 
 
 def test_types_of_attributes_are_worked_out_once_and_stay_as_a_view_has_them() -> None:
