@@ -141,7 +141,8 @@ class Primary:
                 return
             self._waiting = deque(waiting for waiting in self._waiting if waiting.deadline > now)
             self._waiting_bytes -= sum(waiting.size_bytes for waiting in expired)
-        _fail(expired, Unavailable("nothing was applied: the write waited for earlier ones until its deadline"))
+            # Before anybody sees that they wait no more: who finds one neither waiting nor answered takes it for put.
+            _fail(expired, Unavailable("nothing was applied: the write waited for earlier ones until its deadline"))
 
     def stop(self) -> None:
         """Stop leading; writes that were not put yet fail as Fenced."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,6 +110,37 @@ def test_write_that_expired_while_another_was_put_is_not_put_after_it(tmp_path: 
     assert primary.write(upsert(3)).result(WAIT_S).lsn == 3
     primary.stop()
     assert held_ids(shard) == [1, 3]
+
+
+def test_who_drops_what_another_thread_drops_finds_it_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a write that was taken from the queue, and is not answered yet, would be told that it may be applied."""
+    store = AwayStore(fails=False)
+    primary = Primary.claim(created(store, tmp_path), LIMITS, UPKEEP)
+    store.leave()
+    first = primary.write(upsert(1))
+    assert store.asked.wait(WAIT_S)
+    late = primary.write(upsert(2), time.monotonic())
+    answering, looked, fail = threading.Event(), threading.Event(), primary_module._fail
+
+    def slow(*args: Any) -> None:
+        answering.set()
+        looked.wait(0.1)
+        fail(*args)
+
+    monkeypatch.setattr(primary_module, "_fail", slow)
+    other = threading.Thread(target=primary.drop_expired)
+    other.start()
+    assert answering.wait(WAIT_S)
+    primary.drop_expired()
+    answered = late.done()
+    looked.set()
+    other.join()
+    store.come_back()
+    assert first.result(WAIT_S).count == 1
+    primary.stop()
+    assert answered
+    with pytest.raises(Unavailable, match=NOTHING):
+        late.result(WAIT_S)
 
 
 def test_replica_answers_every_write_by_its_deadline(store: AwayStore, tmp_path: Path) -> None:
