@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import httpx
@@ -18,12 +20,18 @@ ENDED = ("succeeded", "failed", "stopped")
 _KINDS: dict[int, type[EaglerayError]] = {400: Invalid, 404: NotFound, 409: Conflict, 413: Exhausted, 429: Exhausted}
 
 
+@cache
+def _tls() -> ssl.SSLContext:
+    """One for all clients of the process: to read the certificate authorities takes 20 ms and more."""
+    return httpx.create_ssl_context()
+
+
 class Client:
     """Calls to one endpoint; problems come back as our errors."""
 
     def __init__(self, target: str, timeout_s: float = 60.0) -> None:
         self.target = target
-        self._http = httpx.Client(base_url=target, timeout=timeout_s)
+        self._http = httpx.Client(base_url=target, timeout=timeout_s, verify=_tls())
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """The decoded JSON answer (None without one)."""

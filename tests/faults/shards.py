@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.fakes import PAUSED_S_MAX, FaultyStore
 COLLECTION, OTHER = "words", "others"
 CONFIG = CollectionConfig(8, "l2", index=IndexConfig("flat"))
 ANSWER_S = 30.0
+RANDOM = re.compile("[0-9a-f]{32}")  # nonces, and checksums
 Points = dict[int, float]  # id -> the number that every component of its vector is
 
 
@@ -124,6 +126,23 @@ def assert_one_history(store: ObjectStore) -> None:
             assert higher, f"LSN {record.lsn} was written by one of two that claimed epoch {record.epoch}"
             assert record.epoch == epoch, f"LSN {record.lsn} is of epoch {record.epoch}, which did not claim"
         epoch = record.epoch
+
+
+def anonymous(store: ObjectStore) -> tuple[str, ...]:
+    """All that a store has, but for what differs each time the same is done: random names, checksums, times.
+
+    Every object's key and, but of JSON, its size; what every manifest says of shard 0; of every record what it is.
+    """
+    manifests = [log(store).read(version) for version in sorted(log(store).versions())]
+    told = [str((one.version, one.generation, one.state, one.shards[0])) for one in manifests]
+    for one in records(store):
+        upserts = one.upserts.to_pydict() if one.upserts is not None else None
+        deletes = one.deletes.to_pylist() if one.deletes is not None else None
+        told.append(str((one.lsn, one.epoch, one.kind, upserts, deletes)))
+    told += [f"{info.key} {0 if info.key.endswith('.json') else info.size_bytes}" for info in store.objects("")]
+    numbers: dict[str, str] = {}
+    named = [RANDOM.sub(lambda found: numbers.setdefault(found[0], f"#{len(numbers)}"), part) for part in told]
+    return tuple(sorted(named))
 
 
 def copied(store: MemoryStore) -> MemoryStore:

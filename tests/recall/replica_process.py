@@ -23,8 +23,8 @@ STATUS = Path("/proc/self/status")
 class Request:
     """`began_s` is when the process was started (monotonic clock); `remote` copies files as from object storage.
 
-    `queries` is a .npy file. With `memory` a small collection is loaded and searched first, so that what a process
-    allocates once does not count, and no time is worth anything.
+    `queries` is a .npy file, of which the first `searches` are asked. With `memory` a small collection is loaded and
+    searched first, so that what a process allocates once does not count, and no time is worth anything.
     """
 
     store: str
@@ -34,6 +34,7 @@ class Request:
     remote: bool = False
     memory: bool = False
     threads: int = 2
+    searches: int = SEARCHES
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def main(request: Request) -> Started:
     use_threads(request.threads)
     store = _store(request)
     if request.memory:
-        _search(_loaded(Shard(store, SMALL, 0, Path(request.cache))), request.queries)
+        _search(_loaded(Shard(store, SMALL, 0, Path(request.cache))), request)
     anonymous, base, read = _anonymous(), _status("VmRSS"), _bytes_read()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     began_s = time.monotonic()
@@ -76,7 +77,7 @@ def main(request: Request) -> Started:
     ready_s, read = time.monotonic(), _bytes_read() - read
     peak = _status("VmHWM")
     if request.memory:
-        _search(shard, request.queries)
+        _search(shard, request)
     return Started(
         imported_s,
         ready_s - request.began_s,
@@ -107,13 +108,13 @@ def _loaded(shard: Any) -> Any:
     return shard
 
 
-def _search(shard: Any, queries: str) -> None:
+def _search(shard: Any, request: Request) -> None:
     import numpy as np
 
     from cluster.query import SearchGroup, SearchParams, ShardSearch
 
-    vectors = np.load(queries)
-    for start in range(0, SEARCHES, BATCH):
+    vectors = np.load(request.queries)[: request.searches]
+    for start in range(0, len(vectors), BATCH):
         group = SearchGroup(0, BATCH, K, SearchParams())
         shard.search(ShardSearch(shard.newest().view.generation, vectors[start : start + BATCH], (group,)))
 

@@ -68,11 +68,13 @@ class StoredShard:
     def size_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files)
 
-    def start(self, *, remote: bool = False, memory: bool = False, threads: int = 2) -> Started:
+    def start(
+        self, *, remote: bool = False, memory: bool = False, threads: int = 2, searches: int = SEARCHES
+    ) -> Started:
         """Start a replica, wait until it has loaded the shard (and searched it), and end it."""
         with tempfile.TemporaryDirectory(dir=self._folder) as cache:
             store, queries = str(self._folder / "data"), str(self._folder / "queries.npy")
-            request = Request(store, cache, queries, time.monotonic(), remote, memory, threads)
+            request = Request(store, cache, queries, time.monotonic(), remote, memory, threads, searches)
             command = [sys.executable, "-m", "tests.recall.replica_process", json.dumps(asdict(request))]
             # how many heaps threads make, and what they keep of them, depends on how busy the machine is
             environment = os.environ | (ONE_HEAP if memory else {})

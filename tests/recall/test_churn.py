@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.recall
 
 COLLECTION = "churn"
 K, DROP_MAX, FLOOR = 10, 0.01, 0.95
-COUNT, DIMENSION, CLUSTERS, QUERIES = 4_000, 32, 80, 300
+COUNT, DIMENSION, CLUSTERS, QUERIES = 3_000, 32, 60, 300
 DELETED, REPLACED, RECORDS = 0.15, 0.15, 6
 CLUSTERS_DELETED = 0.3
 SEED = 20261208
@@ -144,6 +144,7 @@ class Churned:
         self.shard.load()
         self.vectors = as_searched(self.case.set.points, self.case.metric).copy()
         self.live = np.ones(COUNT, dtype=bool)
+        self._known_fresh: tuple[object, SegmentSearcher, Ids] | None = None
 
     def write(self, replaced: Ids, new: Vectors, deleted: Ids) -> None:
         """One WAL record, applied by the shard as a follower does."""
@@ -154,6 +155,7 @@ class Churned:
         assert self.shard.catch_up() == record.lsn
         self.vectors[replaced] = new
         self.live[replaced], self.live[deleted] = True, False
+        self._known_fresh = None
 
     @property
     def largest(self) -> LoadedSegment:
@@ -191,14 +193,21 @@ class Churned:
 
     def _fresh(self, queries: Vectors) -> Ids:
         """(n, K) ids that an index like its largest, of the live points alone, finds with the same parameters."""
+        searcher, ids = self._fresh_searcher()
+        found, _ = searcher.search(queries, K, self.params)
+        return np.where(found < 0, -1, ids[found])
+
+    def _fresh_searcher(self) -> tuple[SegmentSearcher, Ids]:
+        """(the fresh index, ids of its rows); built once for the same live points and the same kind of index."""
         config, spec = self.case.config, self.largest.spec
-        live = np.flatnonzero(self.live)
-        points = in_row_order(Points(pa.array(live), self.vectors[live]))
-        with TemporaryDirectory(dir=self.folder) as folder:
-            rows = write_points(Path(folder), config, points, per_batch=4_096)
+        if self._known_fresh is None or self._known_fresh[0] != spec:
+            live = np.flatnonzero(self.live)
+            points = in_row_order(Points(pa.array(live), self.vectors[live]))
+            folder = Path(mkdtemp(dir=self.folder))
+            rows = write_points(folder, config, points, per_batch=4_096)
             searcher = SegmentSearcher(built_index(spec, config.metric, points.vectors), spec, rows, config.metric)
-            found, _ = searcher.search(queries, K, self.params)
-        return np.where(found < 0, -1, points.ids.to_numpy()[found])
+            self._known_fresh = spec, searcher, points.ids.to_numpy()
+        return self._known_fresh[1:]
 
 
 def _copy(source: MemoryStore) -> MemoryStore:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.recall
 
 FLOOR = 0.95
 K = 10
-COUNT, DIMENSION, CLUSTERS, QUERIES = 8_000, 64, 200, 400
+COUNT, DIMENSION, CLUSTERS, QUERIES = 6_000, 64, 150, 400
 SEED = 20261201
 SHARES = (0.5, 0.1, 0.01)
 Filter = Literal["random", "clusters", "clusters of the queries", "other clusters"]
@@ -49,6 +49,7 @@ KINDS: dict[str, IndexConfig] = {  # every one that the policy may choose, but f
 class Clustered:
     """Rows of a segment and unseen queries, each with the number of its cluster."""
 
+    ids: Any
     vectors: Vectors
     clusters: NDArray[np.int64]
     queries: Vectors
@@ -63,7 +64,7 @@ def clustered() -> Clustered:
     labels = random.integers(CLUSTERS, size=COUNT + QUERIES)
     vectors = (centres[labels] + random.normal(size=(len(labels), DIMENSION))).astype(np.float32)
     ordered = in_row_order(Points(pa.array(np.arange(COUNT)), vectors[:COUNT]))
-    return Clustered(ordered.vectors, labels[ordered.ids.to_numpy()], vectors[COUNT:], labels[COUNT:])
+    return Clustered(ordered.ids, ordered.vectors, labels[ordered.ids.to_numpy()], vectors[COUNT:], labels[COUNT:])
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -71,8 +72,7 @@ def segment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     use_threads(1)
     folder = tmp_path_factory.mktemp("segment")
     config = CollectionConfig(DIMENSION, "l2", index=KINDS[request.param])
-    ids = in_row_order(Points(pa.array(np.arange(COUNT)), clustered().vectors)).ids
-    points = Points(ids, clustered().vectors)
+    points = Points(clustered().ids, clustered().vectors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(actors.tuner, "STANDARD_TARGETS", ())  # searched with its own target only
         description = build(folder, request.param, config, points, per_batch=4_096)

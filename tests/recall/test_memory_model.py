@@ -14,20 +14,20 @@ from tests.recall.index_memory import CASES, measure, vectors
 pytestmark = pytest.mark.recall
 
 TOLERANCE = 0.10
-EVERY_KIND = [(case, 50_000, 96) for case in CASES]
+EVERY_KIND = [(case, 30_000, 96) for case in CASES]
 LARGER = [
-    ("flat", 200_000, 384),
-    ("flat float16", 200_000, 768),
-    ("ivf_pq 8 bits", 50_000, 384),
-    ("ivf_pq rows", 50_000, 384),
+    ("flat", 100_000, 384),
+    ("flat float16", 100_000, 768),
+    ("ivf_pq 8 bits", 20_000, 384),
+    ("ivf_pq rows", 20_000, 384),
     ("ivf_rabitq rows", 50_000, 384),  # the least exact of the whole grid
-    ("ivf_rabitq rows", 50_000, 768),
+    ("ivf_rabitq rows", 20_000, 768),
 ]
 
 
 @pytest.fixture(scope="module")
 def points_96() -> np.ndarray:
-    return vectors(50_000, 96)
+    return vectors(30_000, 96)
 
 
 @pytest.mark.parametrize(("case", "count", "dimension"), EVERY_KIND + LARGER)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.recall
 
 FLOOR = 0.95
 K = 10
-COUNT, DIMENSION, CLUSTERS, QUERIES = 12_000, 64, 200, 500
+COUNT, DIMENSION, CLUSTERS, QUERIES = 8_000, 64, 130, 500
 SPREAD = 1.0  # of a cluster; the centres have it too
 SEED = 20261122
 WORDS = Path(__file__).parents[2] / "examples" / "words" / "wordnet-minilm-384-5k.parquet"
@@ -56,6 +56,7 @@ def recall_of(found: NDArray[np.int64], queries: Vectors, segment: LoadedSegment
     return float(recall_at_k(found, truth).mean())
 
 
+@pytest.mark.usefixtures("one_target")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", ["hnsw", "ivf_flat"])
 def test_recall_of_unseen_queries_reaches_the_target_after_build_and_after_load(
@@ -81,6 +82,7 @@ def test_recall_of_unseen_queries_reaches_the_target_after_build_and_after_load(
     np.testing.assert_array_equal(scores_after, scores)
 
 
+@pytest.mark.usefixtures("one_target")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_recall_of_unseen_words_reaches_the_target_after_import(dtype: str, tmp_path: Path) -> None:
     table = pq.read_table(WORDS)

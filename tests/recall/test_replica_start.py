@@ -14,7 +14,8 @@ from tests.recall.replica_start import StoredShard
 
 pytestmark = pytest.mark.recall
 
-COUNT, DIMENSION = 20_000, 384  # 59 MiB of files
+COUNT, DIMENSION = 14_000, 384  # 41 MiB of files
+QUERIES = 250  # read all rows of a flat index, and ask for each list
 INDEXES = {
     "flat": IndexConfig("flat"),
     "ivf_flat": IndexConfig("ivf_flat", target_recall=0.5, nlist=32, codes="float32"),
@@ -34,7 +35,7 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module", params=[False, True], ids=["in place", "copied"])
 def started(request: pytest.FixtureRequest, stored: StoredShard) -> Started:
-    started = stored.start(remote=request.param, memory=True, threads=1)
+    started = stored.start(remote=request.param, memory=True, threads=1, searches=QUERIES)
     print(started, stored.predicted)
     return started
 

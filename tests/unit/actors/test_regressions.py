@@ -37,6 +37,7 @@ from cluster.topk import recall_at_k
 from cluster.vectors import as_searched
 from tests.unit.actors.points import Points, brute_force, build, in_row_order, random_points, random_vectors
 
+pytestmark = pytest.mark.usefixtures("one_target")
 COUNT, DIMENSION, QUERIES, K = 2_000, 32, 40, 10
 PER_BATCH = 300
 SEED = 20261130

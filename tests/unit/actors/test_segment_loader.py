@@ -13,6 +13,7 @@ import pytest
 
 import actors.segment_loader
 import actors.segment_searcher
+import actors.tuner
 from actors.faiss_index import load_index, use_threads
 from actors.rerank import rerank
 from actors.segment_loader import LoadedSegment, cached_path, load_segment, sweep_cache, widened
@@ -46,6 +47,12 @@ KINDS = ["flat", "ivf_flat", "hnsw"]
 COUNT = 400
 
 
+def pairwise_of(names: list[str]) -> list[tuple[str, str, str]]:
+    """(name, metric, dtype): every two of them together, of all metrics and both dtypes of vectors."""
+    dtypes = ("float32", "float16")
+    return [(name, metric, dtypes[(i + j) % 2]) for i, name in enumerate(names) for j, metric in enumerate(METRICS)]
+
+
 def config_of(kind: str, **options: object) -> CollectionConfig:
     return CollectionConfig(8, index=IndexConfig(kind=kind), **options)  # type: ignore[arg-type]
 
@@ -62,9 +69,7 @@ def key_of(ref: SegmentRef, name: str) -> str:
     return paths.segment_file("words", ref.segment_id, name)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("kind", [*KINDS, "ivf_sq8", "ivf_pq", "ivf_rabitq"])
+@pytest.mark.parametrize(("kind", "metric", "dtype"), pairwise_of([*KINDS, "ivf_sq8", "ivf_pq", "ivf_rabitq"]))
 def test_loaded_segment_answers_as_the_built_one(kind: str, metric: str, dtype: str, tmp_path: Path) -> None:
     config, store = config_of(kind, metric=metric, vector_dtype=dtype), MemoryStore()
     points = points_of(config)
@@ -272,20 +277,42 @@ def test_given_parameters_are_used_instead_of_the_tuned_ones(tmp_path: Path) -> 
 # --- exact answers, and operating points by target ----------------------------------------------------------------
 
 
-def segment_in(folder: Path, config: CollectionConfig, points: Points) -> LoadedSegment:
-    return stored.load(folder, config, build(folder, "s1", config, points))
+def tuning() -> tuple[object, ...]:
+    """What tests set that a build depends on."""
+    return actors.tuner.STANDARD_TARGETS, actors.segment_searcher.SCAN_FLOATS_MAX
+
+
+class Built:
+    """Segments that tests only read, each built once; every caller has one loaded for itself."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._known: dict[Any, tuple[Path, SegmentDescription]] = {}
+
+    def segment(self, config: CollectionConfig, points: Points) -> LoadedSegment:
+        key = (config, points.vectors.tobytes(), *tuning())
+        if key not in self._known:
+            folder = self._folders.mktemp("built")
+            self._known[key] = folder, build(folder, "s1", config, points)
+        folder, description = self._known[key]
+        return stored.load(folder, config, description)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return Built(tmp_path_factory)
 
 
 @pytest.mark.usefixtures("one_target")
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("name", [name for name in INDEXES if not name.startswith("OPQ")])
+@pytest.mark.parametrize(
+    ("name", "metric", "dtype"), pairwise_of([name for name in INDEXES if not name.startswith("OPQ")])
+)
 def test_exact_equals_brute_force_over_the_stored_vectors_whatever_the_index(
-    name: str, metric: str, dtype: str, tmp_path: Path
+    name: str, metric: str, dtype: str, built: Built
 ) -> None:
     config = CollectionConfig(16, metric, index=INDEXES[name], vector_dtype=dtype)  # type: ignore[arg-type]
     points = in_row_order(random_points(config, 600))
-    segment = segment_in(tmp_path, config, points)
+    segment = built.segment(config, points)
     queries = random_vectors(config, 10, seed=6)
     rows, scores = segment.search(queries, 10, SearchParams(exact=True))
     truth, true_scores = true_rows_of(points, queries, 10, config.metric)
@@ -304,19 +331,19 @@ def with_points(segment: LoadedSegment, *points: tuple[float, dict[str, float], 
     return segment
 
 
-def tuned_segment(folder: Path) -> LoadedSegment:
+def tuned_segment(built: Built) -> LoadedSegment:
     config = config_of("ivf_flat", metric="l2")
     tuned = ((0.92, {"nprobe": 3}, True), (0.90, {"nprobe": 2}, True), (0.95, {"nprobe": 5}, True))
-    return with_points(segment_in(folder, config, points_of(config)), *tuned, (0.99, {"nprobe": 9}, False))
+    return with_points(built.segment(config, points_of(config)), *tuned, (0.99, {"nprobe": 9}, False))
 
 
 @pytest.mark.parametrize(
     ("target", "nprobe"), [(None, 3), (0.5, 2), (0.90, 2), (0.91, 3), (0.92, 3), (0.93, 5), (0.95, 5)]
 )
 def test_target_recall_takes_the_cheapest_tuned_point_that_is_no_lower(
-    target: float | None, nprobe: int, tmp_path: Path
+    target: float | None, nprobe: int, built: Built
 ) -> None:
-    segment = tuned_segment(tmp_path)
+    segment = tuned_segment(built)
     queries = random_vectors(config_of("ivf_flat", metric="l2"), 20, seed=8)
     found = segment.search(queries, 5, SearchParams(target_recall=target))
     raw = segment.search(queries, 5, SearchParams(nprobe=nprobe))
@@ -325,8 +352,8 @@ def test_target_recall_takes_the_cheapest_tuned_point_that_is_no_lower(
 
 
 @pytest.mark.parametrize("target", [0.951, 0.99, 1.0])
-def test_target_recall_above_what_was_met_is_refused_with_what_was(target: float, tmp_path: Path) -> None:
-    segment = tuned_segment(tmp_path)
+def test_target_recall_above_what_was_met_is_refused_with_what_was(target: float, built: Built) -> None:
+    segment = tuned_segment(built)
     with pytest.raises(
         Invalid, match=rf"{target:g} is not reached here; tuned are targets up to 0\.95: or ask exact"
     ) as e:
@@ -334,18 +361,18 @@ def test_target_recall_above_what_was_met_is_refused_with_what_was(target: float
     assert [error.field for error in e.value.errors] == ["params.target_recall"]
 
 
-def test_target_recall_where_none_was_met_is_refused(tmp_path: Path) -> None:
-    segment = with_points(tuned_segment(tmp_path), (0.95, {"nprobe": 5}, False))
+def test_target_recall_where_none_was_met_is_refused(built: Built) -> None:
+    segment = with_points(tuned_segment(built), (0.95, {"nprobe": 5}, False))
     with pytest.raises(Invalid, match="tuned are targets none"):
         segment.search(np.zeros((1, 8), np.float32), 5, SearchParams(target_recall=0.9))
     segment.search(np.zeros((1, 8), np.float32), 5, SearchParams())  # its own target: the best there is
 
 
-def test_target_recall_of_one_is_met_by_a_flat_index(tmp_path: Path) -> None:
+def test_target_recall_of_one_is_met_by_a_flat_index(built: Built) -> None:
     config = CollectionConfig(8, "l2", index=IndexConfig("flat", target_recall=1.0))
     points = points_of(config)
     queries = random_vectors(config, 5, seed=8)
-    rows, _ = segment_in(tmp_path, config, points).search(queries, 5, SearchParams(target_recall=1.0))
+    rows, _ = built.segment(config, points).search(queries, 5, SearchParams(target_recall=1.0))
     np.testing.assert_array_equal(rows, true_rows_of(points, queries, 5, "l2")[0])
 
 
@@ -353,12 +380,12 @@ def test_target_recall_of_one_is_met_by_a_flat_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in INDEXES if not name.startswith("OPQ")])
 @pytest.mark.parametrize("share", [1.0, 0.3])
 def test_tuned_search_for_many_rows_has_no_gaps(
-    name: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, share: float, built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of lists that hold fewer rows than asked for, more are visited."""
     monkeypatch.setattr(actors.segment_searcher, "SCAN_FLOATS_MAX", 0)
     config = CollectionConfig(16, "l2", index=INDEXES[name])
-    segment = segment_in(tmp_path, config, in_row_order(random_points(config, 600)))
+    segment = built.segment(config, in_row_order(random_points(config, 600)))
     mask = np.random.default_rng(9).random(600) < share
     rows, _ = segment.search(random_vectors(config, 5, seed=9), 50, SearchParams(), RowSelection.of(mask))
     assert (rows >= 0).all()
@@ -367,9 +394,9 @@ def test_tuned_search_for_many_rows_has_no_gaps(
         assert len(set(line)) == 50
 
 
-def test_search_of_a_selection_of_no_rows_finds_nothing(tmp_path: Path) -> None:
+def test_search_of_a_selection_of_no_rows_finds_nothing(built: Built) -> None:
     config = config_of("hnsw", metric="l2")
-    segment = segment_in(tmp_path, config, points_of(config))
+    segment = built.segment(config, points_of(config))
     rows, scores = segment.search(
         np.zeros((3, 8), np.float32), 5, SearchParams(), RowSelection.of(np.zeros(COUNT, bool))
     )
