@@ -76,8 +76,7 @@ class GenerationFiles:
         """The generation at the end of its own log, which nobody writes to any more."""
         generation = self.at_own_log(manifest, views)
         wal = Wal(self._store, self._collection, self._shard, manifest.log_set)
-        for record in wal.read_after(generation.view.lsn):
-            generation.apply(record)
+        generation.replay(wal.read_after(generation.view.lsn))
         generation.check()
         return generation
 
