@@ -21,7 +21,7 @@ from cluster.wal import WalRecord
 
 VERSIONS_KEPT = 32
 REPLAYED_TOGETHER = 256  # records that are replayed at a time, and
-REPLAYED_BYTES = 16 * 1024 * 1024  # of their points
+REPLAYED_BYTES = 16 * 1024 * 1024  # of their points and deleted ids
 SELF_TEST_ROWS = 32
 
 
@@ -189,7 +189,7 @@ def _groups(records: Iterable[WalRecord]) -> Iterator[list[WalRecord]]:
     size_bytes = 0
     for record in records:
         together.append(record)
-        size_bytes += record.upserts.get_total_buffer_size() if record.upserts is not None else 0
+        size_bytes += sum(part.nbytes for part in (record.upserts, record.deletes) if part is not None)
         if len(together) == REPLAYED_TOGETHER or size_bytes >= REPLAYED_BYTES:
             yield together
             together, size_bytes = [], 0

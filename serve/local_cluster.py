@@ -15,7 +15,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,11 @@ AGENT_PORT = 52_365  # of every Ray's agent, by which its job server runs jobs; 
 # Below those that Linux gives to outgoing connections (from 32768 on): one of these, taken while Ray starts, would be
 # missing to whoever was told that it is free. Beside those of Ray's workers (10002 to 19999) and Serve's (from 30000).
 PORTS = range(20_000, 30_000)
+HAPROXY_PORTS = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
 OBJECT_STORE_BYTES = 512 * 1024 * 1024  # requests pass through it, nothing stays: Ray's default is 30% of memory
 # Serve reads these when it is imported, in every process: HAProxy straight to the endpoint process instead of
 # Serve's Python proxy, no thread hops inside it, and searches that watch for their client themselves
@@ -170,10 +175,15 @@ def is_taken(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ports of loopback that are free now, and that no outgoing connection is given meanwhile."""
+def free_ports(count: int, spoken_for: Collection[int] = ()) -> list[int]:
+    """Different ports of loopback that are free now, and that no outgoing connection is given meanwhile.
+
+    None of those that are spoken for: nobody listens there yet. Unavailable where there are not so many.
+    """
     found: list[int] = []
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        if port in spoken_for:
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             found.append(port)
@@ -190,12 +200,12 @@ def _ray_cluster(options: UpOptions) -> Iterator[str]:
     """
     folder = tempfile.mkdtemp(prefix="er-", dir="/tmp")  # short: unix socket paths under it have a limit
     if options.address is None:
-        os.environ.update(serve_environment(folder))
+        os.environ.update(serve_environment(folder, options.port))
     import ray
 
     try:
         if options.address is None:
-            context = _start_ray(folder)
+            context = _start_ray(folder, options.port)
         else:
             context = ray.init(address=options.address, logging_level=logging.ERROR, log_to_driver=False)
         yield str(context.dashboard_url)
@@ -204,13 +214,13 @@ def _ray_cluster(options: UpOptions) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def serve_environment(folder: str) -> dict[str, str]:
-    """`SERVE_ENVIRONMENT` with HAProxy's files in `folder` and its ports free, so that two can run side by side."""
-    stats, prometheus, fallback = free_ports(3)
+def serve_environment(folder: str, port: int) -> dict[str, str]:
+    """`SERVE_ENVIRONMENT` with HAProxy's files in `folder` and its ports free, so that two can run side by side.
+
+    `port` is the one that Serve listens on later.
+    """
     return SERVE_ENVIRONMENT | {
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(prometheus),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        **dict(zip(HAPROXY_PORTS, map(str, free_ports(len(HAPROXY_PORTS), {port})), strict=True)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/haproxy.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
@@ -218,14 +228,16 @@ def serve_environment(folder: str) -> dict[str, str]:
     }
 
 
-def _start_ray(folder: str) -> Any:
+def _start_ray(folder: str, port: int) -> Any:
+    """Serve will listen on `port`, and HAProxy where the environment says by now."""
     import ray
 
+    of_haproxy = {int(number) for name, number in os.environ.items() if name in HAPROXY_PORTS}
     context = ray.init(
         address="local",
         include_dashboard=True,  # the job server lives in it
         dashboard_host="127.0.0.1",
-        dashboard_port=free_ports(1)[0],
+        dashboard_port=free_ports(1, {port, *of_haproxy})[0],
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level=logging.ERROR,
         log_to_driver=False,

@@ -29,7 +29,7 @@ def test_serve_run_with_the_shipped_config_serves(tmp_path: Path) -> None:
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     command = [str(Path(sys.executable).parent / "serve"), "run", "--address", "local", str(tmp_path / "serve.yaml")]
     folder = tempfile.mkdtemp(prefix="er-", dir="/tmp")  # short: HAProxy's socket lies in it
-    environment = os.environ | serve_environment(folder)
+    environment = os.environ | serve_environment(folder, port)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
     client = Client(f"http://127.0.0.1:{port}")
