@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -242,6 +242,16 @@ def search_threads(shards: int, settings: Settings, node_cores: int) -> int:
     return max(1, node_cores // shards)
 
 
+def _ready_of(
+    wanted: Collection[ReplicaKey], observed: Mapping[ReplicaKey, ObservedReplica]
+) -> Iterator[tuple[ReplicaKey, ObservedReplica]]:
+    """The ready ones of these replicas, and of those that stand in for them."""
+    first = {replace(key, replica=0) for key in wanted}
+    for key, replica in observed.items():
+        if replica.state == "ready" and replace(key, replica=0) in first:
+            yield key, replica
+
+
 def publishable(
     wanted: Mapping[ReplicaKey, WantedReplica], observed: Mapping[ReplicaKey, ObservedReplica], generation: int
 ) -> bool:
@@ -251,9 +261,7 @@ def publishable(
     `wanted` are the replicas of one collection.
     """
     holding: dict[int, bool] = {key.shard: False for key in wanted}
-    for key, replica in observed.items():
-        if replica.state != "ready" or (key not in wanted and replace(key, replica=0) not in wanted):
-            continue
+    for key, replica in _ready_of(wanted, observed):
         if generation in replica.generations:
             holding[key.shard] = True
         elif key in wanted and wanted[key].switch == "beside":
@@ -271,9 +279,7 @@ def may_end_logs(
     """
     near: dict[int, bool] = {key.shard: False for key in wanted}
     crossing = False
-    for key, replica in observed.items():
-        if replica.state != "ready" or (key not in wanted and replace(key, replica=0) not in wanted):
-            continue
+    for key, replica in _ready_of(wanted, observed):
         held = generation in replica.generations
         if held or replica.crossing.get(generation, NEAR_RECORDS + 1) <= NEAR_RECORDS:
             crossing = crossing or not held
@@ -287,12 +293,7 @@ def held_by_every_shard(
     wanted: Collection[ReplicaKey], observed: Mapping[ReplicaKey, ObservedReplica], generation: int
 ) -> bool:
     """True when of these replicas, or those that stand in for them, a ready one of each shard holds `generation`."""
-    first = {replace(key, replica=0) for key in wanted}
-    holding = {
-        key.shard
-        for key, replica in observed.items()
-        if replace(key, replica=0) in first and replica.state == "ready" and generation in replica.generations
-    }
+    holding = {key.shard for key, replica in _ready_of(wanted, observed) if generation in replica.generations}
     return holding >= {key.shard for key in wanted}
 
 
